@@ -1,0 +1,1 @@
+"""Making students: pruning, distillation, quantization, and the export to what an engine runs."""

@@ -1,0 +1,185 @@
+"""The folder that ships: `onnx/` for the engine, `hf/` for every other runtime, tokenizer, card and checksums.
+
+It is written under a temporary name and renamed when complete, so a folder with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zstandard
+
+from paretune.compression.export.graph import build_model, save_model
+from paretune.compression.student import EMBEDDING, HEAD, quantized_weights, student_config
+from paretune.hardware_profiles.errors import Infeasible, UsageError
+from paretune.spaces.candidate import Candidate, Shape
+from paretune.teachers.teacher import Teacher
+
+CHECKSUMS = "SHA256SUMS"
+FACTS = "paretune.json"
+MODEL = Path("onnx") / "model.onnx"
+ZSTD_LEVEL = 9
+TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class ArtifactFacts:
+    """Bytes of `onnx/model.onnx` (and its data file), as they are and compressed with zstd level 9."""
+
+    bytes: int
+    compressed_bytes: int
+
+
+def write_artifact(folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> ArtifactFacts:
+    """Write the artifact of `candidate` with `weights` (masked, unquantized). `facts` go into paretune.json.
+
+    Raises Infeasible if the graph cannot be built; an older folder of the same name is replaced.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "onnx").mkdir(parents=True)
+    try:
+        try:
+            model = build_model(weights, candidate, teacher.config, teacher.shape)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise Infeasible(f"the graph cannot be built: {error}", "") from error
+        save_model(model, temporary / MODEL)
+        _write_tokenizer(teacher, temporary / "onnx")
+        (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
+        _write_hugging_face(temporary / "hf", teacher, candidate, weights)
+        sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
+        described = {**facts, "candidate": json.loads(candidate.to_json()), "description": candidate.describe(), "teacher": teacher.name,
+                     "teacher_digest": teacher.digest, "bytes": sizes.bytes, "compressed_bytes": sizes.compressed_bytes}
+        (temporary / FACTS).write_text(json.dumps(described, indent=1))
+        (temporary / "README.md").write_text(card(described))
+        write_checksums(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sizes
+
+
+def compressed_bytes(weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape) -> ArtifactFacts:
+    """The sizes an artifact of this candidate would have, without writing it."""
+    data = build_model(weights, candidate, config, shape).SerializeToString()
+    return ArtifactFacts(len(data), len(zstandard.compress(data, 3)))
+
+
+def check_artifact(folder: Path) -> dict[str, Any]:
+    """The facts of a complete, undamaged artifact. Raises UsageError naming the file that is missing or changed."""
+    sums = folder / CHECKSUMS
+    if not sums.is_file():
+        raise UsageError(f"{folder} is not an artifact: it has no {CHECKSUMS}", "name the folder that a search wrote")
+    for line in sums.read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+            raise UsageError(f"{sums} names {name}, which lies outside the artifact", "use an artifact from a source you trust")
+        if not path.is_file() or sha256(path) != digest:
+            raise UsageError(f"{path} is missing or differs from its checksum", "copy the artifact again")
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    return facts
+
+
+def write_checksums(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    with (folder / CHECKSUMS).open("w") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
+    """What onnxruntime-genai needs to stream text from `onnx/`; it knows layer-uniform KV heads only."""
+    groups = {layer.kv_groups for layer in candidate.layers}
+    if len(groups) > 1:
+        raise Infeasible(f"onnxruntime-genai needs the same KV groups in every layer, but got {sorted(groups)}", "")
+    shape, kv = teacher.shape, candidate.layers[0].kv_groups
+    end = teacher.end_token
+    return {
+        "model": {
+            "bos_token_id": int(teacher.config.get("bos_token_id") or end), "eos_token_id": end, "pad_token_id": end,
+            "context_length": teacher.context, "type": "llama", "vocab_size": shape.vocab,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
+                "filename": "model.onnx", "head_size": shape.head_dim, "hidden_size": shape.hidden,
+                "num_attention_heads": kv * shape.heads_per_group, "num_key_value_heads": kv, "num_hidden_layers": len(candidate.layers),
+                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask",
+                           "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}}},
+        "search": {"do_sample": False, "max_length": teacher.context, "min_length": 0, "num_beams": 1, "num_return_sequences": 1,
+                   "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+                   "early_stopping": True, "length_penalty": 1.0, "diversity_penalty": 0.0, "no_repeat_ngram_size": 0}}
+
+
+def card(facts: Mapping[str, Any]) -> str:
+    """The artifact's README."""
+    quality = facts.get("quality_text", "not confirmed")
+    return f"""# {facts['teacher']}, compressed by paretune
+
+{facts['description']}
+
+- made from `{facts['teacher']}` (digest {facts['teacher_digest']})
+- `onnx/model.onnx`: {facts['bytes']:,} bytes, {facts['compressed_bytes']:,} with zstd
+- {quality}
+- recovery: {facts.get('recovery_text', 'none, the teacher weights themselves')}
+
+`onnx/` runs in ONNX Runtime and onnxruntime-genai: `paretune generate . --prompt "def "`.
+`hf/` is the same student as a Hugging Face folder; its float32 weights are what the engine computes with, except that
+int8 activations are not simulated there. `SHA256SUMS` is verified whenever paretune loads this folder.
+"""
+
+
+def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (teacher.folder / name).exists():
+            shutil.copyfile(teacher.folder / name, folder / name)
+    path = teacher.folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    config.pop("auto_map", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def _write_hugging_face(folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    effective = quantized_weights(weights, candidate)
+    tied = HEAD not in weights and torch.equal(effective[HEAD], effective[EMBEDDING])
+    if tied:
+        del effective[HEAD]
+    config = student_config(teacher.config, candidate, teacher.shape).to_dict()
+    config |= {"tie_word_embeddings": tied, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    save_file({name: value.float().contiguous() for name, value in effective.items()}, folder / "model.safetensors", {"format": "pt"})
+    _write_tokenizer(teacher, folder)
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    plain = compressed = 0
+    for path in sorted(folder.glob("model.onnx*")):
+        plain += path.stat().st_size
+        with path.open("rb") as stream:
+            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+            while chunk := stream.read(1 << 22):
+                compressed += len(compressor.compress(chunk))
+            compressed += len(compressor.flush())
+    return plain, compressed

@@ -1,0 +1,81 @@
+"""Structural pruning as prefixes: sort every width once by activation importance, then a student is a slice.
+
+FFN neurons are ranked by the mean activation magnitude at the input of down_proj, KV groups by that at o_proj (Minitron,
+arXiv 2407.14679), layers by block influence (ShortGPT, arXiv 2403.03853), the first and the last layer always kept.
+Sorting permutes rows and columns together, so the sorted model computes what the model computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from paretune.compression.prune.statistics import LayerStatistics
+from paretune.spaces.candidate import Candidate, Shape
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Orders, most important first: `ffn` and `groups` per layer, and `layers` of the whole model."""
+
+    ffn: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...]
+
+    def kept_layers(self, depth: int) -> list[int]:
+        """The `depth` most important layers in their original order; keep-sets of growing depth are nested."""
+        return sorted(self.layers[:depth])
+
+
+def importance(statistics: list[LayerStatistics], shape: Shape) -> Importance:
+    """Orders from the statistics of a calibration run."""
+    ffn, groups = [], []
+    per_group = shape.heads_per_group * shape.head_dim
+    for found in statistics:
+        neurons = found.input_norms["mlp.down_proj"]
+        ffn.append(tuple(neurons.argsort(descending=True, stable=True).tolist()))
+        heads = found.input_norms["self_attn.o_proj"].view(shape.kv_heads, per_group).norm(dim=1)
+        groups.append(tuple(heads.argsort(descending=True, stable=True).tolist()))
+    ends = [0] if shape.layers == 1 else [0, shape.layers - 1]
+    inner = sorted((i for i in range(shape.layers) if i not in ends), key=lambda i: -statistics[i].influence)
+    return Importance(tuple(ffn), tuple(groups), tuple(ends + inner))
+
+
+def sort_by_importance(weights: Mapping[str, torch.Tensor], order: Importance, shape: Shape) -> dict[str, torch.Tensor]:
+    """The same model with FFN neurons and KV groups in the order of importance."""
+    found = dict(weights)
+    for i in range(shape.layers):
+        layer = f"model.layers.{i}."
+        neurons = torch.tensor(order.ffn[i])
+        q = _rows(order.groups[i], shape.heads_per_group * shape.head_dim)
+        kv = _rows(order.groups[i], shape.head_dim)
+        for name, rows in (("mlp.gate_proj", neurons), ("mlp.up_proj", neurons), ("self_attn.q_proj", q),
+                           ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)):
+            found[f"{layer}{name}.weight"] = weights[f"{layer}{name}.weight"][rows].contiguous()
+        for name, columns in (("mlp.down_proj", neurons), ("self_attn.o_proj", q)):
+            found[f"{layer}{name}.weight"] = weights[f"{layer}{name}.weight"][:, columns].contiguous()
+    return found
+
+
+def slice_weights(weights: Mapping[str, torch.Tensor], candidate: Candidate, order: Importance, shape: Shape) -> dict[str, torch.Tensor]:
+    """Views of the sorted weights that make up the candidate's student; layers are numbered anew from 0."""
+    found = {name: weights[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight") if name in weights}
+    for new, old in enumerate(order.kept_layers(len(candidate.layers))):
+        widths = candidate.layers[new]
+        q, kv = widths.kv_groups * shape.heads_per_group * shape.head_dim, widths.kv_groups * shape.head_dim
+        rows = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv, "mlp.gate_proj": widths.ffn, "mlp.up_proj": widths.ffn}
+        columns = {"self_attn.o_proj": q, "mlp.down_proj": widths.ffn}
+        for name in (*rows, *columns, "input_layernorm", "post_attention_layernorm"):
+            value = weights[f"model.layers.{old}.{name}.weight"]
+            if name in rows:
+                value = value[:rows[name]]
+            elif name in columns:
+                value = value[:, :columns[name]]
+            found[f"model.layers.{new}.{name}.weight"] = value
+    return found
+
+
+def _rows(groups: tuple[int, ...], size: int) -> torch.Tensor:
+    return torch.cat([torch.arange(g * size, (g + 1) * size) for g in groups])

@@ -1,0 +1,5 @@
+"""Weights and activations on the engine's own grid."""
+
+from paretune.compression.quantize.grid import Quantized, fake_quantize, fake_quantize_activations, quantize
+
+__all__ = ["Quantized", "fake_quantize", "fake_quantize_activations", "quantize"]

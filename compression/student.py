@@ -1,0 +1,118 @@
+"""A student in torch: the family's own Hugging Face module on the meta device, called with any set of weights.
+
+Nothing of the forward pass is ours: `torch.func.functional_call` runs transformers' LlamaForCausalLM with the tensors it
+is given, so prefix slices of one weight set, masked and fake-quantized ones all go the same way (DESIGN of whittle,
+MatFormer arXiv 2310.07707). Per-layer widths follow from the tensors' shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from paretune.compression.quantize.grid import fake_quantize, fake_quantize_activations
+from paretune.spaces.candidate import Candidate, Format, Shape, group_for
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape) -> Any:
+    """A LlamaConfig of the candidate's (layer-uniform) sizes."""
+    from transformers import LlamaConfig
+
+    first = candidate.layers[0]
+    changed = {**config, "num_hidden_layers": len(candidate.layers), "intermediate_size": first.ffn,
+               "num_attention_heads": first.kv_groups * shape.heads_per_group, "num_key_value_heads": first.kv_groups,
+               "head_dim": shape.head_dim}
+    for key in ("dtype", "torch_dtype", "architectures", "transformers_version", "model_type", "layer_types"):
+        changed.pop(key, None)
+    return LlamaConfig(**changed)
+
+
+class Network:
+    """The forward pass of a decoder of `depth` layers, without weights of its own.
+
+    `activations(candidate)` is a context in which the inputs of quantized matrices are rounded as the engine rounds them.
+    """
+
+    def __init__(self, config: Mapping[str, Any], shape: Shape, depth: int) -> None:
+        from transformers import LlamaForCausalLM
+
+        template = student_config(config, _plain(shape, depth), shape)
+        with torch.device("meta"):
+            self.module = LlamaForCausalLM(template)
+        self.module.model.rotary_emb = type(self.module.model.rotary_emb)(copy.deepcopy(template))
+        self.module.eval()
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(False)
+        self.layers: list[nn.Module] = list(self.module.model.layers)
+
+    def hidden(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [batch, length, hidden] of token ids [batch, length]."""
+        inner = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        output = torch.func.functional_call(self.module.model, inner, (ids,), {"use_cache": False}, tie_weights=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def __call__(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, length, vocab]; a missing head is tied to the embedding."""
+        head = weights.get(HEAD, weights[EMBEDDING])
+        return nn.functional.linear(self.hidden(weights, ids), head)
+
+    @contextlib.contextmanager
+    def activations(self, candidate: Candidate) -> Iterator[None]:
+        """Round activations to int8 per group in front of every matrix whose format says so."""
+        handles = []
+        for module, spec in zip(self.layers, candidate.layers, strict=True):
+            for norm, inner, form in (("input_layernorm", "self_attn.o_proj", spec.attention_format),
+                                      ("post_attention_layernorm", "mlp.down_proj", spec.ffn_format)):
+                if form.activation == "int8":
+                    handles.append(module.get_submodule(norm).register_forward_hook(_round_output(form)))
+                    handles.append(module.get_submodule(inner).register_forward_pre_hook(_round_input(form)))
+        if candidate.head_format.activation == "int8":
+            handles.append(self.module.model.norm.register_forward_hook(_round_output(candidate.head_format)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def quantized_weights(weights: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[str, torch.Tensor]:
+    """Fake-quantized weights of a student, head and embedding as tensors of their own."""
+    found = dict(weights)
+    for i, layer in enumerate(candidate.layers):
+        for names, form in ((ATTENTION, layer.attention_format), (FFN, layer.ffn_format)):
+            for name in names:
+                full = f"model.layers.{i}.{name}.weight"
+                found[full] = fake_quantize(weights[full], form)
+    found[HEAD] = fake_quantize(weights.get(HEAD, weights[EMBEDDING]), candidate.head_format)
+    found[EMBEDDING] = fake_quantize(weights[EMBEDDING], candidate.embedding_format)
+    return found
+
+
+def _plain(shape: Shape, depth: int) -> Candidate:
+    from paretune.spaces.candidate import Layer
+
+    return Candidate((Layer(shape.ffn, shape.kv_heads),) * depth)
+
+
+def _round_output(form: Format) -> Any:
+    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_activations(output, group_for(form.group_size, output.shape[-1]))
+
+    return hook
+
+
+def _round_input(form: Format) -> Any:
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (fake_quantize_activations(inputs[0], group_for(form.group_size, inputs[0].shape[-1])), *inputs[1:])
+
+    return hook

@@ -1,0 +1,90 @@
+"""An engine in a child process: a crash, a hang or an out-of-memory kill ends the child, never the search."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from types import TracebackType
+from typing import Any
+
+from paretune.hardware_profiles.errors import Infeasible
+
+
+class EngineChild:
+    """Talks to `paretune.engines.worker`. Every request has a timeout, after which the child is killed.
+
+    Raises Infeasible with the engine's own words when it refuses, crashes or hangs.
+    """
+
+    def __init__(self, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen([sys.executable, "-m", "paretune.engines.worker"], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, stderr=self._errors, env=environment)
+        self._pending = b""
+
+    def __enter__(self) -> EngineChild:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, timeout_s: float = 300.0, **request: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise Infeasible(f"the engine died: {self._last_words()}", "") from None
+        answer: dict[str, Any] = json.loads(self._line(timeout_s))
+        if not answer.pop("ok"):
+            raise Infeasible(f"the engine refused to {request['do']}: {answer['error']}", "")
+        return answer
+
+    def close(self) -> None:
+        """End the child, politely first."""
+        with contextlib.suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+
+    def _line(self, timeout_s: float) -> bytes:
+        assert self._process.stdout is not None
+        handle = self._process.stdout.fileno()
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(handle, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self._process.kill()
+                    raise Infeasible(f"the engine gave no answer within {timeout_s:.0f} s and was stopped", "")
+                data = os.read(handle, 65536)
+                if not data:
+                    raise Infeasible(f"the engine died: {self._last_words()}", "")
+                self._pending += data
+        line, self._pending = self._pending.split(b"\n", 1)
+        return line
+
+    def _last_words(self) -> str:
+        code = self._process.wait(5)
+        self._errors.seek(0)
+        text = self._errors.read()[-400:].decode("utf8", "replace").strip()
+        return f"exit status {code}{': ' + text if text else ''}"

@@ -1,0 +1,56 @@
+"""Scoring windows of text inside an engine child: NLL per window, and distance to the reference's logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from paretune.engines.onnxruntime_decoder import Decoder
+
+LOGIT_BYTES_PER_BATCH = 64 * 2**20
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Over the last axis, in float32."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
+    """Score the rows of `request["ids"]` (npy [n, length]) with `request["targets"]` (npy [n]) valid targets each.
+
+    Writes npy files: `nll` [n] summed nats per window; with `reference` also `kl` [m] and `agree` [m] summed over the
+    targets of the first m windows whose reference log-probabilities are in that file; with `save_reference` writes them.
+    """
+    ids, targets = np.load(request["ids"], allow_pickle=False), np.load(request["targets"], allow_pickle=False)
+    reference = np.load(request["reference"], mmap_mode="r", allow_pickle=False) if request.get("reference") else None
+    m = int(request.get("reference_windows", 0))
+    saved = None
+    if request.get("save_reference"):
+        saved = np.lib.format.open_memmap(request["save_reference"], "w+", np.float32, (m, ids.shape[1] - 1, decoder.vocab))
+    nll, kl, agree = np.zeros(len(ids)), np.zeros(m), np.zeros(m)
+    rows = max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
+    for start in range(0, len(ids), rows):
+        batch = ids[start:start + rows]
+        log_probs = log_softmax(decoder.logits(batch)[:, :-1])
+        for row in range(len(batch)):
+            i, n = start + row, int(targets[start + row])
+            mine = log_probs[row, :n]
+            nll[i] = -mine[np.arange(n), batch[row, 1:n + 1]].sum(dtype=np.float64)
+            if i >= m:
+                continue
+            if saved is not None:
+                saved[i] = log_probs[row]
+            if reference is not None:
+                theirs = reference[i, :n]
+                kl[i] = (np.exp(theirs) * (theirs - mine)).sum(dtype=np.float64)
+                agree[i] = (theirs.argmax(-1) == mine.argmax(-1)).sum()
+    np.save(request["nll"], nll)
+    if reference is not None:
+        np.save(request["kl"], kl)
+        np.save(request["agree"], agree)
+    return {"windows": len(ids)}

@@ -1,0 +1,42 @@
+"""What the caller will do decides the class of an error.
+
+    ParetuneError
+    ├── UsageError          the user changes the command or the file (exit 2)
+    ├── NothingFeasible     the constraints exclude everything (exit 4)
+    ├── EnvironmentProblem  the user mends disk, memory, package or machine (exit 5)
+    └── Infeasible          this one candidate cannot be built or run; the search goes on
+
+Every message states the rule and the actual value; `remedy` says what to do.
+"""
+
+from __future__ import annotations
+
+
+class ParetuneError(Exception):
+    """Base of all errors that are meant for the user: one sentence and a remedy."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[ParetuneError], tuple[str, str]]:
+        return type(self), (self.problem, self.remedy)
+
+
+class UsageError(ParetuneError):
+    exit_code = 2
+
+
+class NothingFeasible(ParetuneError):
+    exit_code = 4
+
+
+class EnvironmentProblem(ParetuneError):
+    exit_code = 5
+
+
+class Infeasible(ParetuneError):
+    """A candidate that cannot be exported or executed; the reason names the op or tensor."""

@@ -1,0 +1,106 @@
+"""YAML files that people edit: safe, size-limited, and every error says file:line:column and the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from paretune.hardware_profiles.errors import UsageError
+
+MAX_BYTES = 1_000_000
+MAX_ALIASES = 20
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_model(path: Path, model: type[Model]) -> Model:
+    """Read `path` as YAML and validate it as `model`; raises UsageError with the position of the first problem."""
+    tree = _parse(path)
+    if not isinstance(tree, CommentedMap):
+        raise UsageError(f"{path}:1:1: a mapping of settings is expected, but got {type(tree).__name__}", "write `key: value` lines")
+    try:
+        return model.model_validate(_plain(tree))
+    except ValidationError as error:
+        raise UsageError(_explain(path, tree, model, error), "mend that line") from None
+
+
+def dump_model(model: BaseModel, header: str) -> str:
+    """The model as YAML text with `header` as a comment above it."""
+    buffer = io.StringIO()
+    YAML().dump(model.model_dump(mode="json"), buffer)
+    return "".join(f"# {line}\n" for line in header.splitlines()) + buffer.getvalue()
+
+
+def _parse(path: Path) -> Any:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path} has {len(data):,} bytes, the limit is {MAX_BYTES:,}", "name a settings file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: the file must be UTF-8, but byte {error.start} is not", "convert it") from None
+    if text.count("*") > MAX_ALIASES and text.count("&") > MAX_ALIASES:
+        raise UsageError(f"{path} has more than {MAX_ALIASES} aliases", "write the values out")
+    yaml = YAML(typ="rt")
+    yaml.allow_duplicate_keys = False
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.line + 1}:{mark.column + 1}" if mark else "1:1"
+        raise UsageError(f"{path}:{where}: {error.problem or error.context}", "mend that line") from None
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"{path}: {error}", "mend the file") from None
+
+
+def _plain(node: Any) -> Any:
+    """Plain dicts and lists; a tagged node (such as !!python/object) stays an object that no model accepts."""
+    if isinstance(node, CommentedMap):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, CommentedSeq):
+        return [_plain(value) for value in node]
+    return node
+
+
+def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if isinstance(part, str | int)]
+    line, column = _position(tree, location)
+    name = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{path}:{line}:{column}: unknown key {name!r}; {hint}"
+    return f"{path}:{line}:{column}: {name}: {first['msg']}, but got {first.get('input')!r}"
+
+
+def _position(tree: Any, location: list[str | int]) -> tuple[int, int]:
+    """1-based line and column of the deepest part of `location` that exists in the file."""
+    line, column = 1, 1
+    for part in location:
+        try:
+            mark = tree.lc.key(part) if isinstance(tree, CommentedMap) else tree.lc.item(part)
+            line, column, tree = mark[0] + 1, mark[1] + 1, tree[part]
+        except (KeyError, IndexError, AttributeError, TypeError):
+            break
+    return line, column
+
+
+def _keys_at(model: type[BaseModel], location: list[str | int]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)

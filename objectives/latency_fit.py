@@ -1,0 +1,116 @@
+"""The latency fit: decode and prefill milliseconds as a non-negative sum of what a decoder's engine ops cost.
+
+Terms: a constant, the number of layers, the layers' weights per kernel, the head's weights per kernel, the KV cache. Fitted
+by relative least squares to measurements of this machine; predictions say "predicted" and carry the fit's held-out error.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+from scipy.stats import kendalltau
+
+from paretune.objectives.measurement import Measurement
+from paretune.spaces.candidate import Candidate, Shape
+from paretune.spaces.space import Space
+
+KERNELS = ("fp32/fp32", "int8/int8", "int8/fp32", "int4/int8", "int4/fp32")
+MIN_POINTS = 8
+FOLDS = 5
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FitError:
+    """Held-out relative error over `points` measurements in five folds, and rank agreement, beside that of parameters x bits."""
+
+    median: float
+    worst: float
+    p95: float
+    kendall_tau: float
+    params_bits_tau: float
+    points: int
+
+
+def features(candidate: Candidate, shape: Shape) -> Array:
+    """The terms of one candidate, weights in millions."""
+    layer_weights, head_weights, cache = dict.fromkeys(KERNELS, 0.0), dict.fromkeys(KERNELS, 0.0), 0.0
+    for layer in candidate.layers:
+        kv = layer.kv_groups * shape.head_dim
+        q = kv * shape.heads_per_group
+        layer_weights[layer.attention_format.kernel] += 2 * shape.hidden * (q + kv) / 1e6
+        layer_weights[layer.ffn_format.kernel] += 3 * shape.hidden * layer.ffn / 1e6
+        cache += kv / 1e3
+    head_weights[candidate.head_format.kernel] += shape.vocab * shape.hidden / 1e6
+    return np.array([1.0, len(candidate.layers), *layer_weights.values(), *head_weights.values(), cache])
+
+
+def params_times_bits(candidate: Candidate, shape: Shape) -> float:
+    """The naive proxy that a latency model has to beat: megabits of weights read per token."""
+    found = features(candidate, shape)
+    bits = [32, 8, 8, 4, 4]
+    return float(found[2:7] @ bits + found[7:12] @ bits)
+
+
+class LatencyFit:
+    """Predicts one quantity (`decode_ms_per_token` or `ttft_ms`) for candidates of one teacher on one machine."""
+
+    def __init__(self, name: str, unit: str, shape: Shape, measured: list[tuple[Candidate, float]]) -> None:
+        if len(measured) < MIN_POINTS:
+            raise ValueError(f"a latency fit needs at least {MIN_POINTS} measurements, but got {len(measured)}")
+        self.name, self.unit, self.shape = name, unit, shape
+        x, y = np.stack([features(c, shape) for c, _ in measured]), np.array([v for _, v in measured])
+        self.coefficients = _fit(x, y)
+        self.error = _cross_validate(x, y, np.array([params_times_bits(c, shape) for c, _ in measured]))
+
+    def predict(self, candidate: Candidate) -> Measurement:
+        """Value and interval (held-out 95th percentile of the relative error)."""
+        value = float(features(candidate, self.shape) @ self.coefficients)
+        spread = self.error.p95
+        return Measurement(value, self.unit, value / (1 + spread), value * (1 + spread), "predicted", self.error.points, "",
+                           f"fit to this machine, held-out error {self.error.median:.1%} median, {self.error.worst:.1%} worst")
+
+
+def design(space: Space, count: int, seed: int = 0) -> list[Candidate]:
+    """`count` dense candidates to measure for the fit: the baselines, then random ones with every choice about equally often."""
+    found = {c.key: c for c in space.baselines()}
+    generator = random.Random(seed)
+    ranges = space.distributions()
+    columns = {name: _shuffled(kind, count * 2, generator) for name, kind in ranges.items()}
+    for row in range(count * 2):
+        params = {name: column[row] for name, column in columns.items()} | {"pattern": "none"}
+        candidate = space.decode(params)
+        if len(found) < count:
+            found.setdefault(candidate.key, candidate)
+    return list(found.values())
+
+
+def _shuffled(kind: tuple[str, object], rows: int, generator: random.Random) -> list[object]:
+    """Each value of a variable about equally often, in random order (one column of a Latin hypercube)."""
+    bounds = kind[1]
+    assert isinstance(bounds, tuple)
+    values = list(range(bounds[0], bounds[1] + 1)) if kind[0] == "int" else list(bounds)
+    column = [values[i % len(values)] for i in range(rows)]
+    generator.shuffle(column)
+    return column
+
+
+def _fit(x: Array, y: Array) -> Array:
+    """Non-negative least squares on relative errors."""
+    coefficients, _ = nnls(x / y[:, None], np.ones_like(y))
+    return np.asarray(coefficients)
+
+
+def _cross_validate(x: Array, y: Array, proxy: Array) -> FitError:
+    order = np.random.default_rng(0).permutation(len(y))
+    predicted = np.empty_like(y)
+    for fold in np.array_split(order, min(FOLDS, len(y))):
+        rest = np.setdiff1d(order, fold)
+        predicted[fold] = x[fold] @ _fit(x[rest], y[rest])
+    errors = np.abs(predicted / y - 1)
+    return FitError(float(np.median(errors)), float(errors.max()), float(np.quantile(errors, 0.95)), float(kendalltau(predicted, y).statistic),
+                    float(kendalltau(proxy, y).statistic), len(y))

@@ -1,0 +1,42 @@
+"""A number that knows its unit, its interval and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Provenance = Literal["measured", "predicted", "table", "disturbed"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`low` … `high` is the 95 % interval; `samples` how many observations it rests on; `note` what a reader must know.
+
+    "measured" was observed on the machine of `fingerprint`; "predicted" comes from a fit or a model; "table" from published
+    figures; "disturbed" was observed while something else used the machine and must not be relied on.
+    """
+
+    value: float
+    unit: str
+    low: float
+    high: float
+    provenance: Provenance
+    samples: int = 1
+    fingerprint: str = ""
+    note: str = ""
+
+    def overlaps(self, other: Measurement) -> bool:
+        """Whether the two intervals share a value."""
+        return self.low <= other.high and other.low <= self.high
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Measurement:
+        return cls(**data)
+
+    @classmethod
+    def exact(cls, value: float, unit: str, note: str = "") -> Measurement:
+        """A counted quantity without error, such as bytes."""
+        return cls(value, unit, value, value, "measured", 1, "", note)

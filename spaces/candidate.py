@@ -1,0 +1,181 @@
+"""One point of the joint space: per-layer widths, sparsity patterns and precisions; frozen, canonical, hashable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Bits = Literal[4, 8, 32]
+Activation = Literal["fp32", "int8"]
+PatternKind = Literal["none", "2:4", "unstructured"]
+Score = Literal["magnitude", "wanda"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = True
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Format:
+    """Precision of one matrix: weights of `bits` (32 means fp32) in symmetric groups along K, and what multiplies them.
+
+    `activation` "int8" means that the engine quantizes the activations per group (ONNX Runtime accuracy_level 4).
+    """
+
+    bits: Bits = 32
+    group_size: int = 0
+    activation: Activation = "fp32"
+
+    @property
+    def name(self) -> str:
+        return "fp32" if self.bits == 32 else f"int{self.bits}"
+
+    @property
+    def kernel(self) -> str:
+        """The `<weights>/<activations>` pair by which profiles list what they execute."""
+        return f"{self.name}/{self.activation}"
+
+
+FP32 = Format()
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Sparsity of one layer's matrices. `ratio` is the fraction of zeros: 0.5 for 2:4, in (0, 1) for unstructured."""
+
+    kind: PatternKind = "none"
+    ratio: float = 0.0
+    score: Score = "magnitude"
+
+    @property
+    def name(self) -> str:
+        return {"none": "dense", "2:4": f"2:4 {self.score}"}.get(self.kind, f"{self.ratio:.0%} {self.score}")
+
+
+DENSE = Pattern()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kept transformer layer."""
+
+    ffn: int
+    kv_groups: int
+    attention_format: Format = FP32
+    ffn_format: Format = FP32
+    pattern: Pattern = DENSE
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student and everything done to it. Equal canonical candidates have equal keys."""
+
+    layers: tuple[Layer, ...]
+    head_format: Format = FP32
+    embedding_format: Format = FP32
+
+    def canonical(self, shape: Shape) -> Candidate:
+        """Repair group sizes, drop settings that have no effect, so that equal computations are equal candidates."""
+        layers = tuple(replace(
+            layer,
+            attention_format=_repair(layer.attention_format, shape.hidden),
+            ffn_format=_repair(layer.ffn_format, shape.hidden),
+            pattern=_settle(layer.pattern)) for layer in self.layers)
+        embedding = replace(_repair(self.embedding_format, shape.hidden), activation="fp32")
+        return Candidate(layers, _repair(self.head_format, shape.hidden), embedding)
+
+    @property
+    def key(self) -> str:
+        """16 hex digits of the canonical JSON's SHA-256."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @property
+    def structure_key(self) -> str:
+        """Key of what decides shapes: the number of layers and their widths."""
+        widths = json.dumps([[layer.ffn, layer.kv_groups] for layer in self.layers])
+        return hashlib.sha256(widths.encode()).hexdigest()[:16]
+
+    @property
+    def stratum(self) -> str:
+        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `2:4/int8`, …"""
+        first = self.layers[0]
+        return f"{'dense' if first.pattern.kind == 'none' else first.pattern.kind}/{first.ffn_format.name}"
+
+    def is_full_size(self, shape: Shape) -> bool:
+        """Whether nothing is cut away, so that the teacher's own weights serve."""
+        return len(self.layers) == shape.layers and all(
+            layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        formats = [self.head_format, self.embedding_format, *(f for x in self.layers for f in (x.attention_format, x.ffn_format))]
+        return any(f.bits != 32 for f in formats)
+
+    @property
+    def is_sparse(self) -> bool:
+        return any(layer.pattern.kind != "none" for layer in self.layers)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Candidate:
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Candidate:
+        layers = tuple(Layer(d["ffn"], d["kv_groups"], Format(**d["attention_format"]), Format(**d["ffn_format"]),
+                             Pattern(**d["pattern"])) for d in data["layers"])
+        return cls(layers, Format(**data["head_format"]), Format(**data["embedding_format"]))
+
+    def describe(self) -> str:
+        """One line for people; layer-uniform candidates only need the first layer."""
+        x = self.layers[0]
+        uniform = all(layer == x for layer in self.layers)
+        size = f"{len(self.layers)} layers, FFN {x.ffn}, {x.kv_groups} KV groups" if uniform else f"{len(self.layers)} mixed layers"
+        formats = f"attn {x.attention_format.name}, ffn {x.ffn_format.name}, head {self.head_format.name}, embed {self.embedding_format.name}"
+        groups = sorted({f.group_size for f in (x.attention_format, x.ffn_format, self.head_format, self.embedding_format) if f.bits != 32})
+        group = f", groups of {'/'.join(map(str, groups))}" if groups else ""
+        return f"{size}; {x.pattern.name}; {formats}{group}{_activations(self)}"
+
+
+def _activations(candidate: Candidate) -> str:
+    formats = [candidate.head_format, candidate.layers[0].attention_format, candidate.layers[0].ffn_format]
+    kinds = sorted({f.activation for f in formats if f.bits != 32})
+    return f", {'/'.join(kinds)} activations" if kinds else ""
+
+
+def _repair(form: Format, k: int) -> Format:
+    if form.bits == 32:
+        return FP32
+    return replace(form, group_size=group_for(form.group_size, k))
+
+
+def group_for(group_size: int, k: int) -> int:
+    """The largest engine block (16 … 256) that is at most `group_size` and divides K."""
+    sizes = [size for size in (256, 128, 64, 32, 16) if size <= group_size and k % size == 0]
+    if not sizes:
+        raise ValueError(f"K must be a multiple of 16 to be quantized in groups, but got K={k}, group_size={group_size}")
+    return sizes[0]
+
+
+def _settle(pattern: Pattern) -> Pattern:
+    if pattern.kind == "none" or pattern.ratio <= 0:
+        return DENSE
+    return replace(pattern, ratio=0.5) if pattern.kind == "2:4" else pattern

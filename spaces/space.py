@@ -1,0 +1,149 @@
+"""The space a sampler sees: a few ordered integers and categories, decoded into layer-uniform candidates.
+
+Ordered choices (depth, widths, bits, group size, ratio) are integers, because every Optuna sampler treats categories as
+unordered. What the profile has no kernel for is left out of the choices, so it is never proposed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paretune.spaces.candidate import DENSE, FP32, Activation, Candidate, Format, Layer, Pattern, PatternKind, Score, Shape
+
+GROUP_SIZES = (32, 64, 128)
+RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
+PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured")
+SCORES: tuple[Score, ...] = ("magnitude", "wanda")
+WIDTH_LEVELS = 12
+WIDTH_STEP = 64
+
+Distribution = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """All layer-uniform candidates of a teacher's `shape` that the kernels in `kernels` (`int4/int8` …) execute.
+
+    `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
+    """
+
+    shape: Shape
+    kernels: tuple[str, ...]
+    min_depth: int
+    min_ffn: int
+    min_kv_groups: int
+
+    @classmethod
+    def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False) -> Space:
+        """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each)."""
+        if mild:
+            return cls(shape, kernels, max(1, -(-3 * shape.layers // 4)), _align(3 * shape.ffn // 4), max(1, -(-3 * shape.kv_heads // 4)))
+        return cls(shape, kernels, max(min(2, shape.layers), shape.layers // 3), _align(shape.ffn // 4), max(1, shape.kv_heads // 4))
+
+    @property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them; the teacher's own is the last."""
+        step = WIDTH_STEP if self.shape.ffn >= 4 * WIDTH_STEP else 32
+        inner = [w for w in range(self.min_ffn, self.shape.ffn, step) if w % step == 0]
+        stride = max(1, -(-len(inner) // (WIDTH_LEVELS - 1)))
+        return (*inner[::stride], self.shape.ffn)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Weight bits with a kernel, coarse to fine: a subset of (4, 8, 32)."""
+        names = {kernel.split("/")[0] for kernel in self.kernels}
+        return tuple(b for b, name in ((4, "int4"), (8, "int8"), (32, "fp32")) if name in names)
+
+    def distributions(self) -> dict[str, Distribution]:
+        """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
+        top = len(self.bits) - 1
+        found: dict[str, Distribution] = {
+            "depth": ("int", (self.min_depth, self.shape.layers)),
+            "ffn": ("int", (0, len(self.ffn_widths) - 1)),
+            "kv_groups": ("int", (self.min_kv_groups, self.shape.kv_heads)),
+            "pattern": ("categorical", PATTERNS),
+            "ratio": ("int", (0, len(RATIOS) - 1)),
+            "score": ("categorical", SCORES),
+            "attention_bits": ("int", (0, top)),
+            "ffn_bits": ("int", (0, top)),
+            "head_bits": ("int", (0, top)),
+            "embedding_bits": ("int", (0, top)),
+            "group_size": ("int", (0, len(GROUP_SIZES) - 1)),
+        }
+        if {"int4/int8", "int4/fp32"} <= set(self.kernels):
+            found["int4_activation"] = ("categorical", ("int8", "fp32"))
+        return found
+
+    def decode(self, params: Mapping[str, Any]) -> Candidate:
+        """The canonical candidate of a sampler's parameters."""
+        group = GROUP_SIZES[params["group_size"]]
+        wanted = params.get("int4_activation", "int8")
+        layer = Layer(
+            self.ffn_widths[params["ffn"]], params["kv_groups"],
+            self.format(self.bits[params["attention_bits"]], group, wanted),
+            self.format(self.bits[params["ffn_bits"]], group, wanted),
+            Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]))
+        head = self.format(self.bits[params["head_bits"]], group, wanted)
+        embedding = self.format(self.bits[params["embedding_bits"]], group, wanted)
+        return Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
+
+    def encode(self, candidate: Candidate) -> dict[str, Any]:
+        """Sampler parameters of a layer-uniform candidate; `decode(encode(c)) == c`. Raises ValueError if it has none."""
+        x = candidate.layers[0]
+        if any(layer != x for layer in candidate.layers):
+            raise ValueError("only layer-uniform candidates have sampler parameters")
+        formats = (x.attention_format, x.ffn_format, candidate.head_format, candidate.embedding_format)
+        group = max((f.group_size for f in formats if f.bits != 32), default=GROUP_SIZES[0])
+        attention, ffn, head, embedding = (self.bits.index(f.bits) for f in formats)
+        params: dict[str, Any] = {
+            "depth": len(candidate.layers), "ffn": self.ffn_widths.index(x.ffn), "kv_groups": x.kv_groups,
+            "pattern": x.pattern.kind, "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind == "unstructured" else 0,
+            "score": x.pattern.score, "attention_bits": attention, "ffn_bits": ffn, "head_bits": head,
+            "embedding_bits": embedding, "group_size": GROUP_SIZES.index(group)}
+        if "int4_activation" in self.distributions():
+            params["int4_activation"] = next((f.activation for f in formats[:3] if f.bits == 4), "int8")
+        if self.decode(params) != candidate:
+            raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
+        return params
+
+    def format(self, bits: int, group_size: int = 32, int4_activation: str = "int8") -> Format:
+        """The format of `bits` with the activations its kernel takes (int8 weights run with int8 activations only)."""
+        if bits == 32:
+            return FP32
+        wanted: Activation = "fp32" if int4_activation == "fp32" else "int8"
+        kernels = [k for k in self.kernels if k.startswith(f"int{bits}/")]
+        activation: Activation = wanted if f"int{bits}/{wanted}" in kernels else ("int8" if f"int{bits}/int8" in kernels else "fp32")
+        return Format(8 if bits == 8 else 4, group_size, activation)
+
+    def baselines(self) -> list[Candidate]:
+        """The unmodified teacher at fp32, int8 and int4 (those the profile executes), groups of 32."""
+        found = []
+        for bits in reversed(self.bits):
+            form = self.format(bits)
+            layer = Layer(self.shape.ffn, self.shape.kv_heads, form, form, DENSE)
+            found.append(Candidate((layer,) * self.shape.layers, form, form).canonical(self.shape))
+        return found
+
+    def size(self) -> int:
+        """Number of distinct candidates, counted over canonical ones."""
+        bits, groups, activations = self.bits, len(GROUP_SIZES), 2 if "int4_activation" in self.distributions() else 1
+        patterns = 1 + len(SCORES) + len(SCORES) * len(RATIOS)
+        precisions = 0
+        for combination in itertools.product(bits, repeat=4):
+            quantized = any(b != 32 for b in combination)
+            variants = groups if quantized else 1
+            precisions += variants * (activations if 4 in combination[:3] else 1)
+        sizes = (self.shape.layers - self.min_depth + 1) * len(self.ffn_widths) * (self.shape.kv_heads - self.min_kv_groups + 1)
+        return sizes * patterns * precisions
+
+    def smallest(self) -> tuple[int, int, int]:
+        """(depth, FFN width, KV groups) of the smallest student."""
+        return self.min_depth, self.ffn_widths[0], self.min_kv_groups
+
+
+def _align(width: int) -> int:
+    """Round down to a multiple of 64, at least 32."""
+    return max(32, width - width % WIDTH_STEP)

@@ -1,0 +1,106 @@
+"""Token ids of a corpus, encoded once and kept as memory-mapped files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from paretune.hardware_profiles.errors import UsageError
+from paretune.teachers.checkpoint import write_atomically
+from paretune.teachers.teacher import Teacher
+from paretune.teachers.text import SPLITS, Corpus, Document, Split
+
+MIN_TOKENS: dict[Split, int] = {"train": 20_000, "calibration": 512, "search": 512, "report": 512}
+BATCH_DOCUMENTS = 64
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split as token ids. `offsets` has one entry more than there are documents; `sizes` are UTF-8 bytes per document."""
+
+    ids: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def windows(self, length: int, most_tokens: int | None = None) -> Windows:
+        """Consecutive windows of `length` tokens inside each document, the last one of a document padded.
+
+        `most_tokens` thins the windows evenly. A target is every token but the first of its window; single tokens are dropped.
+        """
+        spans = [(d, s, min(s + length, int(b))) for d, (a, b) in enumerate(zip(self.offsets, self.offsets[1:], strict=False))
+                 for s in range(int(a), int(b), length) if min(s + length, int(b)) - s >= 2]
+        total = sum(e - s - 1 for _, s, e in spans)
+        if most_tokens is not None and total > most_tokens:
+            keep = max(1, round(len(spans) * most_tokens / total))
+            spans = [spans[i] for i in np.unique(np.linspace(0, len(spans) - 1, keep).round().astype(int))]
+        ids = np.zeros((len(spans), length), np.int64)
+        targets = np.zeros(len(spans), np.int64)
+        for row, (_, start, end) in enumerate(spans):
+            ids[row, :end - start] = self.ids[start:end]
+            targets[row] = end - start - 1
+        return Windows(ids, targets, np.array([d for d, _, _ in spans], np.int64), self.bytes_per_token())
+
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the text per token (the end tokens counted)."""
+        return float(self.sizes.sum()) / max(1, len(self.ids))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows of token ids [n, length] to score; row i has `targets[i]` targets and belongs to document `cluster[i]`."""
+
+    ids: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    cluster: npt.NDArray[np.int64]
+    bytes_per_token: float
+
+    @property
+    def total_targets(self) -> int:
+        return int(self.targets.sum())
+
+
+def token_splits(teacher: Teacher, corpus: Corpus, cache: Path) -> dict[Split, TokenSplit]:
+    """All four splits encoded with the teacher's tokenizer, from `cache` when they were encoded before.
+
+    Raises UsageError if a split is too small to train on or to judge with.
+    """
+    folder = cache / "tokens" / f"{teacher.digest}-{corpus.fingerprint()}"
+    found = {split: _one(teacher, corpus.splits[split], folder, split) for split in SPLITS}
+    for split, least in MIN_TOKENS.items():
+        if len(found[split].ids) < least:
+            raise UsageError(f"the {split} split must have at least {least:,} tokens, but {corpus.source} gives {len(found[split].ids):,}",
+                             "give more text with --data")
+    return found
+
+
+def _one(teacher: Teacher, documents: tuple[Document, ...], folder: Path, split: str) -> TokenSplit:
+    index, data = folder / f"{split}.json", folder / f"{split}.u32"
+    if not index.exists():
+        ids, offsets = _encode(teacher, documents)
+        write_atomically(data, ids.tobytes())
+        facts = {"offsets": offsets, "sizes": [len(d.text.encode("utf8", "replace")) for d in documents],
+                 "names": [d.name for d in documents]}
+        write_atomically(index, json.dumps(facts).encode())
+    meta: dict[str, Any] = json.loads(index.read_text())
+    if data.stat().st_size == 0:
+        ids = np.zeros(0, np.uint32)
+    else:
+        ids = np.memmap(data, np.uint32, "r")
+    return TokenSplit(ids, np.array(meta["offsets"], np.int64), np.array(meta["sizes"], np.int64), tuple(meta["names"]))
+
+
+def _encode(teacher: Teacher, documents: tuple[Document, ...]) -> tuple[npt.NDArray[np.uint32], list[int]]:
+    pieces: list[npt.NDArray[np.uint32]] = []
+    offsets = [0]
+    for start in range(0, len(documents), BATCH_DOCUMENTS):
+        texts = [d.text for d in documents[start:start + BATCH_DOCUMENTS]]
+        for encoding in teacher.tokenizer.encode_batch(texts, add_special_tokens=False):
+            pieces.append(np.array([*encoding.ids, teacher.end_token], np.uint32))
+            offsets.append(offsets[-1] + len(pieces[-1]))
+    return (np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)), offsets
