@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from paretune.hardware_profiles.errors import UsageError
 
@@ -29,6 +30,8 @@ def load_model(path: Path, model: type[Model]) -> Model:
         return model.model_validate(_plain(tree))
     except ValidationError as error:
         raise UsageError(_explain(path, tree, model, error), "mend that line") from None
+    except RecursionError:
+        raise UsageError(f"{path} contains itself or is nested too deeply", "write plain `key: value` lines") from None
 
 
 def dump_model(model: BaseModel, header: str) -> str:
@@ -49,11 +52,11 @@ def _parse(path: Path) -> Any:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: the file must be UTF-8, but byte {error.start} is not", "convert it") from None
-    if text.count("*") > MAX_ALIASES and text.count("&") > MAX_ALIASES:
-        raise UsageError(f"{path} has more than {MAX_ALIASES} aliases", "write the values out")
     yaml = YAML(typ="rt")
     yaml.allow_duplicate_keys = False
     try:
+        if sum(isinstance(event, AliasEvent) for event in YAML(typ="rt").parse(text)) > MAX_ALIASES:
+            raise UsageError(f"{path} has more than {MAX_ALIASES} aliases", "write the values out")
         return yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
@@ -61,6 +64,8 @@ def _parse(path: Path) -> Any:
         raise UsageError(f"{path}:{where}: {error.problem or error.context}", "mend that line") from None
     except (YAMLError, ValueError) as error:
         raise UsageError(f"{path}: {error}", "mend the file") from None
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply", "write plain `key: value` lines") from None
 
 
 def _plain(node: Any) -> Any:
@@ -73,7 +78,7 @@ def _plain(node: Any) -> Any:
 
 
 def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a misspelled key before the one it leaves missing
     location = [part for part in first["loc"] if isinstance(part, str | int)]
     line, column = _position(tree, location)
     name = ".".join(str(part) for part in location)

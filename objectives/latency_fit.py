@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
-from scipy.stats import kendalltau
 
 from paretune.objectives.measurement import Measurement
 from paretune.spaces.candidate import Candidate, Shape
@@ -101,11 +99,15 @@ def _shuffled(kind: tuple[str, object], rows: int, generator: random.Random) -> 
 
 def _fit(x: Array, y: Array) -> Array:
     """Non-negative least squares on relative errors."""
+    from scipy.optimize import nnls  # late: a tenth of a second that `recommend` need not pay
+
     coefficients, _ = nnls(x / y[:, None], np.ones_like(y))
     return np.asarray(coefficients)
 
 
 def _cross_validate(x: Array, y: Array, proxy: Array) -> FitError:
+    from scipy.stats import kendalltau
+
     order = np.random.default_rng(0).permutation(len(y))
     predicted = np.empty_like(y)
     for fold in np.array_split(order, min(FOLDS, len(y))):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paretune.spaces.candidate import DENSE, FP32, Activation, Candidate, Format, Layer, Pattern, PatternKind, Score, Shape
+from paretune.spaces.candidate import DENSE, FP32, Activation, Candidate, Format, Layer, Pattern, PatternKind, Score, Shape, group_for
 
 GROUP_SIZES = (32, 64, 128)
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -57,6 +57,11 @@ class Space:
         names = {kernel.split("/")[0] for kernel in self.kernels}
         return tuple(b for b, name in ((4, "int4"), (8, "int8"), (32, "fp32")) if name in names)
 
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Ascending group sizes that divide the hidden width; a narrow or odd one has fewer than `GROUP_SIZES`."""
+        return tuple(sorted({group_for(size, self.shape.hidden) for size in GROUP_SIZES}))
+
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.bits) - 1
@@ -71,7 +76,7 @@ class Space:
             "ffn_bits": ("int", (0, top)),
             "head_bits": ("int", (0, top)),
             "embedding_bits": ("int", (0, top)),
-            "group_size": ("int", (0, len(GROUP_SIZES) - 1)),
+            "group_size": ("int", (0, len(self.group_sizes) - 1)),
         }
         if {"int4/int8", "int4/fp32"} <= set(self.kernels):
             found["int4_activation"] = ("categorical", ("int8", "fp32"))
@@ -79,7 +84,7 @@ class Space:
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
         """The canonical candidate of a sampler's parameters."""
-        group = GROUP_SIZES[params["group_size"]]
+        group = self.group_sizes[params["group_size"]]
         wanted = params.get("int4_activation", "int8")
         layer = Layer(
             self.ffn_widths[params["ffn"]], params["kv_groups"],
@@ -96,13 +101,13 @@ class Space:
         if any(layer != x for layer in candidate.layers):
             raise ValueError("only layer-uniform candidates have sampler parameters")
         formats = (x.attention_format, x.ffn_format, candidate.head_format, candidate.embedding_format)
-        group = max((f.group_size for f in formats if f.bits != 32), default=GROUP_SIZES[0])
+        group = max((f.group_size for f in formats if f.bits != 32), default=self.group_sizes[0])
         attention, ffn, head, embedding = (self.bits.index(f.bits) for f in formats)
         params: dict[str, Any] = {
             "depth": len(candidate.layers), "ffn": self.ffn_widths.index(x.ffn), "kv_groups": x.kv_groups,
             "pattern": x.pattern.kind, "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind == "unstructured" else 0,
             "score": x.pattern.score, "attention_bits": attention, "ffn_bits": ffn, "head_bits": head,
-            "embedding_bits": embedding, "group_size": GROUP_SIZES.index(group)}
+            "embedding_bits": embedding, "group_size": self.group_sizes.index(group)}
         if "int4_activation" in self.distributions():
             params["int4_activation"] = next((f.activation for f in formats[:3] if f.bits == 4), "int8")
         if self.decode(params) != candidate:
@@ -113,7 +118,7 @@ class Space:
         """The format of `bits` with the activations its kernel takes (int8 weights run with int8 activations only)."""
         if bits == 32:
             return FP32
-        wanted: Activation = "fp32" if int4_activation == "fp32" else "int8"
+        wanted: Activation = "fp32" if bits == 4 and int4_activation == "fp32" else "int8"
         kernels = [k for k in self.kernels if k.startswith(f"int{bits}/")]
         activation: Activation = wanted if f"int{bits}/{wanted}" in kernels else ("int8" if f"int{bits}/int8" in kernels else "fp32")
         return Format(8 if bits == 8 else 4, group_size, activation)
@@ -129,7 +134,7 @@ class Space:
 
     def size(self) -> int:
         """Number of distinct candidates, counted over canonical ones."""
-        bits, groups, activations = self.bits, len(GROUP_SIZES), 2 if "int4_activation" in self.distributions() else 1
+        bits, groups, activations = self.bits, len(self.group_sizes), 2 if "int4_activation" in self.distributions() else 1
         patterns = 1 + len(SCORES) + len(SCORES) * len(RATIOS)
         precisions = 0
         for combination in itertools.product(bits, repeat=4):

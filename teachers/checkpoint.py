@@ -12,20 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same folder, fsync it, rename it, fsync the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+from paretune.hardware_profiles.files import sync_folder
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -40,7 +27,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -70,11 +57,3 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Map
                 index, field = rest.split(".", 1)
                 state.setdefault(int(index), {})[field] = tensor.clone()
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

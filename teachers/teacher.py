@@ -187,7 +187,7 @@ def _check_tensors(files: list[Path], shape: Shape) -> None:
         if file.stat().st_size < MIN_HEADER_BYTES:
             raise UsageError(f"{file} has only {file.stat().st_size} bytes", "copy the folder again, it is half-written")
         try:
-            with safe_open(file, "pt") as tensors:
+            with safe_open(file, "numpy") as tensors:
                 actual |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{file} is not a complete safetensors file: {error}", "copy the folder again, it may be half-written") from None

@@ -133,7 +133,7 @@ def _read(path: Path, field: str | None) -> Iterator[Document]:
 def _json_lines(path: Path, field: str | None) -> Iterator[Document]:
     if field is None:
         raise UsageError(f"{path} is a .jsonl file, so the name of its text field is needed", "add --field NAME")
-    for number, line in enumerate(_decode(path).splitlines(), 1):
+    for number, line in enumerate(_decode(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -144,7 +144,7 @@ def _json_lines(path: Path, field: str | None) -> Iterator[Document]:
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UsageError(f"{path}:{number}: the field {field!r} must hold text; this line has {keys}",
                              "name the text field with --field")
-        yield Document(f"{path.name}:{number}", record[field])
+        yield Document(f"{path.name}:{number}", record[field].encode("utf8", "replace").decode())  # lone surrogates become "?"
 
 
 def _decode(path: Path) -> str:

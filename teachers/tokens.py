@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paretune.hardware_profiles.errors import UsageError
-from paretune.teachers.checkpoint import write_atomically
+from paretune.hardware_profiles.files import write_atomically
 from paretune.teachers.teacher import Teacher
 from paretune.teachers.text import SPLITS, Corpus, Document, Split
 

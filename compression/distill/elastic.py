@@ -40,10 +40,10 @@ class ElasticRecipe:
     seconds: float
     context: int = 256
     batch: int = 16
-    muon_lr: float = 0.01
+    muon_lr: float = 0.006
     adamw_lr: float = 1e-3
     ce_weight: float = 0.0
-    smallest_share: float = 0.25
+    smallest_share: float = 0.1
     seed: int = 0
 
 

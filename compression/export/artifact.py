@@ -26,13 +26,13 @@ from paretune.teachers.teacher import Teacher
 CHECKSUMS = "SHA256SUMS"
 FACTS = "paretune.json"
 MODEL = Path("onnx") / "model.onnx"
-ZSTD_LEVEL = 9
+ZSTD_LEVEL = 3
 TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class ArtifactFacts:
-    """Bytes of `onnx/model.onnx` (and its data file), as they are and compressed with zstd level 9."""
+    """Bytes of `onnx/model.onnx` (and its data file), as they are and compressed with zstd level 3."""
 
     bytes: int
     compressed_bytes: int
@@ -56,11 +56,8 @@ def write_artifact(folder: Path, teacher: Teacher, candidate: Candidate, weights
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
         _write_hugging_face(temporary / "hf", teacher, candidate, weights)
         sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
-        described = {**facts, "candidate": json.loads(candidate.to_json()), "description": candidate.describe(), "teacher": teacher.name,
-                     "teacher_digest": teacher.digest, "bytes": sizes.bytes, "compressed_bytes": sizes.compressed_bytes}
-        (temporary / FACTS).write_text(json.dumps(described, indent=1))
-        (temporary / "README.md").write_text(card(described))
-        write_checksums(temporary)
+        describe_artifact(temporary, {**facts, "candidate": json.loads(candidate.to_json()), "description": candidate.describe(), "teacher": teacher.name,
+                                      "teacher_digest": teacher.digest, "bytes": sizes.bytes, "compressed_bytes": sizes.compressed_bytes})
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:
@@ -68,10 +65,19 @@ def write_artifact(folder: Path, teacher: Teacher, candidate: Candidate, weights
     return sizes
 
 
+def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add `facts` to paretune.json, write the card from all of them, and renew the checksums."""
+    path = folder / FACTS
+    told = {**(json.loads(path.read_text()) if path.exists() else {}), **facts}
+    path.write_text(json.dumps(told, indent=1))
+    (folder / "README.md").write_text(card(told))
+    write_checksums(folder)
+
+
 def compressed_bytes(weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape) -> ArtifactFacts:
     """The sizes an artifact of this candidate would have, without writing it."""
     data = build_model(weights, candidate, config, shape).SerializeToString()
-    return ArtifactFacts(len(data), len(zstandard.compress(data, 3)))
+    return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
 
 
 def check_artifact(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""From a rung-0 value to what recovery will make of it: a small ridge regression, refitted as confirmations come in.
+
+Rung 0 scores a candidate without recovery, and recovery repairs some things (sparsity, small students) more than others.
+Before any confirmation the estimate is the rung-0 value itself; every pair pulls it towards what was observed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from paretune.spaces.candidate import Candidate, Shape
+
+RIDGE = 0.3
+MIN_PAIRS = 4
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """NLL increase over the teacher in nats/token: at rung 0 (search split) and confirmed (report split)."""
+
+    candidate: Candidate
+    rung0: float
+    confirmed: float
+
+
+class Calibration:
+    """Estimates the confirmed increase from the rung-0 increase, pattern, precision and size."""
+
+    def __init__(self, shape: Shape, pairs: list[Pair]) -> None:
+        self.shape, self.pairs = shape, len(pairs)
+        self.coefficients = np.zeros(_features(shape, None, 0.0).size)
+        self.median_error = self.prior_error = float("nan")
+        if pairs:
+            self.prior_error = float(np.median([abs(p.rung0 - p.confirmed) for p in pairs]))
+        if len(pairs) >= MIN_PAIRS:
+            x, y = _design(shape, pairs)
+            self.coefficients = _ridge(x, y)
+            rest = [np.delete(np.arange(len(pairs)), i) for i in range(len(pairs))]
+            self.median_error = float(np.median([abs(float(x[i] @ _ridge(x[r], y[r])) - y[i]) for i, r in enumerate(rest)]))
+
+    def estimate(self, candidate: Candidate, rung0: float) -> float:
+        """Estimated confirmed NLL increase in nats/token."""
+        return rung0 + float(_features(self.shape, candidate, rung0) @ self.coefficients)
+
+    @property
+    def error(self) -> float:
+        """Median absolute error in nats/token: leave-one-out once fitted, of the plain rung-0 value before; NaN without pairs."""
+        return self.prior_error if np.isnan(self.median_error) else self.median_error
+
+    def to_dict(self) -> dict[str, float]:
+        return {"pairs": self.pairs, "median_error_nats": self.error, "median_error_uncalibrated_nats": self.prior_error}
+
+
+def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
+    """What the correction depends on: level, rung-0 value (bent), sparsity, 4-bit weights, how much was cut away."""
+    if candidate is None:
+        return np.zeros(6)
+    first = candidate.layers[0]
+    formats = (first.attention_format, first.ffn_format, candidate.head_format)
+    kept = len(candidate.layers) / shape.layers * (first.ffn / shape.ffn + first.kv_groups / shape.kv_heads) / 2
+    return np.array([0.1, rung0 / (1 + rung0), first.pattern.ratio * rung0, float(first.pattern.kind == "2:4") * 0.3,
+                     sum(f.bits == 4 for f in formats) / 3 * 0.3, (1 - kept) * 0.5])
+
+
+def _design(shape: Shape, pairs: list[Pair]) -> tuple[Array, Array]:
+    return (np.stack([_features(shape, p.candidate, p.rung0) for p in pairs]), np.array([p.confirmed - p.rung0 for p in pairs]))
+
+
+def _ridge(x: Array, y: Array) -> Array:
+    """Ridge with relative weights: an error of 0.05 nats matters more near the front than far from it."""
+    weights = 1 / (0.1 + np.abs(y))
+    xw, yw = x * weights[:, None], y * weights
+    return np.asarray(np.linalg.solve(xw.T @ xw + RIDGE * np.eye(x.shape[1]), xw.T @ yw))

@@ -1,0 +1,90 @@
+"""Running the director's work: by Ray Tune in worker processes, or in this process (tests, debugging)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from paretune.search.director import Director
+from paretune.search.work import Outcome, Work
+
+OBJECT_STORE_BYTES = 100 * 2**20
+RAY_ENVIRONMENT = {
+    "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_DEDUP_LOGS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def run_inline(director: Director, evaluate: Callable[[Work], Outcome]) -> None:
+    """Ask, evaluate, tell in this process until the director is done."""
+    from paretune.search.tune_search import OUTCOME, JointSearch
+
+    searcher, number = JointSearch(director), 0
+    while True:
+        trial_id = f"inline-{number}"
+        config = searcher.suggest(trial_id)
+        if config is None:
+            raise RuntimeError("the director waits, but nothing is running")
+        if isinstance(config, str):
+            return
+        outcome = Outcome(done=False)
+        while not outcome.done:
+            outcome = evaluate(Work.from_json(config["work"]))
+            if not outcome.done:
+                searcher.on_trial_result(trial_id, {OUTCOME: outcome.to_json()})
+        searcher.on_trial_complete(trial_id, {OUTCOME: outcome.to_json()})
+        number += 1
+
+
+def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: int, address: str | None = None) -> None:
+    """Run by Ray Tune until the director is done or SIGINT/SIGTERM ask for the end (once: orderly; again: at once)."""
+    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
+    os.environ["PARETUNE_STUDY_FOLDER"], os.environ["PARETUNE_STUDY_HOME"] = str(folder), str(home)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    import ray
+    from ray import tune
+
+    from paretune.search.trainable import StudyWorker
+    from paretune.search.tune_search import Interrupt, JointSearch
+
+    temp = Path(tempfile.mkdtemp(prefix="pt-", dir=tempfile.gettempdir()))
+    passed = {name: value for name, value in os.environ.items() if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_"))}
+    local: dict[str, Any] = {"num_cpus": cores, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": str(temp), "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", configure_logging=False, runtime_env={"env_vars": passed},
+                 **({} if address else local))
+        tuner = tune.Tuner(
+            tune.with_resources(StudyWorker, {"cpu": cores}),
+            tune_config=tune.TuneConfig(search_alg=JointSearch(director), num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(name=f"launch-{launch:03d}", storage_path=str(folder / "ray"), verbose=0, stop=Interrupt(director),
+                                      failure_config=tune.FailureConfig(max_failures=0)))
+        with _signals(director):
+            tuner.fit()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp, ignore_errors=True)
+        shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals(director: Director) -> Iterator[None]:
+    """First SIGINT or SIGTERM: stop what runs and write up. Second: leave at once (the store is always resumable)."""
+
+    def ask(_number: int, _frame: Any) -> None:
+        if director.is_interrupted:
+            os._exit(130)
+        director.interrupt()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

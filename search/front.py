@@ -1,0 +1,60 @@
+"""Dominance, ranks, crowding and ties. Everything is minimized; vectors are tuples of floats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Vector = tuple[float, ...]
+
+
+def dominates(a: Vector, b: Vector) -> bool:
+    """Whether `a` is at least as good everywhere and better somewhere."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def non_dominated(points: Sequence[Vector]) -> list[int]:
+    """Indices of the points that no other dominates, in their order; equal points all stay."""
+    return [i for i, p in enumerate(points) if not any(dominates(q, p) for q in points)]
+
+
+def ranks(points: Sequence[Vector]) -> list[int]:
+    """Non-dominated rank of every point, 0 for the front (Deb et al. 2002)."""
+    found = [-1] * len(points)
+    left, rank = list(range(len(points))), 0
+    while left:
+        front = [left[i] for i in non_dominated([points[i] for i in left])]
+        for i in front:
+            found[i] = rank
+        left = [i for i in left if found[i] < 0]
+        rank += 1
+    return found
+
+
+def crowding(points: Sequence[Vector]) -> list[float]:
+    """Crowding distance of every point among all of them; infinite at the ends of an objective (Deb et al. 2002)."""
+    found = [0.0] * len(points)
+    if not points:
+        return found
+    for m in range(len(points[0])):
+        order = sorted(range(len(points)), key=lambda i: points[i][m])
+        low, high = points[order[0]][m], points[order[-1]][m]
+        found[order[0]] = found[order[-1]] = float("inf")
+        if high == low:
+            continue
+        for before, i, after in zip(order, order[1:], order[2:], strict=False):
+            found[i] += (points[after][m] - points[before][m]) / (high - low)
+    return found
+
+
+def hypervolume(points: Sequence[Vector], reference: Vector) -> float:
+    """Volume that the points dominate below `reference`, any number of objectives (recursive slicing; small fronts only)."""
+    inside = [p for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
+    if not inside:
+        return 0.0
+    if len(reference) == 1:
+        return reference[0] - min(p[0] for p in inside)
+    total = 0.0
+    levels = sorted({p[-1] for p in inside})
+    for level, upper in zip(levels, [*levels[1:], reference[-1]], strict=True):
+        total += (upper - level) * hypervolume([p[:-1] for p in inside if p[-1] <= level], reference[:-1])
+    return total

@@ -1,0 +1,143 @@
+"""From a front and limits to one candidate, with reasons: what binds, the runner-up and its price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paretune.hardware_profiles.errors import NothingFeasible, UsageError
+from paretune.objectives.measurement import Measurement
+from paretune.search.view import Point, StudyView, tied
+
+NEAR = 0.9
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds; None leaves a quantity free. `loss` is the NLL increase over the fp32 teacher as a fraction."""
+
+    latency_ms: float | None = None
+    compressed_bytes: float | None = None
+    memory_bytes: float | None = None
+    loss: float | None = None
+
+    def active(self) -> dict[str, float]:
+        """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not positive."""
+        named = {"decode_ms_per_token": self.latency_ms, "compressed_bytes": self.compressed_bytes, "peak_memory_bytes": self.memory_bytes,
+                 "relative_loss": self.loss}
+        found = {name: value for name, value in named.items() if value is not None}
+        for name, value in found.items():
+            if value <= 0:
+                raise UsageError(f"a limit must be positive, but {name} got {value}", "give a positive number")
+        return found
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """`chosen` with the sentences of `why`; `binding` is the limit that has the least room; `runner_up` with its price."""
+
+    chosen: Point
+    why: tuple[str, ...]
+    binding: str | None
+    runner_up: Point | None
+    price: str
+    considered: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"chosen": point_dict(self.chosen), "why": list(self.why), "binding": self.binding, "price": self.price, "considered": self.considered,
+                "runner_up": None if self.runner_up is None else point_dict(self.runner_up)}
+
+
+def recommend(view: StudyView, limits: Limits) -> Recommendation:
+    """The best candidate of the front within the limits: lowest loss if latency, size or memory are bounded, fastest if only
+    the loss is, balanced (smallest sum of ratios to the best in each objective) without limits.
+
+    Raises NothingFeasible naming the nearest candidate and by how much it misses.
+    """
+    if not view.front:
+        raise NothingFeasible("the study has no confirmed candidate yet", "wait for the first confirmation, or search with a larger budget")
+    bounds = limits.active()
+    feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
+    if not feasible:
+        raise _nearest(view, bounds)
+    order, rule = _ordering(view, bounds)
+    ranked = sorted(feasible, key=order)
+    chosen, runner_up = ranked[0], (ranked[1] if len(ranked) > 1 else None)
+    binding = _binding(chosen, bounds)
+    why = [f"{rule} of {len(feasible)} of {len(view.front)} front members within the limits", *_sentences(view, chosen)]
+    if binding is not None:
+        room = 1 - chosen.measurements[binding].value / bounds[binding]
+        why.append(f"the tightest limit is {binding}: {_show(binding, chosen.measurements[binding])} of {_plain(binding, bounds[binding])} ({room:.0%} room)")
+    price = "" if runner_up is None else _price(view, chosen, runner_up)
+    return Recommendation(chosen, tuple(why), binding, runner_up, price, len(feasible))
+
+
+def point_dict(point: Point) -> dict[str, Any]:
+    """A point as JSON-able data."""
+    return {"key": point.key, "name": point.name, "description": point.description, "source": point.source, "kind": point.kind,
+            "measurements": {name: m.to_dict() for name, m in point.measurements.items()}}
+
+
+def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
+    if set(bounds) == {"relative_loss"}:
+        return (lambda p: p.measurements["decode_ms_per_token"].value), "the fastest"
+    if bounds:
+        return (lambda p: p.measurements["nll"].value), "the lowest loss"
+    best = [min(p.value(name).value for p in view.front) for name in view.objectives]
+
+    def balance(point: Point) -> float:
+        vector = point.vector(view.objectives)
+        quality = vector[0] / best[0]
+        return float(quality ** 10 + sum(v / b for v, b in zip(vector[1:], best[1:], strict=True)))
+
+    return balance, "the best balance"
+
+
+def _sentences(view: StudyView, chosen: Point) -> Sequence[str]:
+    found = [f"NLL {_show('nll', chosen.measurements['nll'])}, {chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
+             f"({chosen.measurements['relative_loss'].low:+.1%} … {chosen.measurements['relative_loss'].high:+.1%})"]
+    teacher = view.teacher
+    if teacher is not None and teacher.key != chosen.key:
+        speed = teacher.measurements["decode_ms_per_token"].value / chosen.measurements["decode_ms_per_token"].value
+        size = teacher.measurements["compressed_bytes"].value / chosen.measurements["compressed_bytes"].value
+        found.append(f"decodes {speed:.2f} times as fast ({_show('decode_ms_per_token', chosen.measurements['decode_ms_per_token'])}) and is {size:.2f} times smaller "
+                     f"({_show('compressed_bytes', chosen.measurements['compressed_bytes'])} compressed)")
+    return found
+
+
+def _binding(chosen: Point, bounds: dict[str, float]) -> str | None:
+    return max(bounds, key=lambda name: chosen.measurements[name].value / bounds[name]) if bounds else None
+
+
+def _price(view: StudyView, chosen: Point, other: Point) -> str:
+    parts = []
+    for name in view.objectives:
+        mine, theirs = chosen.value(name), other.value(name)
+        if tied(chosen, other, name):
+            parts.append(f"{name} tied")
+        else:
+            parts.append(f"{name} {theirs.value / mine.value - 1:+.1%}")
+    return f"{other.name} instead: " + ", ".join(parts)
+
+
+def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
+    def excess(point: Point) -> float:
+        return sum(max(0.0, point.measurements[name].value / bound - 1) for name, bound in bounds.items())
+
+    near = min(view.front, key=excess)
+    missed = [f"{name} is {_show(name, near.measurements[name])}, the limit {_plain(name, bound)}"
+              for name, bound in bounds.items() if near.measurements[name].value > bound]
+    return NothingFeasible(f"no front member keeps all limits; the nearest is {near.name} ({near.key[:8]}): {'; '.join(missed)}", "relax that limit")
+
+
+def _show(name: str, m: Measurement) -> str:
+    return _plain(name, m.value) + ("" if m.provenance == "measured" else f" ({m.provenance})")
+
+
+def _plain(name: str, value: float) -> str:
+    if name.endswith("bytes"):
+        return f"{value / 1e6:.2f} MB"
+    if name == "relative_loss":
+        return f"{value:.1%}"
+    return f"{value:.3f}" + (" ms" if "ms" in name else "")

@@ -1,0 +1,101 @@
+"""What a search is asked to do: a YAML file, a preset and options, merged into one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.yaml_file import load_model
+
+Objective = Literal["nll", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"]
+DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
+UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Shares(BaseModel):
+    """How the budget is divided; what a stage leaves over goes on to the next."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    elastic: float = Field(0.25, ge=0, le=0.9, description="elastic student")
+    explore: float = Field(0.30, gt=0, le=0.9, description="rung-0 candidates")
+    confirm: float = Field(0.35, gt=0, le=0.9, description="recovery and confirmation")
+
+
+class Spec(BaseModel):
+    """Settings of one search. Durations are like `90s`, `45m`, `8h`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    teacher: str = "stdlib-coder"
+    data: str | None = None
+    field: str | None = None
+    profile: str = "local-cpu"
+    budget: str = "9m"
+    sampler: Literal["tpe", "nsga2"] = "tpe"
+    seed: int = 0
+    objectives: tuple[Objective, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
+    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], float] = Field(default_factory=dict)
+    search_tokens: int = Field(24_000, ge=256)
+    report_tokens: int = Field(40_000, ge=256)
+    fit_points: int = Field(20, ge=8, le=200)
+    max_candidates: int = Field(2000, ge=1)
+    finalists: int = Field(16, ge=1)
+    shares: Shares = Shares()
+
+    @field_validator("budget")
+    @classmethod
+    def _is_duration(cls, value: str) -> str:
+        seconds(value)
+        return value
+
+    @field_validator("objectives")
+    @classmethod
+    def _has_quality(cls, value: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        if "nll" not in value or len(set(value)) != len(value) or len(value) < 2:
+            raise ValueError("two or more different objectives are needed, and nll among them")
+        return value
+
+    @property
+    def budget_s(self) -> float:
+        return seconds(self.budget)
+
+    def digest(self) -> str:
+        """12 hex digits; two searches with the same settings have the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"budget": "9m"},
+    "overnight": {"budget": "8h", "report_tokens": 1_000_000, "fit_points": 48, "finalists": 60},
+}
+
+
+def seconds(duration: str) -> float:
+    """Seconds of a duration such as 90s, 45m, 8h. Raises ValueError."""
+    match = DURATION.match(duration.strip())
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"a duration is a positive number and s, m, h or d, such as 45m or 8h, but got {duration!r}")
+    return float(match[1]) * UNIT_SECONDS[match[2]]
+
+
+def make_spec(file: Path | None, preset: str | None, options: dict[str, Any]) -> Spec:
+    """Preset, then YAML file, then command-line options (those that are not None); raises UsageError."""
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"a preset is one of {', '.join(PRESETS)}, but got {preset!r}", "choose one of them")
+    merged: dict[str, Any] = dict(PRESETS[preset or "quick"])
+    if file is not None:
+        merged |= load_model(file, Spec).model_dump(exclude_unset=True)
+    merged |= {name: value for name, value in options.items() if value is not None}
+    try:
+        return Spec.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{name}: {first['msg']}, but got {first.get('input')!r}", "change that option") from None

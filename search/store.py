@@ -1,0 +1,305 @@
+"""The truth of a study: one SQLite file, one writer. Optuna, Ray Tune, MLflow and the report are views of it.
+
+WAL with synchronous=FULL: a committed row survives SIGKILL and power loss. Starting is recovering: whatever was running
+when the process died is marked lost and becomes due again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import sqlalchemy as sa
+
+from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.objectives.measurement import Measurement
+from paretune.objectives.quality import Scores
+from paretune.spaces.candidate import Candidate
+
+Fidelity = Literal["rung0", "recovered", "confirmed"]
+Status = Literal["running", "complete", "failed", "infeasible", "lost"]
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_MS = 20_000
+
+metadata = sa.MetaData()
+meta_table = sa.Table("meta", metadata, sa.Column("name", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False))
+candidate_table = sa.Table(
+    "candidate", metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("number", sa.Integer, nullable=False, unique=True),
+    sa.Column("source", sa.Text, nullable=False), sa.Column("candidate", sa.Text, nullable=False), sa.Column("params", sa.Text, nullable=False),
+    sa.Column("created", sa.Text, nullable=False))
+evaluation_table = sa.Table(
+    "evaluation", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), nullable=False),
+    sa.Column("fidelity", sa.Text, nullable=False), sa.Column("status", sa.Text, nullable=False), sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("measurements", sa.Text, nullable=False, default="{}"), sa.Column("scores", sa.Text, nullable=False, default="null"),
+    sa.Column("facts", sa.Text, nullable=False, default="{}"), sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("seconds", sa.Float, nullable=False, default=0.0), sa.Column("at", sa.Text, nullable=False),
+    sa.Index("evaluation_key", "key", "fidelity"))
+artifact_table = sa.Table("artifact", metadata, sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), primary_key=True),
+                          sa.Column("path", sa.Text, nullable=False), sa.Column("sha256", sa.Text, nullable=False))
+event_table = sa.Table("event", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("at", sa.Text, nullable=False),
+                       sa.Column("kind", sa.Text, nullable=False), sa.Column("text", sa.Text, nullable=False),
+                       sa.Column("data", sa.Text, nullable=False, default="{}"))
+outbox_table = sa.Table("outbox", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("kind", sa.Text, nullable=False),
+                        sa.Column("key", sa.Text, nullable=False), sa.Column("done", sa.Integer, nullable=False, default=0),
+                        sa.UniqueConstraint("kind", "key"))
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """A proposed candidate. `number` counts proposals from 0; `source` is "baseline", "seed" or "sampler"."""
+
+    key: str
+    number: int
+    source: str
+    candidate: Candidate
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One attempt to evaluate a candidate at a fidelity. `facts` say how (tokens, weights file, seconds per step …)."""
+
+    key: str
+    fidelity: Fidelity
+    status: Status
+    attempt: int
+    measurements: dict[str, Measurement]
+    scores: Scores | None
+    facts: dict[str, Any]
+    reason: str
+    seconds: float
+    at: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something an operator would want to read in the morning."""
+
+    at: str
+    kind: str
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+class Store:
+    """Rows of one study folder. Open with `create` or `open_study`; `reader` never writes and never blocks the writer."""
+
+    def __init__(self, folder: Path, engine: sa.Engine, lock: IO[str] | None) -> None:
+        self.folder, self._engine, self._lock = folder, engine, lock
+
+    @classmethod
+    def create(cls, folder: Path, meta: Mapping[str, Any]) -> Store:
+        """A new study with its settings. Raises UsageError if it exists, EnvironmentProblem if the folder cannot be written."""
+        if (folder / "study.db").exists():
+            raise UsageError(f"a study called {folder.name!r} exists", "choose another --study name")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _take(folder)
+        except OSError as error:
+            raise EnvironmentProblem(f"the study folder {folder} cannot be written: {error.strerror}", "free the disk or choose a folder with --home") from None
+        store = cls(folder, _engine(folder, "rwc"), lock)
+        try:
+            metadata.create_all(store._engine)
+            store.set_meta(schema=SCHEMA_VERSION, created=now(), study=folder.name, **meta)
+        except sa.exc.OperationalError as error:
+            raise EnvironmentProblem(f"the study database in {folder} cannot be written: {error.orig}", "free the disk or choose a folder with --home") from None
+        return store
+
+    @classmethod
+    def open_study(cls, folder: Path) -> Store:
+        """Open for writing; raises UsageError if there is no study, EnvironmentProblem if another search runs on it."""
+        _require(folder)
+        return _checked(cls(folder, _engine(folder, "rw"), _take(folder)))
+
+    @classmethod
+    def reader(cls, folder: Path) -> Store:
+        """Open read-only, also while a search runs."""
+        _require(folder)
+        return _checked(cls(folder, _engine(folder, "ro"), None))
+
+    def close(self) -> None:
+        self._engine.dispose()
+        if self._lock is not None:
+            self._lock.close()
+
+    def meta(self, name: str, default: Any = None) -> Any:
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.name == name)).first()
+        return default if row is None else json.loads(row[0])
+
+    def set_meta(self, **values: Any) -> None:
+        rows = [{"name": name, "value": json.dumps(value)} for name, value in values.items()]
+        with self._engine.begin() as connection:
+            connection.execute(sa.insert(meta_table).prefix_with("OR REPLACE"), rows)
+
+    def add_candidate(self, candidate: Candidate, source: str, params: Mapping[str, Any]) -> bool:
+        """Record a proposal; False if this candidate is known."""
+        with self._engine.begin() as connection:
+            if connection.execute(sa.select(candidate_table.c.key).where(candidate_table.c.key == candidate.key)).first():
+                return False
+            number = connection.execute(sa.select(sa.func.coalesce(sa.func.max(candidate_table.c.number), -1) + 1)).scalar_one()
+            connection.execute(sa.insert(candidate_table).values(
+                key=candidate.key, number=number, source=source, candidate=candidate.to_json(), params=json.dumps(dict(params)), created=now()))
+        return True
+
+    def candidates(self) -> list[CandidateRow]:
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(candidate_table).order_by(candidate_table.c.number)).all()
+        return [CandidateRow(r.key, r.number, r.source, Candidate.from_json(r.candidate), json.loads(r.params)) for r in rows]
+
+    def start(self, key: str, fidelity: Fidelity) -> int:
+        """A candidate is being evaluated: returns which attempt this is, from 1."""
+        with self._engine.begin() as connection:
+            where = (evaluation_table.c.key == key) & (evaluation_table.c.fidelity == fidelity)
+            attempt = int(connection.execute(sa.select(sa.func.count()).where(where)).scalar_one()) + 1
+            connection.execute(sa.insert(evaluation_table).values(key=key, fidelity=fidelity, status="running", attempt=attempt, at=now()))
+        return attempt
+
+    def finish(self, key: str, fidelity: Fidelity, status: Status, *, measurements: Mapping[str, Measurement] | None = None, scores: Scores | None = None,
+               facts: Mapping[str, Any] | None = None, reason: str = "", seconds: float = 0.0, publish: bool = False,
+               artifact: tuple[Path, str] | None = None) -> bool:
+        """End the running evaluation in one transaction, with its artifact and outbox row; False if it is not running any more (a late result)."""
+        where = (evaluation_table.c.key == key) & (evaluation_table.c.fidelity == fidelity) & (evaluation_table.c.status == "running")
+        values = {"status": status, "measurements": json.dumps({n: m.to_dict() for n, m in (measurements or {}).items()}),
+                  "scores": json.dumps(None if scores is None else scores.__dict__), "facts": json.dumps(dict(facts or {})), "reason": reason,
+                  "seconds": seconds, "at": now()}
+        with self._engine.begin() as connection:
+            if connection.execute(sa.update(evaluation_table).where(where).values(**values)).rowcount == 0:
+                return False
+            if artifact is not None:
+                row = {"key": key, "path": artifact[0].relative_to(self.folder).as_posix(), "sha256": artifact[1]}
+                connection.execute(sa.insert(artifact_table).prefix_with("OR REPLACE").values(**row))
+            if publish:
+                connection.execute(sa.insert(outbox_table).prefix_with("OR REPLACE").values(kind=fidelity, key=key, done=0))
+        return True
+
+    def evaluations(self, fidelity: Fidelity | None = None, status: Status | None = None) -> list[Evaluation]:
+        query = sa.select(evaluation_table).order_by(evaluation_table.c.id)
+        if fidelity is not None:
+            query = query.where(evaluation_table.c.fidelity == fidelity)
+        if status is not None:
+            query = query.where(evaluation_table.c.status == status)
+        with self._engine.connect() as connection:
+            return [_evaluation(row) for row in connection.execute(query)]
+
+    def evaluations_of(self, key: str) -> list[Evaluation]:
+        """All evaluations of one candidate, oldest first."""
+        query = sa.select(evaluation_table).where(evaluation_table.c.key == key).order_by(evaluation_table.c.id)
+        with self._engine.connect() as connection:
+            return [_evaluation(row) for row in connection.execute(query)]
+
+    def update_measurements(self, fidelity: Fidelity, fresh: Mapping[str, Mapping[str, Measurement]]) -> None:
+        """Replace the measurements of complete evaluations (estimates change as the calibration learns), in one transaction."""
+        if not fresh:
+            return
+        where = (evaluation_table.c.key == sa.bindparam("k")) & (evaluation_table.c.fidelity == fidelity) & (evaluation_table.c.status == "complete")
+        rows = [{"k": key, "m": json.dumps({n: m.to_dict() for n, m in found.items()})} for key, found in fresh.items()]
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(evaluation_table).where(where).values(measurements=sa.bindparam("m")), rows)
+
+    def recover(self, most_attempts: int) -> int:
+        """Mark evaluations of a dead process lost (failed for good after `most_attempts`); returns how many there were."""
+        running = (evaluation_table.c.status == "running")
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(evaluation_table).where(running & (evaluation_table.c.attempt >= most_attempts)).values(
+                status="failed", reason=f"the process died {most_attempts} times while evaluating it"))
+            return int(connection.execute(sa.update(evaluation_table).where(running).values(status="lost", reason="the process died")).rowcount)
+
+    def artifact(self, key: str) -> Path | None:
+        """Folder of a confirmed candidate's artifact."""
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(artifact_table.c.path).where(artifact_table.c.key == key)).first()
+        return None if row is None else self.folder / row[0]
+
+    def event(self, kind: str, text: str, **data: Any) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(sa.insert(event_table).values(at=now(), kind=kind, text=text, data=json.dumps(data)))
+
+    def events(self) -> list[Event]:
+        with self._engine.connect() as connection:
+            return [Event(r.at, r.kind, r.text, json.loads(r.data)) for r in connection.execute(sa.select(event_table).order_by(event_table.c.id))]
+
+    def outbox(self) -> list[tuple[int, str, str]]:
+        """What MLflow has not seen: (id, kind, key), oldest first."""
+        with self._engine.connect() as connection:
+            return [(r.id, r.kind, r.key) for r in connection.execute(sa.select(outbox_table).where(outbox_table.c.done == 0).order_by(outbox_table.c.id))]
+
+    def outbox_done(self, identity: int) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(outbox_table).where(outbox_table.c.id == identity).values(done=1))
+
+    def refill_outbox(self) -> None:
+        """Queue every confirmed candidate again: MLflow is rebuilt from here."""
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(outbox_table).values(done=0))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        with self._engine.begin() as connection:
+            yield connection
+
+
+def _evaluation(row: Any) -> Evaluation:
+    scores = json.loads(row.scores)
+    return Evaluation(row.key, row.fidelity, row.status, row.attempt, {n: Measurement.from_dict(m) for n, m in json.loads(row.measurements).items()},
+                      None if scores is None else Scores.from_dict(scores), json.loads(row.facts), row.reason, row.seconds, row.at)
+
+
+def _engine(folder: Path, mode: str) -> sa.Engine:
+    engine = sa.create_engine(f"sqlite:///file:{folder.resolve() / 'study.db'}?mode={mode}&uri=true", connect_args={"check_same_thread": False})
+
+    def configure(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        if mode != "ro":
+            cursor.execute("PRAGMA journal_mode=WAL")
+            cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    sa.event.listen(engine, "connect", configure)
+    return engine
+
+
+def _require(folder: Path) -> None:
+    if not (folder / "study.db").is_file():
+        known = sorted(p.parent.name for p in folder.parent.glob("*/study.db"))
+        raise UsageError(f"no study is called {folder.name!r}", f"known studies: {', '.join(known) or 'none yet'}")
+
+
+def _checked(store: Store) -> Store:
+    try:
+        version = store.meta("schema")
+    except sa.exc.DatabaseError as error:
+        raise EnvironmentProblem(f"the study database in {store.folder} is damaged: {error.orig}", "restore the folder from a backup") from None
+    if version != SCHEMA_VERSION:
+        raise UsageError(f"the study has schema {version}, this paretune reads {SCHEMA_VERSION}", "use the paretune version that wrote it")
+    return store
+
+
+def _take(folder: Path) -> IO[str]:
+    """The kernel lock of a study; released when the process ends, however it ends."""
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise EnvironmentProblem(f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"pid {os.getpid()}")
+    lock.flush()
+    return lock

@@ -1,0 +1,66 @@
+"""The worker as a Tune Trainable: one process, one evaluator, reused for every piece of work.
+
+A watchdog in C ends the process when a piece of work outlives its time, whatever Python is doing; Tune then reports the
+trial as failed and starts a fresh worker.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from paretune.search.tune_search import OUTCOME
+from paretune.search.work import Outcome, Work
+
+FOLDER, HOME, EVALUATOR = "PARETUNE_STUDY_FOLDER", "PARETUNE_STUDY_HOME", "PARETUNE_EVALUATOR"
+
+
+class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
+    """Runs `Evaluator.run`; the evaluator lives as long as the process."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1)
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        self._evaluator = _make_evaluator()
+        self._config = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._config = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        work = Work.from_json(self._config["work"])
+        faulthandler.dump_traceback_later(work.timeout_s, exit=True)
+        try:
+            outcome = self._evaluator.run(work)
+        except MemoryError:
+            outcome = Outcome("infeasible", reason="out of memory")
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return {OUTCOME: outcome.to_json(), "done": outcome.done}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: every kind of work keeps its own state in the study folder."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load."""
+
+    def cleanup(self) -> None:
+        self._evaluator.close()
+
+
+def _make_evaluator() -> Any:
+    """The real evaluator, or the simulated one that tests name by `module:class` in the environment."""
+    folder, home, name = Path(os.environ[FOLDER]), Path(os.environ[HOME]), os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator")
+    module, _, cls = name.partition(":")
+    return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

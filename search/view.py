@@ -1,0 +1,141 @@
+"""A study as everybody but the search sees it: read from the store, computed anew each time, never written back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from paretune.objectives.measurement import Measurement
+from paretune.objectives.quality import Scores, paired_difference
+from paretune.search.front import Vector, non_dominated
+from paretune.search.store import CandidateRow, Evaluation, Event, Store
+from paretune.spaces.candidate import Candidate
+
+LABELS = {
+    "nll": "NLL (nats/token)", "estimated_nll": "estimated NLL (nats/token)", "decode_ms_per_token": "decode (ms/token)", "ttft_ms": "TTFT, 128 tokens (ms)",
+    "compressed_bytes": "compressed artifact (bytes)", "bytes": "artifact (bytes)", "peak_memory_bytes": "peak memory (bytes)",
+    "perplexity": "perplexity", "bits_per_byte": "bits/byte", "kl": "KL to the teacher (nats/token)", "top1_agreement": "top-1 agreement",
+    "relative_loss": "NLL increase (fraction)", "load_ms": "load (ms)"}
+DEFAULT_OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate at one fidelity. Rung-0 points are estimates (hollow in charts); confirmed ones are measured."""
+
+    key: str
+    number: int
+    source: str
+    candidate: Candidate
+    kind: Literal["rung0", "confirmed"]
+    measurements: dict[str, Measurement]
+    facts: dict[str, Any]
+    scores: Scores | None
+
+    @property
+    def description(self) -> str:
+        return self.candidate.describe()
+
+    @property
+    def name(self) -> str:
+        """A short label: `teacher int8`, or the size and the precisions."""
+        x = self.candidate.layers[0]
+        if self.source == "baseline":
+            return f"teacher {self.candidate.head_format.name}"
+        sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
+        return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {x.attention_format.name}/{x.ffn_format.name}{sparse}"
+
+    def value(self, objective: str) -> Measurement:
+        """The measurement of an objective; a rung-0 point answers `nll` with its estimate."""
+        if self.kind == "rung0" and objective == "nll":
+            return self.measurements["estimated_nll"]
+        return self.measurements[objective]
+
+    def vector(self, objectives: Sequence[str]) -> Vector:
+        return tuple(self.value(name).value for name in objectives)
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """Everything that status, front, recommendation, report and MLflow show."""
+
+    study: str
+    folder: Path
+    meta: dict[str, Any]
+    objectives: tuple[str, ...]
+    rung0: tuple[Point, ...]
+    confirmed: tuple[Point, ...]
+    front: tuple[Point, ...]
+    ties: dict[str, str]
+    failures: tuple[Evaluation, ...]
+    events: tuple[Event, ...]
+    seconds_by_stage: dict[str, float]
+
+    @property
+    def baselines(self) -> tuple[Point, ...]:
+        return tuple(p for p in self.confirmed if p.source == "baseline")
+
+    @property
+    def teacher(self) -> Point | None:
+        """The teacher at fp32, confirmed."""
+        return next((p for p in self.baselines if not p.candidate.is_quantized), None)
+
+    def point(self, key_prefix: str) -> Point | None:
+        """The confirmed point whose key starts with `key_prefix`."""
+        return next((p for p in self.confirmed if p.key.startswith(key_prefix)), None)
+
+
+META = ("study", "created", "state", "spec", "profile", "teacher", "corpus", "versions", "machine", "spent_s", "budget_s", "fit_error", "calibration",
+        "recovery_tokens", "space_size", "elastic", "launches", "stage", "seed", "command")
+
+
+def load_view(store: Store) -> StudyView:
+    """Read the whole study."""
+    rows = {row.key: row for row in store.candidates()}
+    evaluations = store.evaluations()
+    meta = {name: store.meta(name) for name in META}
+    objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
+    confirmed = tuple(_point(rows[e.key], e, "confirmed") for e in evaluations if e.fidelity == "confirmed" and e.status == "complete")
+    rung0 = tuple(_point(rows[e.key], e, "rung0") for e in evaluations if e.fidelity == "rung0" and e.status == "complete")
+    front, ties = front_of(confirmed, objectives)
+    failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
+    return StudyView(store.meta("study"), store.folder, meta, objectives, rung0, confirmed, front, ties, failures, tuple(store.events()),
+                     store.meta("seconds_by_stage", {}))
+
+
+def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[Point, ...], dict[str, str]]:
+    """The non-dominated confirmed points, best quality first, and which of them are ties.
+
+    Two points whose paired intervals overlap in every objective count as one: `ties` maps the later key to the earlier one.
+    A point with a disturbed latency is left out, because its place is not known.
+    """
+    usable = [p for p in points if all(p.value(name).provenance != "disturbed" for name in objectives)]
+    chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
+    chosen.sort(key=lambda p: p.vector(objectives))
+    ties: dict[str, str] = {}
+    for i, point in enumerate(chosen):
+        for earlier in chosen[:i]:
+            if earlier.key not in ties and all(tied(point, earlier, name) for name in objectives):
+                ties[point.key] = earlier.key
+                break
+    return tuple(chosen), ties
+
+
+def tied(a: Point, b: Point, objective: str) -> bool:
+    """Whether the difference of two points in an objective is within its interval (paired by document for the NLL)."""
+    if objective == "nll" and a.scores is not None and b.scores is not None:
+        _, low, high = paired_difference(a.scores, b.scores)
+        return low <= 0.0 <= high
+    return a.value(objective).overlaps(b.value(objective))
+
+
+def failure_counts(view: StudyView) -> Counter[str]:
+    """Reasons of failed, infeasible and lost evaluations with their number."""
+    return Counter(f"{e.fidelity} {e.status}: {e.reason.splitlines()[0][:160] if e.reason else 'no reason'}" for e in view.failures)
+
+
+def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"]) -> Point:
+    return Point(row.key, row.number, row.source, row.candidate, kind, evaluation.measurements, evaluation.facts, evaluation.scores)

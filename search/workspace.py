@@ -1,0 +1,168 @@
+"""What a worker keeps between trials: teacher, text, networks, student weights, calibration statistics, reference scores.
+
+A worker is a pure consumer of the study's `setup` (a JSON file written once by the driver), so any process that can read
+the study folder and the home can be one. Weights are memory-mapped by path; none travel in messages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretune.compression.distill.elastic import ElasticRecipe, ElasticTrainer, elastic_key, order_of
+from paretune.compression.prune import Importance, LayerStatistics, importance, layer_statistics, mask_for, slice_weights, sort_by_importance
+from paretune.compression.student import ATTENTION, FFN, Network
+from paretune.hardware_profiles.detect import fingerprint
+from paretune.hardware_profiles.lock import MachineLock
+from paretune.hardware_profiles.profile import Profile
+from paretune.search.spec import Spec
+from paretune.spaces.candidate import Candidate
+from paretune.spaces.space import Space
+from paretune.teachers import Corpus, Split, Teacher, TokenSplit, library_corpus, load_teacher, token_splits, user_corpus
+from paretune.teachers.checkpoint import load_tensors
+from paretune.teachers.tokens import Windows
+
+WINDOW = 256
+CALIBRATION_TOKENS = 4000
+KEPT_STRUCTURES = 24
+
+
+def read_corpus(spec: Spec) -> Corpus:
+    """The text that a spec names. Raises UsageError."""
+    return library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
+
+
+class Workspace:
+    """Lazily loaded state of one worker process for one study."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        setup = json.loads((folder / "setup.json").read_text())
+        self.folder, self.home, self.cache = folder, home, home / "cache"
+        self.spec, self.profile = Spec.model_validate(setup["spec"]), Profile.model_validate(setup["profile"])
+        self.lock = MachineLock()
+        self.fingerprint = fingerprint()
+        self._networks: dict[int, Network] = {}
+        self._statistics: OrderedDict[str, list[LayerStatistics]] = OrderedDict()
+        torch.set_num_threads(max(1, min(self.profile.cores, len(os.sched_getaffinity(0)))))
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return load_teacher(self.spec.teacher)
+
+    @cached_property
+    def space(self) -> Space:
+        return Space.of(self.teacher.shape, self.profile.weight_formats)
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        return self._corpus.fingerprint()
+
+    @cached_property
+    def tokens(self) -> dict[Split, TokenSplit]:
+        return token_splits(self.teacher, self._corpus, self.cache)
+
+    @cached_property
+    def search_windows(self) -> Windows:
+        return self.tokens["search"].windows(self.window, self.spec.search_tokens + self.spec.search_tokens // 50)
+
+    @cached_property
+    def report_windows(self) -> Windows:
+        return self.tokens["report"].windows(self.window, self.spec.report_tokens)
+
+    @property
+    def window(self) -> int:
+        """Length of the scored and trained windows in tokens."""
+        return min(WINDOW, self.teacher.context)
+
+    @cached_property
+    def teacher_weights(self) -> dict[str, torch.Tensor]:
+        return self.teacher.weights()
+
+    def network(self, depth: int) -> Network:
+        if depth not in self._networks:
+            self._networks[depth] = Network(self.teacher.config, self.teacher.shape, depth)
+        return self._networks[depth]
+
+    @cached_property
+    def elastic_recipe(self) -> ElasticRecipe:
+        seconds = round(self.spec.budget_s * self.spec.shares.elastic, 1)
+        return ElasticRecipe(seconds, context=self.window, batch=max(1, min(16, 2**24 // (self.window * self.teacher.shape.vocab))), seed=self.spec.seed)
+
+    @cached_property
+    def elastic_file(self) -> Path:
+        key = elastic_key(self.teacher, self.corpus_fingerprint, self.space, self.elastic_recipe)
+        return self.cache / "elastic" / f"{self.teacher.name}-{key}.safetensors"
+
+    def elastic_trainer(self) -> ElasticTrainer:
+        return ElasticTrainer(self.teacher, self.space, self.tokens["train"].ids, self.calibration_ids, self.elastic_recipe, self.elastic_file,
+                              self.lock.shared)
+
+    @cached_property
+    def calibration_ids(self) -> torch.Tensor:
+        return torch.from_numpy(self.tokens["calibration"].windows(self.window, CALIBRATION_TOKENS).ids)
+
+    @cached_property
+    def _elastic(self) -> tuple[dict[str, torch.Tensor], Importance]:
+        tensors, meta = load_tensors(self.elastic_file)
+        return {name: value for name, value in tensors.items() if not name.startswith("optimizer")}, order_of(meta)
+
+    @cached_property
+    def _sorted_teacher(self) -> tuple[dict[str, torch.Tensor], Importance]:
+        if self.elastic_file.exists():
+            order = self._elastic[1]
+        else:
+            order = importance(layer_statistics(self.network(self.teacher.shape.layers), self.teacher_weights, self.calibration_ids), self.teacher.shape)
+        return sort_by_importance(self.teacher_weights, order, self.teacher.shape), order
+
+    def dense_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
+        """The teacher's own weights at full size, else a slice of the elastic student."""
+        if candidate.is_full_size(self.teacher.shape):
+            return self.teacher_weights
+        weights, order = self._elastic
+        return slice_weights(weights, candidate, order, self.teacher.shape)
+
+    def masks(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Masks of the layers' matrices by their patterns; empty for a dense candidate."""
+        if not candidate.is_sparse:
+            return {}
+        statistics = self._layer_statistics(candidate, weights) if any(x.pattern.score == "wanda" for x in candidate.layers) else None
+        found = {}
+        for i, layer in enumerate(candidate.layers):
+            for name in (*ATTENTION, *FFN):
+                full = f"model.layers.{i}.{name}.weight"
+                norms = None if statistics is None else statistics[i].input_norms[name]
+                found[full] = mask_for(weights[full], layer.pattern, norms)
+        return found
+
+    def _layer_statistics(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> list[LayerStatistics]:
+        key = candidate.structure_key
+        if key not in self._statistics:
+            self._statistics[key] = layer_statistics(self.network(len(candidate.layers)), weights, self.calibration_ids)
+            if len(self._statistics) > KEPT_STRUCTURES:
+                self._statistics.popitem(last=False)
+        self._statistics.move_to_end(key)
+        return self._statistics[key]
+
+    @property
+    def _corpus(self) -> Corpus:
+        if not hasattr(self, "_read_corpus"):
+            self._read_corpus = read_corpus(self.spec)
+        return self._read_corpus
+
+    def npy(self, name: str, array: Any) -> Path:
+        """An array as a file for an engine child, written once per study."""
+        path = self.folder / "work" / f"{name}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
+            np.save(temporary, array)
+            temporary.replace(path)
+        return path

@@ -1,0 +1,133 @@
+"""Shared pieces of the suite: a tiny random Llama with a tokenizer of its own, generated text, and the lock's folder."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from paretune.spaces import Space
+    from paretune.teachers import Teacher, TokenSplit
+
+# The examples are a pure function of the test, so these tests have no chance to fail by luck.
+settings.register_profile("paretune", derandomize=True, deadline=None, max_examples=60, database=None,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("paretune")
+
+TINY_VOCAB = 288
+TINY = {"vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True, "initializer_range": 0.15}
+WORDS = ("the model reads a line and writes another while small numbers grow into large ones because every layer adds what it "
+         "knows about words rivers stones engines light weight grid zero one two four eight prune keep sort slice").split()
+
+
+def _document(seed: int, words: int = 500) -> str:
+    """Text of about five characters per word with some structure: sentences over a few words of a document's own."""
+    source = random.Random(seed)
+    own = source.sample(WORDS, 12)
+    lines = []
+    for _ in range(words // 10):
+        lines.append(" ".join(source.choice(own) for _ in range(10)).capitalize() + f". ({source.randrange(1000)})")
+    return "\n".join(lines) + "\n"
+
+
+def _write_teacher(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of TINY with `changes`, as a Hugging Face folder with a byte-level BPE tokenizer of 288 tokens."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms: ones would hide a forgotten or swapped norm
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([_document(i) for i in range(4)], vocab_size=TINY_VOCAB, special_tokens=["<|end|>"],
+                                  show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def _write_text(folder: Path, documents: int = 60, words: int = 500) -> Path:
+    """A folder of generated .txt files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(documents):
+        (folder / f"document{i:03}.txt").write_text(_document(1000 + i, words))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generated_document() -> Callable[..., str]:
+    """`generated_document(seed, words=500)`: text of about six characters per word."""
+    return _document
+
+
+@pytest.fixture(scope="session")
+def write_teacher() -> Callable[..., Path]:
+    """`write_teacher(folder, seed=0, **config)`: a random Llama like the tiny teacher, changed as the caller says."""
+    return _write_teacher
+
+
+@pytest.fixture(scope="session")
+def write_text() -> Callable[..., Path]:
+    """`write_text(folder, documents=60, words=500)`: a folder of generated text files."""
+    return _write_text
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hugging Face folder: hidden 64, 3 layers, 4 heads / 2 KV heads of 16, FFN 128, vocabulary 288, tied. Do not write into it."""
+    return _write_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 60 generated documents of about 3,000 characters, enough for every split. Do not write into it."""
+    return _write_text(tmp_path_factory.mktemp("text") / "documents")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny_teacher_dir: Path) -> Teacher:
+    from paretune.teachers import load_teacher
+
+    return load_teacher(str(tiny_teacher_dir))
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_teacher: Teacher) -> dict[str, torch.Tensor]:
+    """The tiny teacher's weights; tests must not change them in place."""
+    return tiny_teacher.weights()
+
+
+@pytest.fixture(scope="session")
+def tiny_space(tiny_teacher: Teacher) -> Space:
+    from paretune.spaces import Space
+
+    return Space.of(tiny_teacher.shape, ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny_teacher: Teacher, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenSplit]:
+    from paretune.teachers import token_splits, user_corpus
+
+    return dict(token_splits(tiny_teacher, user_corpus(tiny_text), tmp_path_factory.mktemp("cache")))
