@@ -24,15 +24,26 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape) -> Any:
-    """A LlamaConfig of the candidate's (layer-uniform) sizes."""
-    from transformers import LlamaConfig
+    """A Hugging Face config of the candidate's (layer-uniform) sizes.
+
+    A LlamaConfig, except where transformers refuses one because the hidden size is no multiple of the number of heads
+    (KV groups were cut): then a MistralConfig without sliding window, which is the same network.
+    """
+    from transformers import LlamaConfig, MistralConfig
 
     first = candidate.layers[0]
-    changed = {**config, "num_hidden_layers": len(candidate.layers), "intermediate_size": first.ffn,
-               "num_attention_heads": first.kv_groups * shape.heads_per_group, "num_key_value_heads": first.kv_groups,
-               "head_dim": shape.head_dim}
+    changed = {
+        **config,
+        "num_hidden_layers": len(candidate.layers),
+        "intermediate_size": first.ffn,
+        "num_attention_heads": first.kv_groups * shape.heads_per_group,
+        "num_key_value_heads": first.kv_groups,
+        "head_dim": shape.head_dim,
+    }
     for key in ("dtype", "torch_dtype", "architectures", "transformers_version", "model_type", "layer_types"):
         changed.pop(key, None)
+    if shape.hidden % changed["num_attention_heads"]:
+        return MistralConfig(**changed, sliding_window=None)
     return LlamaConfig(**changed)
 
 
@@ -71,8 +82,10 @@ class Network:
         """Round activations to int8 per group in front of every matrix whose format says so."""
         handles = []
         for module, spec in zip(self.layers, candidate.layers, strict=True):
-            for norm, inner, form in (("input_layernorm", "self_attn.o_proj", spec.attention_format),
-                                      ("post_attention_layernorm", "mlp.down_proj", spec.ffn_format)):
+            for norm, inner, form in (
+                ("input_layernorm", "self_attn.o_proj", spec.attention_format),
+                ("post_attention_layernorm", "mlp.down_proj", spec.ffn_format),
+            ):
                 if form.activation == "int8":
                     handles.append(module.get_submodule(norm).register_forward_hook(_round_output(form)))
                     handles.append(module.get_submodule(inner).register_forward_pre_hook(_round_input(form)))

@@ -27,7 +27,11 @@ class Decoder:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.caches = [(i.name, [int(i.shape[1]), int(i.shape[3])]) for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.caches = [
+            (i.name, [int(i.shape[1]), int(i.shape[3])])
+            for i in self.session.get_inputs()
+            if i.name.startswith("past_key_values.")
+        ]
         self.vocab = int(self.session.get_outputs()[0].shape[2])
 
     def logits(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -50,7 +54,7 @@ class Decoder:
         token = ids[:, -1:]
         steps = []
         for i in range(new_tokens):
-            steps.append(self._step(binding, token, np.ascontiguousarray(mask[:, :prompt + i + 1]), step_logits))
+            steps.append(self._step(binding, token, np.ascontiguousarray(mask[:, : prompt + i + 1]), step_logits))
             token = (token * 31 + 7) % self.vocab
         return ttft, steps
 

@@ -15,7 +15,7 @@ LOGIT_BYTES_PER_BATCH = 64 * 2**20
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Over the last axis, in float32."""
-    shifted = logits - logits.max(-1, keepdims=True)
+    shifted: npt.NDArray[np.float32] = logits - logits.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted
 
@@ -31,16 +31,18 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
     m = int(request.get("reference_windows", 0))
     saved = None
     if request.get("save_reference"):
-        saved = np.lib.format.open_memmap(request["save_reference"], "w+", np.float32, (m, ids.shape[1] - 1, decoder.vocab))
+        saved = np.lib.format.open_memmap(
+            request["save_reference"], "w+", np.float32, (m, ids.shape[1] - 1, decoder.vocab)
+        )
     nll, kl, agree = np.zeros(len(ids)), np.zeros(m), np.zeros(m)
     rows = max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
     for start in range(0, len(ids), rows):
-        batch = ids[start:start + rows]
+        batch = ids[start : start + rows]
         log_probs = log_softmax(decoder.logits(batch)[:, :-1])
         for row in range(len(batch)):
             i, n = start + row, int(targets[start + row])
             mine = log_probs[row, :n]
-            nll[i] = -mine[np.arange(n), batch[row, 1:n + 1]].sum(dtype=np.float64)
+            nll[i] = -mine[np.arange(n), batch[row, 1 : n + 1]].sum(dtype=np.float64)
             if i >= m:
                 continue
             if saved is not None:

@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16")
+ISA_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "bf16",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,8 @@ def detect_local() -> Machine:
         isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
         memory_bytes=memory_bytes(),
         engine_version=package_version("onnxruntime"),
-        date=datetime.date.today().isoformat())
+        date=datetime.date.today().isoformat(),
+    )
 
 
 def memory_bytes() -> int:

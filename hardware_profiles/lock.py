@@ -59,6 +59,8 @@ def _poll(handle: int, mode: int, deadline: float) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise EnvironmentProblem("the machine was busy with other paretune work for too long to measure",
-                                         "run one search at a time on this machine") from None
+                raise EnvironmentProblem(
+                    "the machine was busy with other paretune work for too long to measure",
+                    "run one search at a time on this machine",
+                ) from None
             time.sleep(0.01)

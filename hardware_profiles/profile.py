@@ -34,7 +34,11 @@ class Profile(BaseModel):
     isa: tuple[str, ...] = ()
     memory_bytes: int = Field(gt=0)
     weight_formats: tuple[Literal["fp32/fp32", "int8/int8", "int8/fp32", "int4/int8", "int4/fp32"], ...] = (
-        "fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
+        "fp32/fp32",
+        "int8/int8",
+        "int4/int8",
+        "int4/fp32",
+    )
     sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
     source: str
 
@@ -47,11 +51,17 @@ def local_profile(home: Path) -> Profile:
     profile = detected_profile()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_model(profile, "Detected by `paretune hardware detect`. Edit it freely: it is read, never overwritten,\n"
-                                            "until you detect again. `threads` is what latency is measured with."))
+        path.write_text(
+            dump_model(
+                profile,
+                "Detected by `paretune hardware detect`. Edit it freely: it is read, never overwritten,\n"
+                "until you detect again. `threads` is what latency is measured with.",
+            )
+        )
     except OSError as error:
-        raise EnvironmentProblem(f"the profile cannot be written to {path}: {error.strerror}",
-                                 "choose a writable folder with --home") from None
+        raise EnvironmentProblem(
+            f"the profile cannot be written to {path}: {error.strerror}", "choose a writable folder with --home"
+        ) from None
     return profile
 
 
@@ -59,9 +69,16 @@ def detected_profile() -> Profile:
     """Detect this machine. Latency is measured on one thread: its spread is 1-3 %, on two it is 10-35 % on shared hosts."""
     machine = detect_local()
     return Profile(
-        name=LOCAL, description="this machine, ONNX Runtime on the CPU", engine_version=machine.engine_version, threads=1,
-        cores=machine.cores, cpu=machine.cpu, isa=machine.isa, memory_bytes=machine.memory_bytes,
-        source=f"detected on {machine.date}")
+        name=LOCAL,
+        description="this machine, ONNX Runtime on the CPU",
+        engine_version=machine.engine_version,
+        threads=1,
+        cores=machine.cores,
+        cpu=machine.cpu,
+        isa=machine.isa,
+        memory_bytes=machine.memory_bytes,
+        source=f"detected on {machine.date}",
+    )
 
 
 def load_profile(name_or_path: str, home: Path) -> Profile:

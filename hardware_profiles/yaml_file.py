@@ -11,12 +11,13 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from paretune.hardware_profiles.errors import UsageError
 
 MAX_BYTES = 1_000_000
 MAX_ALIASES = 20
+MAX_DEPTH = 20
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -25,13 +26,15 @@ def load_model(path: Path, model: type[Model]) -> Model:
     """Read `path` as YAML and validate it as `model`; raises UsageError with the position of the first problem."""
     tree = _parse(path)
     if not isinstance(tree, CommentedMap):
-        raise UsageError(f"{path}:1:1: a mapping of settings is expected, but got {type(tree).__name__}", "write `key: value` lines")
+        raise UsageError(
+            f"{path}:1:1: a mapping of settings is expected, but got {type(tree).__name__}", "write `key: value` lines"
+        )
     try:
         return model.model_validate(_plain(tree))
     except ValidationError as error:
         raise UsageError(_explain(path, tree, model, error), "mend that line") from None
     except RecursionError:
-        raise UsageError(f"{path} contains itself or is nested too deeply", "write plain `key: value` lines") from None
+        raise UsageError(f"{path} contains itself", "write plain `key: value` lines") from None
 
 
 def dump_model(model: BaseModel, header: str) -> str:
@@ -55,8 +58,7 @@ def _parse(path: Path) -> Any:
     yaml = YAML(typ="rt")
     yaml.allow_duplicate_keys = False
     try:
-        if sum(isinstance(event, AliasEvent) for event in YAML(typ="rt").parse(text)) > MAX_ALIASES:
-            raise UsageError(f"{path} has more than {MAX_ALIASES} aliases", "write the values out")
+        _refuse_bombs(path, text)
         return yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
@@ -64,8 +66,18 @@ def _parse(path: Path) -> Any:
         raise UsageError(f"{path}:{where}: {error.problem or error.context}", "mend that line") from None
     except (YAMLError, ValueError) as error:
         raise UsageError(f"{path}: {error}", "mend the file") from None
-    except RecursionError:
-        raise UsageError(f"{path} is nested too deeply", "write plain `key: value` lines") from None
+
+
+def _refuse_bombs(path: Path, text: str) -> None:
+    """Raise UsageError where aliases could multiply or nesting could exhaust the stack, before anything is built."""
+    aliases = depth = 0
+    for event in YAML(typ="rt").parse(text):
+        aliases += isinstance(event, AliasEvent)
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if aliases > MAX_ALIASES or depth > MAX_DEPTH:
+            raise UsageError(
+                f"{path} has more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels", "write plain `key: value` lines"
+            )
 
 
 def _plain(node: Any) -> Any:
@@ -78,7 +90,9 @@ def _plain(node: Any) -> Any:
 
 
 def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a misspelled key before the one it leaves missing
+    first = min(
+        error.errors(), key=lambda found: found["type"] != "extra_forbidden"
+    )  # a misspelled key before the one it leaves missing
     location = [part for part in first["loc"] if isinstance(part, str | int)]
     line, column = _position(tree, location)
     name = ".".join(str(part) for part in location)

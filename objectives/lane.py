@@ -48,8 +48,14 @@ class LaneResult:
 class Lane:
     """Keeps the reference's child alive between candidates. `nominal` reads or (given values) keeps the reference's figures."""
 
-    def __init__(self, reference: Path, threads: int, fingerprint: str, lock: MachineLock,
-                 nominal: Callable[[Nominal | None], Nominal | None]) -> None:
+    def __init__(
+        self,
+        reference: Path,
+        threads: int,
+        fingerprint: str,
+        lock: MachineLock,
+        nominal: Callable[[Nominal | None], Nominal | None],
+    ) -> None:
         self.threads, self.fingerprint, self.lock, self.nominal = threads, fingerprint, lock, nominal
         self.reference = EngineChild(threads)
         self.empty_bytes = float(self.reference.ask(do="memory")["peak_bytes"])
@@ -83,8 +89,19 @@ class Lane:
         found = self._measurements(rounds, "measured" if stable else "disturbed", foreign)
         if fresh:
             peak = float(child.ask(do="memory")["peak_bytes"]) - self.empty_bytes
-            found["peak_memory_bytes"] = Measurement.exact(peak, "bytes", "VmHWM of the engine's process less an empty engine's")
-            found["load_ms"] = Measurement(loaded["load_ms"], "ms", loaded["load_ms"], loaded["load_ms"], "measured", 1, self.fingerprint, "one load")
+            found["peak_memory_bytes"] = Measurement.exact(
+                peak, "bytes", "VmHWM of the engine's process less an empty engine's"
+            )
+            found["load_ms"] = Measurement(
+                loaded["load_ms"],
+                "ms",
+                loaded["load_ms"],
+                loaded["load_ms"],
+                "measured",
+                1,
+                self.fingerprint,
+                "one load",
+            )
         return LaneResult(found, stable)
 
     def _is_quiet(self, rounds: _Rounds, foreign: float) -> bool:
@@ -100,12 +117,25 @@ class Lane:
         known = self.nominal(None) or Nominal(median(rounds.reference_decode), median(rounds.reference_ttft))
         note = f"corrected by the reference's drift; {foreign:.2f} other cores busy"
         found = {}
-        for name, ratios, scale, unit in (("decode_ms_per_token", rounds.decode_ratios, known.decode_ms, "ms/token"),
-                                          ("ttft_ms", rounds.ttft_ratios, known.ttft_ms, "ms")):
+        for name, ratios, scale, unit in (
+            ("decode_ms_per_token", rounds.decode_ratios, known.decode_ms, "ms/token"),
+            ("ttft_ms", rounds.ttft_ratios, known.ttft_ms, "ms"),
+        ):
             value, low, high = median_interval(ratios)
-            found[name] = Measurement(value * scale, unit, low * scale, high * scale, provenance, len(ratios), self.fingerprint, note)
+            found[name] = Measurement(
+                value * scale, unit, low * scale, high * scale, provenance, len(ratios), self.fingerprint, note
+            )
         p90 = float(np.quantile(rounds.candidate_steps, 0.9))
-        found["decode_p90_ms"] = Measurement(p90, "ms/token", p90, p90, provenance, len(rounds.candidate_steps), self.fingerprint, "not corrected for drift")
+        found["decode_p90_ms"] = Measurement(
+            p90,
+            "ms/token",
+            p90,
+            p90,
+            provenance,
+            len(rounds.candidate_steps),
+            self.fingerprint,
+            "not corrected for drift",
+        )
         return found
 
 
@@ -128,7 +158,9 @@ class _Rounds:
             r = median(turns[0]["step_ms"] + turns[3]["step_ms"])
             c = median(turns[1]["step_ms"] + turns[2]["step_ms"])
             self.decode_ratios.append(c / r)
-            self.ttft_ratios.append((turns[1]["ttft_ms"] + turns[2]["ttft_ms"]) / (turns[0]["ttft_ms"] + turns[3]["ttft_ms"]))
+            self.ttft_ratios.append(
+                (turns[1]["ttft_ms"] + turns[2]["ttft_ms"]) / (turns[0]["ttft_ms"] + turns[3]["ttft_ms"])
+            )
             self.reference_decode.append(r)
             self.reference_ttft.append((turns[0]["ttft_ms"] + turns[3]["ttft_ms"]) / 2)
             self.candidate_steps += turns[1]["step_ms"] + turns[2]["step_ms"]

@@ -17,7 +17,7 @@ from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.space import Space
 
 KERNELS = ("fp32/fp32", "int8/int8", "int8/fp32", "int4/int8", "int4/fp32")
-MIN_POINTS = 8
+MIN_POINTS = 2
 FOLDS = 5
 Array = npt.NDArray[np.float64]
 
@@ -69,8 +69,16 @@ class LatencyFit:
         """Value and interval (held-out 95th percentile of the relative error)."""
         value = float(features(candidate, self.shape) @ self.coefficients)
         spread = self.error.p95
-        return Measurement(value, self.unit, value / (1 + spread), value * (1 + spread), "predicted", self.error.points, "",
-                           f"fit to this machine, held-out error {self.error.median:.1%} median, {self.error.worst:.1%} worst")
+        return Measurement(
+            value,
+            self.unit,
+            value / (1 + spread),
+            value * (1 + spread),
+            "predicted",
+            self.error.points,
+            "",
+            f"fit to this machine, held-out error {self.error.median:.1%} median, {self.error.worst:.1%} worst",
+        )
 
 
 def design(space: Space, count: int, seed: int = 0) -> list[Candidate]:
@@ -114,5 +122,11 @@ def _cross_validate(x: Array, y: Array, proxy: Array) -> FitError:
         rest = np.setdiff1d(order, fold)
         predicted[fold] = x[fold] @ _fit(x[rest], y[rest])
     errors = np.abs(predicted / y - 1)
-    return FitError(float(np.median(errors)), float(errors.max()), float(np.quantile(errors, 0.95)), float(kendalltau(predicted, y).statistic),
-                    float(kendalltau(proxy, y).statistic), len(y))
+    return FitError(
+        float(np.median(errors)),
+        float(errors.max()),
+        float(np.quantile(errors, 0.95)),
+        float(kendalltau(predicted, y).statistic),
+        float(kendalltau(proxy, y).statistic),
+        len(y),
+    )

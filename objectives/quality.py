@@ -42,7 +42,7 @@ class Scores:
 
 def sum_by_document(values: npt.NDArray[Any], cluster: npt.NDArray[np.int64], documents: int) -> tuple[float, ...]:
     """Sums of `values` per document index in `cluster`, for `documents` documents."""
-    return tuple(float(v) for v in np.bincount(cluster[:len(values)], weights=values, minlength=documents))
+    return tuple(float(v) for v in np.bincount(cluster[: len(values)], weights=values, minlength=documents))
 
 
 def paired_difference(mine: Scores, other: Scores) -> tuple[float, float, float]:
@@ -53,7 +53,9 @@ def paired_difference(mine: Scores, other: Scores) -> tuple[float, float, float]
     return _ratio_interval(difference, np.array(mine.targets, np.float64))
 
 
-def quality_measurements(scores: Scores, teacher: Scores, bytes_per_token: float, fingerprint: str) -> dict[str, Measurement]:
+def quality_measurements(
+    scores: Scores, teacher: Scores, bytes_per_token: float, fingerprint: str
+) -> dict[str, Measurement]:
     """nll, nll_increase and relative_loss against the teacher, perplexity, bits_per_byte, and where scored kl and top1_agreement."""
     targets = np.array(scores.targets, np.float64)
     n, documents = int(targets.sum()), sum(1 for t in scores.targets if t)
@@ -69,9 +71,12 @@ def quality_measurements(scores: Scores, teacher: Scores, bytes_per_token: float
     found = {
         "nll": made(nll, "nats/token"),
         "nll_increase": made(increase, "nats/token"),
-        "relative_loss": made((increase[0] / base, increase[1] / base, increase[2] / base), "fraction of the teacher's NLL"),
+        "relative_loss": made(
+            (increase[0] / base, increase[1] / base, increase[2] / base), "fraction of the teacher's NLL"
+        ),
         "perplexity": made((math.exp(nll[0]), math.exp(nll[1]), math.exp(nll[2])), "1"),
-        "bits_per_byte": made((nll[0] * per_byte, nll[1] * per_byte, nll[2] * per_byte), "bits/byte")}
+        "bits_per_byte": made((nll[0] * per_byte, nll[1] * per_byte, nll[2] * per_byte), "bits/byte"),
+    }
     if scores.kl:
         weights = np.array(scores.reference_targets, np.float64)
         samples = int(weights.sum())

@@ -40,7 +40,9 @@ class Calibration:
             x, y = _design(shape, pairs)
             self.coefficients = _ridge(x, y)
             rest = [np.delete(np.arange(len(pairs)), i) for i in range(len(pairs))]
-            self.median_error = float(np.median([abs(float(x[i] @ _ridge(x[r], y[r])) - y[i]) for i, r in enumerate(rest)]))
+            self.median_error = float(
+                np.median([abs(float(x[i] @ _ridge(x[r], y[r])) - y[i]) for i, r in enumerate(rest)])
+            )
 
     def estimate(self, candidate: Candidate, rung0: float) -> float:
         """Estimated confirmed NLL increase in nats/token."""
@@ -52,7 +54,11 @@ class Calibration:
         return self.prior_error if np.isnan(self.median_error) else self.median_error
 
     def to_dict(self) -> dict[str, float]:
-        return {"pairs": self.pairs, "median_error_nats": self.error, "median_error_uncalibrated_nats": self.prior_error}
+        return {
+            "pairs": self.pairs,
+            "median_error_nats": self.error,
+            "median_error_uncalibrated_nats": self.prior_error,
+        }
 
 
 def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
@@ -62,12 +68,23 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
     first = candidate.layers[0]
     formats = (first.attention_format, first.ffn_format, candidate.head_format)
     kept = len(candidate.layers) / shape.layers * (first.ffn / shape.ffn + first.kv_groups / shape.kv_heads) / 2
-    return np.array([0.1, rung0 / (1 + rung0), first.pattern.ratio * rung0, float(first.pattern.kind == "2:4") * 0.3,
-                     sum(f.bits == 4 for f in formats) / 3 * 0.3, (1 - kept) * 0.5])
+    return np.array(
+        [
+            0.1,
+            rung0 / (1 + rung0),
+            first.pattern.ratio * rung0,
+            float(first.pattern.kind == "2:4") * 0.3,
+            sum(f.bits == 4 for f in formats) / 3 * 0.3,
+            (1 - kept) * 0.5,
+        ]
+    )
 
 
 def _design(shape: Shape, pairs: list[Pair]) -> tuple[Array, Array]:
-    return (np.stack([_features(shape, p.candidate, p.rung0) for p in pairs]), np.array([p.confirmed - p.rung0 for p in pairs]))
+    return (
+        np.stack([_features(shape, p.candidate, p.rung0) for p in pairs]),
+        np.array([p.confirmed - p.rung0 for p in pairs]),
+    )
 
 
 def _ridge(x: Array, y: Array) -> Array:

@@ -29,7 +29,13 @@ MAX_ATTEMPTS = 3
 FIRST_WAVE = 40
 MOST_FAILURES_IN_A_ROW = 8
 CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0
-STAGE = {"fit": "latency fit", "elastic": "elastic student", "rung0": "explore", "recover": "recover and confirm", "confirm": "recover and confirm"}
+STAGE = {
+    "fit": "latency fit",
+    "elastic": "elastic student",
+    "rung0": "explore",
+    "recover": "recover and confirm",
+    "confirm": "recover and confirm",
+}
 FIDELITY: dict[str, Fidelity] = {"rung0": "rung0", "recover": "recovered", "confirm": "confirmed"}
 
 
@@ -45,7 +51,14 @@ class Decision:
 class Director:
     """The search's policy over one study. One piece of work is out at a time."""
 
-    def __init__(self, store: Store, spec: Spec, space: Space, budget: Budget, notify: Callable[[str, dict[str, Any]], None] = lambda _kind, _data: None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spec: Spec,
+        space: Space,
+        budget: Budget,
+        notify: Callable[[str, dict[str, Any]], None] = lambda _kind, _data: None,
+    ) -> None:
         self.store, self.spec, self.space, self.budget, self.notify = store, spec, space, budget, notify
         self.out: Work | None = None
         self.stop_reason: str | None = None
@@ -96,19 +109,37 @@ class Director:
         return None
 
     def _explore_or_confirm(self) -> Decision:
-        waiting = next((key for (key, fidelity), e in self._latest.items() if fidelity == "recovered" and e.status == "complete"
-                        and self._open(key, "confirmed")), None)
+        waiting = next(
+            (
+                key
+                for (key, fidelity), e in self._latest.items()
+                if fidelity == "recovered" and e.status == "complete" and self._open(key, "confirmed")
+            ),
+            None,
+        )
         left, cost = self.budget.left_s, self._confirm_cost_s()
         if waiting is not None:
             if left < self._mean_seconds("confirmed", CONFIRM_GUESS_S):
                 return self._end("the budget has ended")
-            return self._hand_out("confirm", self._rows[waiting].candidate, {"recovered": self._latest[waiting, "recovered"].facts})
-        pending = next((row for row in self._rows.values() if row.source != "baseline" and self._open(row.key, "rung0")
-                        and (row.key, "rung0") in self._latest), None)
+            return self._hand_out(
+                "confirm", self._rows[waiting].candidate, {"recovered": self._latest[waiting, "recovered"].facts}
+            )
+        pending = next(
+            (
+                row
+                for row in self._rows.values()
+                if row.source != "baseline" and self._open(row.key, "rung0") and (row.key, "rung0") in self._latest
+            ),
+            None,
+        )
         if pending is not None:
             return self._hand_out("rung0", pending.candidate)
         explored, finalist = self._explored(), None
-        if left >= cost and len(explored) >= min(FIRST_WAVE, self.spec.max_candidates) and self._confirm_is_behind(explored):
+        if (
+            left >= cost
+            and len(explored) >= min(FIRST_WAVE, self.spec.max_candidates)
+            and self._confirm_is_behind(explored)
+        ):
             finalist = self._next_finalist(explored)
         can_explore = len(explored) < self.spec.max_candidates and not self.store.meta("exhausted", False)
         if finalist is None and can_explore and left >= cost + self._mean_seconds("rung0", RUNG0_GUESS_S):
@@ -122,7 +153,10 @@ class Director:
     def _confirm_is_behind(self, explored: list[Explored]) -> bool:
         shares = self.spec.shares
         later = self.budget.used("recover and confirm") + self._confirm_cost_s() / 2
-        return len(explored) >= self.spec.max_candidates or later / shares.confirm <= self.budget.used("explore") / shares.explore
+        return (
+            len(explored) >= self.spec.max_candidates
+            or later / shares.confirm <= self.budget.used("explore") / shares.explore
+        )
 
     def _next_finalist(self, explored: list[Explored]) -> str | None:
         chosen = [key for (key, fidelity) in self._latest if fidelity == "recovered"]
@@ -139,8 +173,12 @@ class Director:
             elastic = self.store.meta("elastic", {})
             rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
             shares = self.spec.shares
-            share = (self.budget.left_s + self.budget.used("explore")) * shares.confirm / (shares.confirm + shares.explore)
-            each = max(2.0, share / self.spec.finalists - self._mean_seconds("confirmed", CONFIRM_GUESS_S) - 2 * RUNG0_GUESS_S)
+            share = (
+                (self.budget.left_s + self.budget.used("explore")) * shares.confirm / (shares.confirm + shares.explore)
+            )
+            each = max(
+                2.0, share / self.spec.finalists - self._mean_seconds("confirmed", CONFIRM_GUESS_S) - 2 * RUNG0_GUESS_S
+            )
             step = elastic.get("batch_tokens", 4096)
             tokens = max(4, round(each * rate / step)) * step
             self.store.set_meta(recovery_tokens=tokens)
@@ -154,9 +192,18 @@ class Director:
 
     def _mean_seconds(self, fidelity: Fidelity, guess: float) -> float:
         seconds = [e.seconds for e in self._complete(fidelity)]
-        return max(seconds[-5:]) if seconds and fidelity != "rung0" else (sum(seconds) / len(seconds) if seconds else guess)
+        return (
+            max(seconds[-5:])
+            if seconds and fidelity != "rung0"
+            else (sum(seconds) / len(seconds) if seconds else guess)
+        )
 
-    def _hand_out(self, kind: Literal["fit", "elastic", "rung0", "recover", "confirm"], candidate: Candidate | None, options: dict[str, Any] | None = None) -> Decision:
+    def _hand_out(
+        self,
+        kind: Literal["fit", "elastic", "rung0", "recover", "confirm"],
+        candidate: Candidate | None,
+        options: dict[str, Any] | None = None,
+    ) -> Decision:
         left = self.budget.left_s
         timeout = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0}.get(kind, left + 60.0)
         work = Work(kind, candidate, left, min(timeout, left + 20.0), options or {})
@@ -202,7 +249,9 @@ class Director:
             fidelity = FIDELITY[work.kind]
             attempts = self._latest.get((work.candidate.key, fidelity))
             final = attempts is not None and attempts.attempt + 1 >= MAX_ATTEMPTS
-            self.store.finish(work.candidate.key, fidelity, "failed" if final else "lost", reason=reason, seconds=seconds)
+            self.store.finish(
+                work.candidate.key, fidelity, "failed" if final else "lost", reason=reason, seconds=seconds
+            )
             self._refresh(work.candidate.key, fidelity)
         self._watch_failures(Outcome("failed", reason=reason))
         self.notify("lost", {"kind": work.kind, "reason": reason})
@@ -219,8 +268,11 @@ class Director:
         self.store.set_meta(fit_done=True, fit_points=outcome.facts["kept"])
         self._refit()
         for name, fit in self._fits.items():
-            self.store.event("fit", f"latency fit of {name}: held-out error {fit.error.median:.1%} median, {fit.error.worst:.1%} worst, Kendall tau "
-                                    f"{fit.error.kendall_tau:.2f} (parameters x bits: {fit.error.params_bits_tau:.2f}) over {fit.error.points} measurements")
+            self.store.event(
+                "fit",
+                f"latency fit of {name}: held-out error {fit.error.median:.1%} median, {fit.error.worst:.1%} worst, Kendall tau "
+                f"{fit.error.kendall_tau:.2f} (parameters x bits: {fit.error.params_bits_tau:.2f}) over {fit.error.points} measurements",
+            )
         self.notify("fit", {name: fit.error.__dict__ for name, fit in self._fits.items()})
 
     def _elastic_came_back(self, outcome: Outcome) -> None:
@@ -228,7 +280,11 @@ class Director:
             self._give_up(f"the elastic student could not be trained: {outcome.reason}", 1)
             return
         self.store.set_meta(elastic={**outcome.facts, "done": True})
-        kept = "taken from an earlier search" if outcome.facts["kept"] else f"trained for {outcome.facts['elapsed_s']:.0f} s on {outcome.facts['tokens']:,.0f} tokens"
+        kept = (
+            "taken from an earlier search"
+            if outcome.facts["kept"]
+            else f"trained for {outcome.facts['elapsed_s']:.0f} s on {outcome.facts['tokens']:,.0f} tokens"
+        )
         self.store.event("elastic", f"elastic student {kept}")
         self.notify("elastic", {"done": True, **outcome.facts})
 
@@ -238,9 +294,21 @@ class Director:
         if fidelity == "rung0" and outcome.status == "complete":
             measurements |= self.predictions(candidate)
         status: Any = "failed" if outcome.status == "fatal" else outcome.status
-        artifact = None if outcome.artifact is None else (self.store.folder / "artifacts" / candidate.key, outcome.artifact[1])
-        self.store.finish(candidate.key, fidelity, status, measurements=measurements, scores=outcome.scores, facts=outcome.facts, reason=outcome.reason,
-                          seconds=seconds, publish=fidelity == "confirmed" and status == "complete", artifact=artifact)
+        artifact = (
+            None if outcome.artifact is None else (self.store.folder / "artifacts" / candidate.key, outcome.artifact[1])
+        )
+        self.store.finish(
+            candidate.key,
+            fidelity,
+            status,
+            measurements=measurements,
+            scores=outcome.scores,
+            facts=outcome.facts,
+            reason=outcome.reason,
+            seconds=seconds,
+            publish=fidelity == "confirmed" and status == "complete",
+            artifact=artifact,
+        )
         self._refresh(candidate.key, fidelity)
         if fidelity == "confirmed" and status == "complete":
             self._learn(candidate, measurements)
@@ -252,7 +320,12 @@ class Director:
         """A confirmation sharpens the calibration and the latency fit."""
         points = self.store.meta("fit_points", [])
         if measurements["decode_ms_per_token"].provenance == "measured" and self.store.meta("fit_done") is True:
-            points.append({"candidate": json.loads(candidate.to_json()), **{n: measurements[n].value for n in ("decode_ms_per_token", "ttft_ms")}})
+            points.append(
+                {
+                    "candidate": json.loads(candidate.to_json()),
+                    **{n: measurements[n].value for n in ("decode_ms_per_token", "ttft_ms")},
+                }
+            )
             self.store.set_meta(fit_points=points)
             self._refit()
         self._calibrate()
@@ -261,14 +334,22 @@ class Director:
     def _watch_failures(self, outcome: Outcome) -> None:
         self._failures_in_a_row = 0 if outcome.status == "complete" else self._failures_in_a_row + 1
         if self._failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
-            self._give_up(f"{self._failures_in_a_row} evaluations failed in a row, the last one with: {outcome.reason}", 4)
+            self._give_up(
+                f"{self._failures_in_a_row} evaluations failed in a row, the last one with: {outcome.reason}", 4
+            )
 
     def _give_up(self, reason: str, exit_code: int) -> None:
         self.stop_reason, self.exit_code = reason, exit_code
         self.store.event("stopped", reason)
 
     def _charge(self, work: Work, seconds: float) -> None:
-        stage = "baselines" if work.kind == "confirm" and work.candidate is not None and self._rows[work.candidate.key].source == "baseline" else STAGE[work.kind]
+        stage = (
+            "baselines"
+            if work.kind == "confirm"
+            and work.candidate is not None
+            and self._rows[work.candidate.key].source == "baseline"
+            else STAGE[work.kind]
+        )
         self.budget.charge(stage, seconds)
         self.store.set_meta(spent_s=self.budget.elapsed_s, seconds_by_stage=self.budget.stages)
 
@@ -283,7 +364,11 @@ class Director:
         e = self._latest.get((key, "rung0"))
         if e is None or e.status != "complete" or e.scores is None:
             return None
-        known = {**e.measurements, **self.predictions(self._rows[key].candidate), "nll": self.estimated_nll(self._rows[key].candidate, e.scores)}
+        known = {
+            **e.measurements,
+            **self.predictions(self._rows[key].candidate),
+            "nll": self.estimated_nll(self._rows[key].candidate, e.scores),
+        }
         return tuple(float(known[name].value) for name in self.spec.objectives)
 
     def constraints(self, key: str) -> dict[str, float]:
@@ -297,12 +382,24 @@ class Director:
         search, report = self._teacher_nll()
         value = report + self._calibration.estimate(candidate, scores.mean_nll - search)
         spread = 2 * (self._calibration.error if self._calibration.pairs else 0.1)
-        return Measurement(value, "nats/token", value - spread, value + spread, "predicted", self._calibration.pairs, "",
-                           "rung-0 score calibrated to confirmed values" if self._calibration.pairs >= 4 else "rung-0 score, not calibrated yet")
+        return Measurement(
+            value,
+            "nats/token",
+            value - spread,
+            value + spread,
+            "predicted",
+            self._calibration.pairs,
+            "",
+            "rung-0 score calibrated to confirmed values"
+            if self._calibration.pairs >= 4
+            else "rung-0 score, not calibrated yet",
+        )
 
     def explored_keys(self) -> list[str]:
         """Keys with a complete rung-0 evaluation in the order of their proposal."""
-        return [key for key in self._rows if (e := self._latest.get((key, "rung0"))) is not None and e.status == "complete"]
+        return [
+            key for key in self._rows if (e := self._latest.get((key, "rung0"))) is not None and e.status == "complete"
+        ]
 
     def params(self, key: str) -> dict[str, Any]:
         return self._rows[key].params
@@ -317,15 +414,31 @@ class Director:
         together, each with the engine's two integer precisions."""
         s, found = self.space.shape, []
         widths = self.space.ffn_widths
-        sizes = [(s.layers, widths[-1], s.kv_heads), (s.layers - 1, widths[-1], s.kv_heads), (s.layers, widths[len(widths) // 2], s.kv_heads),
-                 (s.layers - 1, widths[2 * len(widths) // 3], s.kv_heads), (max(self.space.min_depth, 2 * s.layers // 3), widths[-1], s.kv_heads)]
+        sizes = [
+            (s.layers, widths[-1], s.kv_heads),
+            (s.layers - 1, widths[-1], s.kv_heads),
+            (s.layers, widths[len(widths) // 2], s.kv_heads),
+            (s.layers - 1, widths[2 * len(widths) // 3], s.kv_heads),
+            (max(self.space.min_depth, 2 * s.layers // 3), widths[-1], s.kv_heads),
+        ]
         for depth, ffn, groups in sizes:
             for bits, head, embedding in ((8, 8, 8), (4, 8, 8), (4, 4, 8)):
                 if depth < self.space.min_depth or not {bits, head, embedding} <= set(self.space.bits):
                     continue
                 index = {b: i for i, b in enumerate(self.space.bits)}
-                params = {"depth": depth, "ffn": widths.index(ffn), "kv_groups": groups, "pattern": "none", "ratio": 0, "score": "magnitude",
-                          "attention_bits": index[bits], "ffn_bits": index[bits], "head_bits": index[head], "embedding_bits": index[embedding], "group_size": 0}
+                params = {
+                    "depth": depth,
+                    "ffn": widths.index(ffn),
+                    "kv_groups": groups,
+                    "pattern": "none",
+                    "ratio": 0,
+                    "score": "magnitude",
+                    "attention_bits": index[bits],
+                    "ffn_bits": index[bits],
+                    "head_bits": index[head],
+                    "embedding_bits": index[embedding],
+                    "group_size": 0,
+                }
                 found.append(self.space.decode(params))
         return [c for c in dict.fromkeys(found) if c.key not in self._rows]
 
@@ -358,8 +471,10 @@ class Director:
         points = [(Candidate.from_dict(p["candidate"]), p) for p in self.store.meta("fit_points", [])]
         if len(points) < MIN_POINTS:
             return
-        self._fits = {name: LatencyFit(name, unit, self.space.shape, [(c, p[name]) for c, p in points])
-                      for name, unit in (("decode_ms_per_token", "ms/token"), ("ttft_ms", "ms"))}
+        self._fits = {
+            name: LatencyFit(name, unit, self.space.shape, [(c, p[name]) for c, p in points])
+            for name, unit in (("decode_ms_per_token", "ms/token"), ("ttft_ms", "ms"))
+        }
         self.store.set_meta(fit_error={name: fit.error.__dict__ for name, fit in self._fits.items()})
         self.version += 1
 
@@ -368,8 +483,15 @@ class Director:
         pairs = []
         for e in self._complete("confirmed"):
             rung0 = self._latest.get((e.key, "rung0"))
-            if rung0 is not None and rung0.scores is not None and e.scores is not None and self._rows[e.key].source != "baseline":
-                pairs.append(Pair(self._rows[e.key].candidate, rung0.scores.mean_nll - search, e.scores.mean_nll - report))
+            if (
+                rung0 is not None
+                and rung0.scores is not None
+                and e.scores is not None
+                and self._rows[e.key].source != "baseline"
+            ):
+                pairs.append(
+                    Pair(self._rows[e.key].candidate, rung0.scores.mean_nll - search, e.scores.mean_nll - report)
+                )
         self._calibration = Calibration(self.space.shape, pairs)
         if pairs:
             self.store.set_meta(calibration=self._calibration.to_dict())
@@ -382,7 +504,11 @@ class Director:
             e = self._latest.get((key, "rung0"))
             if e is not None and e.status == "complete" and e.scores is not None:
                 candidate = self._rows[key].candidate
-                fresh[key] = {**e.measurements, **self.predictions(candidate), "estimated_nll": self.estimated_nll(candidate, e.scores)}
+                fresh[key] = {
+                    **e.measurements,
+                    **self.predictions(candidate),
+                    "estimated_nll": self.estimated_nll(candidate, e.scores),
+                }
         self.store.update_measurements("rung0", fresh)
 
     def _teacher_scores(self) -> Scores | None:

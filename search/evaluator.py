@@ -14,19 +14,20 @@ import torch.nn.functional as F
 
 from paretune.compression.distill.elastic import ElasticTrainer
 from paretune.compression.distill.recover import RecoveryRecipe, recover
-from paretune.compression.export import build_model, compressed_bytes, describe_artifact, save_model, write_artifact
-from paretune.compression.export.artifact import CHECKSUMS, MODEL, sha256
+from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
+from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
+from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.student import EMBEDDING, quantized_weights
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.files import write_atomically
-from paretune.objectives.lane import Lane, LaneResult, Nominal
+from paretune.objectives.lane import Lane, LaneResult
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
+from paretune.search.reference import open_lane
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate, Layer
-from paretune.teachers import EMBEDDED, load_teacher
 from paretune.teachers.checkpoint import load_tensors, save_tensors
 from paretune.teachers.tokens import Windows
 
@@ -70,9 +71,15 @@ class Evaluator:
         trainer = self._trainer
         before = trainer.elapsed
         progress = trainer.run(min(ELASTIC_SLICE_S, max(1.0, work.seconds_left)))
-        facts = {"file": str(self.space.elastic_file), "elapsed_s": progress["elapsed_s"], "seconds": trainer.recipe.seconds, "tokens": progress["tokens"],
-                 "loss": None if np.isnan(progress["loss"]) else progress["loss"], "kept": before >= trainer.recipe.seconds,
-                 "batch_tokens": trainer.recipe.batch * trainer.recipe.context}
+        facts = {
+            "file": str(self.space.elastic_file),
+            "elapsed_s": progress["elapsed_s"],
+            "seconds": trainer.recipe.seconds,
+            "tokens": progress["tokens"],
+            "loss": None if np.isnan(progress["loss"]) else progress["loss"],
+            "kept": before >= trainer.recipe.seconds,
+            "batch_tokens": trainer.recipe.batch * trainer.recipe.context,
+        }
         if trainer.done:
             self._trainer = None
         return Outcome(done=trainer.done, facts=facts)
@@ -84,24 +91,34 @@ class Evaluator:
         with self.space.lock.shared():
             scores = self.score_in_torch(candidate, weights)
             sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape)
-        return Outcome(scores=scores, facts=_sparsity(masks), measurements={
-            "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
-            "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3")})
+        return Outcome(
+            scores=scores,
+            facts=_sparsity(masks),
+            measurements={
+                "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
+                "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
+            },
+        )
 
     @torch.no_grad()
     def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Scores:
         """NLL on the search split with fake-quant, bf16 matrix products; sums per document."""
         windows, network = self.space.search_windows, self.space.network(len(candidate.layers))
-        effective = {name: value.to(torch.bfloat16) if value.ndim == 2 and name != EMBEDDING else value
-                     for name, value in quantized_weights(weights, candidate).items()}
+        effective = {
+            name: value.to(torch.bfloat16) if value.ndim == 2 and name != EMBEDDING else value
+            for name, value in quantized_weights(weights, candidate).items()
+        }
         sums = np.zeros(len(windows.ids))
         with torch.autocast("cpu", torch.bfloat16), network.activations(candidate):
             for start in range(0, len(windows.ids), SCORE_BATCH):
-                ids = torch.from_numpy(windows.ids[start:start + SCORE_BATCH])
+                ids = torch.from_numpy(windows.ids[start : start + SCORE_BATCH])
                 logits = network(effective, ids)[:, :-1].float()
                 loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-                valid = torch.arange(loss.shape[1])[None] < torch.from_numpy(windows.targets[start:start + SCORE_BATCH])[:, None]
-                sums[start:start + SCORE_BATCH] = (loss * valid).sum(1).numpy()
+                valid = (
+                    torch.arange(loss.shape[1])[None]
+                    < torch.from_numpy(windows.targets[start : start + SCORE_BATCH])[:, None]
+                )
+                sums[start : start + SCORE_BATCH] = (loss * valid).sum(1).numpy()
         if not np.isfinite(sums).all():
             raise Infeasible("the NLL is not finite", "")
         return _scores(windows, self.space.tokens["search"].names, sums)
@@ -114,8 +131,18 @@ class Evaluator:
         batch = space.elastic_recipe.batch
         recipe = RecoveryRecipe(work.options["tokens"], context=space.window, batch=batch, seed=space.spec.seed + 1)
         deadline = time.monotonic() + work.seconds_left
-        after, facts = recover(space.teacher_weights, before, masks, candidate, space.network, space.teacher.shape.layers, space.tokens["train"].ids,
-                               recipe, space.lock.shared, lambda: time.monotonic() > deadline)
+        after, facts = recover(
+            space.teacher_weights,
+            before,
+            masks,
+            candidate,
+            space.network,
+            space.teacher.shape.layers,
+            space.tokens["train"].ids,
+            recipe,
+            space.lock.shared,
+            lambda: time.monotonic() > deadline,
+        )
         if facts["tokens"] < work.options["tokens"] - batch * space.window:
             return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
         with space.lock.shared():
@@ -123,46 +150,91 @@ class Evaluator:
             was = self.score_in_torch(candidate, before)
         better = scores.mean_nll <= was.mean_nll
         file = space.folder / "recovered" / f"{candidate.key}.safetensors"
-        save_tensors(file, {k: v.contiguous() for k, v in (after if better else before).items()}, {"key": candidate.key})
-        return Outcome(scores=scores if better else was, facts={**facts, "file": str(file), "kept_recovery": better, "search_nll_before": was.mean_nll,
-                                                                "search_nll_after": scores.mean_nll, **_sparsity(masks)})
+        save_tensors(
+            file, {k: v.contiguous() for k, v in (after if better else before).items()}, {"key": candidate.key}
+        )
+        return Outcome(
+            scores=scores if better else was,
+            facts={
+                **facts,
+                "file": str(file),
+                "kept_recovery": better,
+                "search_nll_before": was.mean_nll,
+                "search_nll_after": scores.mean_nll,
+                **_sparsity(masks),
+            },
+        )
 
     def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
         recovered = work.options.get("recovered")
         weights = load_tensors(Path(recovered["file"]))[0] if recovered else dict(self.space.dense_weights(candidate))
         folder = self.space.folder / "artifacts" / candidate.key
-        facts = {"key": candidate.key, "study": self.space.folder.name, "profile": self.space.profile.name, "corpus": self.space.corpus_fingerprint}
+        facts = {
+            "key": candidate.key,
+            "study": self.space.folder.name,
+            "profile": self.space.profile.name,
+            "corpus": self.space.corpus_fingerprint,
+        }
         with self.space.lock.shared():
             sizes = write_artifact(folder, self.space.teacher, candidate, weights, facts)
         lane = self._measure(candidate, folder / MODEL, fresh=True)
         with self.space.lock.shared():
             scores, reference = self._score_in_engine(folder / MODEL, candidate)
-        quality = quality_measurements(scores, reference, self.space.report_windows.bytes_per_token, self.space.fingerprint)
-        measurements = {**quality, **lane.measurements, "bytes": Measurement.exact(sizes.bytes, "bytes", "onnx/model.onnx"),
-                        "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "onnx/model.onnx, zstd level 3")}
+        quality = quality_measurements(
+            scores, reference, self.space.report_windows.bytes_per_token, self.space.fingerprint
+        )
+        measurements = {
+            **quality,
+            **lane.measurements,
+            "bytes": Measurement.exact(sizes.bytes, "bytes", "onnx/model.onnx"),
+            "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "onnx/model.onnx, zstd level 3"),
+        }
         describe_artifact(folder, self._told(measurements, recovered))
-        described = {"unrecovered": not recovered, "recovery_tokens": recovered["tokens"] if recovered else 0, "qat": bool(recovered and recovered["qat"])}
+        described = {
+            "unrecovered": not recovered,
+            "recovery_tokens": recovered["tokens"] if recovered else 0,
+            "qat": bool(recovered and recovered["qat"]),
+        }
         if not recovered:
             with self.space.lock.shared():
                 described["search_nll"] = self.score_in_torch(candidate, weights).mean_nll
-        return Outcome(measurements=measurements, scores=scores, facts=described, artifact=(str(folder), sha256(folder / CHECKSUMS)))
+        return Outcome(
+            measurements=measurements,
+            scores=scores,
+            facts=described,
+            artifact=(str(folder), sha256(folder / CHECKSUMS)),
+        )
 
     def _told(self, measurements: Mapping[str, Measurement], recovered: Mapping[str, Any] | None) -> dict[str, Any]:
         """What was found out about a candidate, for its card and paretune.json."""
         decode = measurements["decode_ms_per_token"]
-        text = (f"NLL {measurements['nll'].value:.4f} nats/token ({measurements['relative_loss'].value:+.2%} against the fp32 teacher), "
-                f"{decode.value:.3f} ms/token on {self.space.profile.name} ({decode.provenance})")
-        return {"quality_text": text, "measurements": {n: m.to_dict() for n, m in measurements.items()},
-                "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation" if recovered else "none, the teacher's own weights"}
+        text = (
+            f"NLL {measurements['nll'].value:.4f} nats/token ({measurements['relative_loss'].value:+.2%} against the fp32 teacher), "
+            f"{decode.value:.3f} ms/token on {self.space.profile.name} ({decode.provenance})"
+        )
+        return {
+            "quality_text": text,
+            "measurements": {n: m.to_dict() for n, m in measurements.items()},
+            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation"
+            if recovered
+            else "none, the teacher's own weights",
+        }
 
     def _score_in_engine(self, model: Path, candidate: Candidate) -> tuple[Scores, Scores]:
         """NLL on the report split by the engine, KL and agreement on its first windows; and the fp32 teacher's scores."""
         space, windows = self.space, self.space.report_windows
         names = space.tokens["report"].names
         ids, targets = space.npy("report-ids", windows.ids), space.npy("report-targets", windows.targets)
-        m = max(1, min(len(windows.ids), REFERENCE_BYTES // (4 * (windows.ids.shape[1] - 1) * space.teacher.shape.vocab)))
+        m = max(
+            1, min(len(windows.ids), REFERENCE_BYTES // (4 * (windows.ids.shape[1] - 1) * space.teacher.shape.vocab))
+        )
         reference, teacher_scores = space.folder / "work" / "reference.npy", space.folder / "work" / "teacher.json"
-        is_teacher = candidate.is_full_size(space.teacher.shape) and not candidate.is_quantized and not candidate.is_sparse and not teacher_scores.exists()
+        is_teacher = (
+            candidate.is_full_size(space.teacher.shape)
+            and not candidate.is_quantized
+            and not candidate.is_sparse
+            and not teacher_scores.exists()
+        )
         out = {name: str(space.folder / "work" / f"{name}-{candidate.key}.npy") for name in ("nll", "kl", "agree")}
         request = {"ids": str(ids), "targets": str(targets), "reference_windows": m, **out}
         request["save_reference" if is_teacher else "reference"] = str(reference)
@@ -188,27 +260,46 @@ class Evaluator:
                 while missing and time.monotonic() - start < FIT_SLICE_S:
                     candidate = missing.pop(0)
                     model.parent.mkdir(parents=True, exist_ok=True)
-                    save_model(build_model(self._random_weights(candidate), candidate, self.space.teacher.config, self.space.teacher.shape), model)
+                    save_model(
+                        build_model(
+                            self._random_weights(candidate),
+                            candidate,
+                            self.space.teacher.config,
+                            self.space.teacher.shape,
+                        ),
+                        model,
+                    )
                     self._measure(candidate, model, fresh=False, child=child)
         return Outcome(done=not missing, facts={"kept": self._all_kept(), "missing": len(missing)})
 
     def _measure(self, candidate: Candidate, model: Path, fresh: bool, child: EngineChild | None = None) -> LaneResult:
         result = self.lane().measure(model, child)
         if result.stable:
-            kept = {"candidate": json.loads(candidate.to_json()), **{name: result.measurements[name].to_dict() for name in LATENCY}}
+            kept = {
+                "candidate": json.loads(candidate.to_json()),
+                **{name: result.measurements[name].to_dict() for name in LATENCY},
+            }
             write_atomically(self._kept(candidate), json.dumps(kept).encode())
         return result
 
     def _kept(self, candidate: Candidate) -> Path:
         """File of a kept measurement; a changed weight value hits, a changed shape, engine version, thread count or machine misses."""
-        plain = Candidate(tuple(Layer(x.ffn, x.kv_groups, x.attention_format, x.ffn_format) for x in candidate.layers), candidate.head_format,
-                          candidate.embedding_format)
+        plain = Candidate(
+            tuple(Layer(x.ffn, x.kv_groups, x.attention_format, x.ffn_format) for x in candidate.layers),
+            candidate.head_format,
+            candidate.embedding_format,
+        )
         return self._measurement_folder() / f"{plain.key}.json"
 
     def _measurement_folder(self) -> Path:
         s, p = self.space.teacher.shape, self.space.profile
         sizes = f"h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
-        return self.space.cache / "measurements" / f"{self.space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}" / sizes
+        return (
+            self.space.cache
+            / "measurements"
+            / f"{self.space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
+            / sizes
+        )
 
     def _all_kept(self) -> list[dict[str, Any]]:
         found = [json.loads(path.read_text()) for path in sorted(self._measurement_folder().glob("*.json"))]
@@ -223,30 +314,8 @@ class Evaluator:
 
     def lane(self) -> Lane:
         if self._lane is None:
-            self._lane = open_lane(self.space)
+            self._lane = open_lane(self.space.cache, self.space.profile, self.space.lock)
         return self._lane
-
-
-def open_lane(space: Workspace) -> Lane:
-    """The lane with its fixed reference: the embedded teacher's fp32 graph in the profile's engine."""
-    embedded = load_teacher(EMBEDDED)
-    folder = space.cache / "lane"
-    folder.mkdir(parents=True, exist_ok=True)
-    reference = folder / f"reference-{embedded.digest}.onnx"
-    if not reference.exists():
-        shape = embedded.shape
-        plain = Candidate((Layer(shape.ffn, shape.kv_heads),) * shape.layers)
-        temporary = reference.with_suffix(".tmp")
-        save_model(build_model(embedded.weights(), plain, embedded.config, shape), temporary)
-        temporary.replace(reference)
-    kept = folder / f"nominal-{space.fingerprint}-t{space.profile.threads}.json"
-
-    def nominal(value: Nominal | None) -> Nominal | None:
-        if value is not None:
-            write_atomically(kept, json.dumps(value.__dict__).encode())
-        return Nominal(**json.loads(kept.read_text())) if kept.exists() else None
-
-    return Lane(reference, space.profile.threads, space.fingerprint, space.lock, nominal)
 
 
 def _masked(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -259,11 +328,20 @@ def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {"sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / total} if total else {}
 
 
-def _scores(windows: Windows, names: tuple[str, ...], nll: Any, m: int = 0, kl: Any = None, agree: Any = None) -> Scores:
+def _scores(
+    windows: Windows, names: tuple[str, ...], nll: Any, m: int = 0, kl: Any = None, agree: Any = None
+) -> Scores:
     n = len(names)
     targets = tuple(int(t) for t in sum_by_document(windows.targets, windows.cluster, n))
     sums = sum_by_document(nll, windows.cluster, n)
     if kl is None:
         return Scores(names, sums, targets)
     counted = tuple(int(t) for t in sum_by_document(windows.targets[:m], windows.cluster, n))
-    return Scores(names, sums, targets, sum_by_document(kl, windows.cluster, n), sum_by_document(agree, windows.cluster, n), counted)
+    return Scores(
+        names,
+        sums,
+        targets,
+        sum_by_document(kl, windows.cluster, n),
+        sum_by_document(agree, windows.cluster, n),
+        counted,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -16,10 +17,19 @@ from paretune.search.work import Outcome, Work
 
 OBJECT_STORE_BYTES = 100 * 2**20
 RAY_ENVIRONMENT = {
-    "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_DEDUP_LOGS": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "OMP_WAIT_POLICY": "PASSIVE"}
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def run_inline(director: Director, evaluate: Callable[[Work], Outcome]) -> None:
@@ -48,29 +58,66 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
     os.environ["PARETUNE_STUDY_FOLDER"], os.environ["PARETUNE_STUDY_HOME"] = str(folder), str(home)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    import optuna
     import ray
     from ray import tune
 
     from paretune.search.trainable import StudyWorker
     from paretune.search.tune_search import Interrupt, JointSearch
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for name in ("ray", "ray.tune", "ray._private.worker"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     temp = Path(tempfile.mkdtemp(prefix="pt-", dir=tempfile.gettempdir()))
-    passed = {name: value for name, value in os.environ.items() if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_"))}
-    local: dict[str, Any] = {"num_cpus": cores, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": str(temp), "include_dashboard": False}
+    passed = {
+        name: value for name, value in os.environ.items() if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_"))
+    }
+    local: dict[str, Any] = {
+        "num_cpus": cores,
+        "num_gpus": 0,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": str(temp),
+        "include_dashboard": False,
+    }
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", configure_logging=False, runtime_env={"env_vars": passed},
-                 **({} if address else local))
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=False,
+            runtime_env={"env_vars": passed},
+            **({} if address else local),
+        )
         tuner = tune.Tuner(
             tune.with_resources(StudyWorker, {"cpu": cores}),
-            tune_config=tune.TuneConfig(search_alg=JointSearch(director), num_samples=-1, reuse_actors=True),
-            run_config=tune.RunConfig(name=f"launch-{launch:03d}", storage_path=str(folder / "ray"), verbose=0, stop=Interrupt(director),
-                                      failure_config=tune.FailureConfig(max_failures=0)))
+            tune_config=tune.TuneConfig(
+                search_alg=JointSearch(director),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=f"launch-{launch:03d}",
+                storage_path=str(folder / "ray"),
+                verbose=0,
+                stop=Interrupt(director),
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
         with _signals(director):
             tuner.fit()
     finally:
         ray.shutdown()
         shutil.rmtree(temp, ignore_errors=True)
         shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _trial_name(trial: Any) -> str:
+    """Kind and candidate, short enough for a folder."""
+    work = Work.from_json(trial.config["work"])
+    return f"{work.kind}-{'' if work.candidate is None else work.candidate.key[:8] + '-'}{trial.trial_id}"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def next_finalist(explored: list[Explored], chosen: list[str], confirmed: list[V
     if not open_ones:
         return None
     points = [e.vector for e in open_ones]
-    rank, distance = ranks([*points, *confirmed])[:len(points)], crowding(points)
+    rank, distance = ranks([*points, *confirmed])[: len(points)], crowding(points)
     visits = Counter(e.stratum for e in explored if e.key in taken)
     best: dict[str, int] = {}
     for i, e in enumerate(open_ones):
@@ -39,6 +39,11 @@ def next_finalist(explored: list[Explored], chosen: list[str], confirmed: list[V
     def turn(i: int) -> tuple[int, int, int, float]:
         visited = visits[open_ones[i].stratum]
         promising = rank[i] == 0
-        return (visited if promising else max(visited, 10 * min(visited, 1)), 0 if promising else 1, rank[i], -distance[i])
+        return (
+            visited if promising else max(visited, 10 * min(visited, 1)),
+            0 if promising else 1,
+            rank[i],
+            -distance[i],
+        )
 
     return open_ones[min(best.values(), key=turn)].key

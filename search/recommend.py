@@ -24,8 +24,12 @@ class Limits:
 
     def active(self) -> dict[str, float]:
         """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not positive."""
-        named = {"decode_ms_per_token": self.latency_ms, "compressed_bytes": self.compressed_bytes, "peak_memory_bytes": self.memory_bytes,
-                 "relative_loss": self.loss}
+        named = {
+            "decode_ms_per_token": self.latency_ms,
+            "compressed_bytes": self.compressed_bytes,
+            "peak_memory_bytes": self.memory_bytes,
+            "relative_loss": self.loss,
+        }
         found = {name: value for name, value in named.items() if value is not None}
         for name, value in found.items():
             if value <= 0:
@@ -45,8 +49,14 @@ class Recommendation:
     considered: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"chosen": point_dict(self.chosen), "why": list(self.why), "binding": self.binding, "price": self.price, "considered": self.considered,
-                "runner_up": None if self.runner_up is None else point_dict(self.runner_up)}
+        return {
+            "chosen": point_dict(self.chosen),
+            "why": list(self.why),
+            "binding": self.binding,
+            "price": self.price,
+            "considered": self.considered,
+            "runner_up": None if self.runner_up is None else point_dict(self.runner_up),
+        }
 
 
 def recommend(view: StudyView, limits: Limits) -> Recommendation:
@@ -56,7 +66,10 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     Raises NothingFeasible naming the nearest candidate and by how much it misses.
     """
     if not view.front:
-        raise NothingFeasible("the study has no confirmed candidate yet", "wait for the first confirmation, or search with a larger budget")
+        raise NothingFeasible(
+            "the study has no confirmed candidate yet",
+            "wait for the first confirmation, or search with a larger budget",
+        )
     bounds = limits.active()
     feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
     if not feasible:
@@ -68,15 +81,24 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     why = [f"{rule} of {len(feasible)} of {len(view.front)} front members within the limits", *_sentences(view, chosen)]
     if binding is not None:
         room = 1 - chosen.measurements[binding].value / bounds[binding]
-        why.append(f"the tightest limit is {binding}: {_show(binding, chosen.measurements[binding])} of {_plain(binding, bounds[binding])} ({room:.0%} room)")
+        why.append(
+            f"the tightest limit is {binding}: {_show(binding, chosen.measurements[binding])} "
+            f"of {_plain(binding, bounds[binding])} ({room:.0%} room)"
+        )
     price = "" if runner_up is None else _price(view, chosen, runner_up)
     return Recommendation(chosen, tuple(why), binding, runner_up, price, len(feasible))
 
 
 def point_dict(point: Point) -> dict[str, Any]:
     """A point as JSON-able data."""
-    return {"key": point.key, "name": point.name, "description": point.description, "source": point.source, "kind": point.kind,
-            "measurements": {name: m.to_dict() for name, m in point.measurements.items()}}
+    return {
+        "key": point.key,
+        "name": point.name,
+        "description": point.description,
+        "source": point.source,
+        "kind": point.kind,
+        "measurements": {name: m.to_dict() for name, m in point.measurements.items()},
+    }
 
 
 def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
@@ -89,20 +111,24 @@ def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
     def balance(point: Point) -> float:
         vector = point.vector(view.objectives)
         quality = vector[0] / best[0]
-        return float(quality ** 10 + sum(v / b for v, b in zip(vector[1:], best[1:], strict=True)))
+        return float(quality**10 + sum(v / b for v, b in zip(vector[1:], best[1:], strict=True)))
 
     return balance, "the best balance"
 
 
 def _sentences(view: StudyView, chosen: Point) -> Sequence[str]:
-    found = [f"NLL {_show('nll', chosen.measurements['nll'])}, {chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
-             f"({chosen.measurements['relative_loss'].low:+.1%} … {chosen.measurements['relative_loss'].high:+.1%})"]
+    found = [
+        f"NLL {_show('nll', chosen.measurements['nll'])}, {chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
+        f"({chosen.measurements['relative_loss'].low:+.1%} … {chosen.measurements['relative_loss'].high:+.1%})"
+    ]
     teacher = view.teacher
     if teacher is not None and teacher.key != chosen.key:
         speed = teacher.measurements["decode_ms_per_token"].value / chosen.measurements["decode_ms_per_token"].value
         size = teacher.measurements["compressed_bytes"].value / chosen.measurements["compressed_bytes"].value
-        found.append(f"decodes {speed:.2f} times as fast ({_show('decode_ms_per_token', chosen.measurements['decode_ms_per_token'])}) and is {size:.2f} times smaller "
-                     f"({_show('compressed_bytes', chosen.measurements['compressed_bytes'])} compressed)")
+        found.append(
+            f"decodes {speed:.2f} times as fast ({_show('decode_ms_per_token', chosen.measurements['decode_ms_per_token'])}) "
+            f"and is {size:.2f} times smaller ({_show('compressed_bytes', chosen.measurements['compressed_bytes'])} compressed)"
+        )
     return found
 
 
@@ -126,9 +152,15 @@ def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
         return sum(max(0.0, point.measurements[name].value / bound - 1) for name, bound in bounds.items())
 
     near = min(view.front, key=excess)
-    missed = [f"{name} is {_show(name, near.measurements[name])}, the limit {_plain(name, bound)}"
-              for name, bound in bounds.items() if near.measurements[name].value > bound]
-    return NothingFeasible(f"no front member keeps all limits; the nearest is {near.name} ({near.key[:8]}): {'; '.join(missed)}", "relax that limit")
+    missed = [
+        f"{name} is {_show(name, near.measurements[name])}, the limit {_plain(name, bound)}"
+        for name, bound in bounds.items()
+        if near.measurements[name].value > bound
+    ]
+    return NothingFeasible(
+        f"no front member keeps all limits; the nearest is {near.name} ({near.key[:8]}): {'; '.join(missed)}",
+        "relax that limit",
+    )
 
 
 def _show(name: str, m: Measurement) -> str:

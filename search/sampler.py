@@ -29,7 +29,10 @@ def stable_seed(seed: int, number: int) -> int:
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
     """The space's variables as Optuna distributions; ordered choices are integers."""
-    return {name: IntDistribution(*bounds) if kind == "int" else CategoricalDistribution(bounds) for name, (kind, bounds) in space.distributions().items()}
+    return {
+        name: IntDistribution(*bounds) if kind == "int" else CategoricalDistribution(bounds)
+        for name, (kind, bounds) in space.distributions().items()
+    }
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
@@ -44,8 +47,13 @@ def frozen_trial(director: Director, key: str, space: Mapping[str, BaseDistribut
     vector = director.vector(key)
     if vector is None:
         return create_trial(state=TrialState.FAIL, params=director.params(key), distributions=dict(space))
-    return create_trial(state=TrialState.COMPLETE, params=director.params(key), distributions=dict(space), values=[float(v) for v in vector],
-                        constraints=director.constraints(key) or None)
+    return create_trial(
+        state=TrialState.COMPLETE,
+        params=director.params(key),
+        distributions=dict(space),
+        values=[float(v) for v in vector],
+        constraints=director.constraints(key) or None,
+    )
 
 
 def rebuild(director: Director, sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> optuna.Study:

@@ -23,9 +23,9 @@ class Shares(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    elastic: float = Field(0.25, ge=0, le=0.9, description="elastic student")
-    explore: float = Field(0.30, gt=0, le=0.9, description="rung-0 candidates")
-    confirm: float = Field(0.35, gt=0, le=0.9, description="recovery and confirmation")
+    elastic: float = Field(default=0.25, ge=0, le=0.9, description="elastic student")
+    explore: float = Field(default=0.30, gt=0, le=0.9, description="rung-0 candidates")
+    confirm: float = Field(default=0.35, gt=0, le=0.9, description="recovery and confirmation")
 
 
 class Spec(BaseModel):
@@ -41,7 +41,9 @@ class Spec(BaseModel):
     sampler: Literal["tpe", "nsga2"] = "tpe"
     seed: int = 0
     objectives: tuple[Objective, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
-    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], float] = Field(default_factory=dict)
+    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], float] = Field(
+        default_factory=dict
+    )
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)
     fit_points: int = Field(20, ge=8, le=200)

@@ -29,26 +29,60 @@ SCHEMA_VERSION = 1
 BUSY_TIMEOUT_MS = 20_000
 
 metadata = sa.MetaData()
-meta_table = sa.Table("meta", metadata, sa.Column("name", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False))
+meta_table = sa.Table(
+    "meta", metadata, sa.Column("name", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
+)
 candidate_table = sa.Table(
-    "candidate", metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("number", sa.Integer, nullable=False, unique=True),
-    sa.Column("source", sa.Text, nullable=False), sa.Column("candidate", sa.Text, nullable=False), sa.Column("params", sa.Text, nullable=False),
-    sa.Column("created", sa.Text, nullable=False))
+    "candidate",
+    metadata,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False, unique=True),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("candidate", sa.Text, nullable=False),
+    sa.Column("params", sa.Text, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+)
 evaluation_table = sa.Table(
-    "evaluation", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), nullable=False),
-    sa.Column("fidelity", sa.Text, nullable=False), sa.Column("status", sa.Text, nullable=False), sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("measurements", sa.Text, nullable=False, default="{}"), sa.Column("scores", sa.Text, nullable=False, default="null"),
-    sa.Column("facts", sa.Text, nullable=False, default="{}"), sa.Column("reason", sa.Text, nullable=False, default=""),
-    sa.Column("seconds", sa.Float, nullable=False, default=0.0), sa.Column("at", sa.Text, nullable=False),
-    sa.Index("evaluation_key", "key", "fidelity"))
-artifact_table = sa.Table("artifact", metadata, sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), primary_key=True),
-                          sa.Column("path", sa.Text, nullable=False), sa.Column("sha256", sa.Text, nullable=False))
-event_table = sa.Table("event", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("at", sa.Text, nullable=False),
-                       sa.Column("kind", sa.Text, nullable=False), sa.Column("text", sa.Text, nullable=False),
-                       sa.Column("data", sa.Text, nullable=False, default="{}"))
-outbox_table = sa.Table("outbox", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("kind", sa.Text, nullable=False),
-                        sa.Column("key", sa.Text, nullable=False), sa.Column("done", sa.Integer, nullable=False, default=0),
-                        sa.UniqueConstraint("kind", "key"))
+    "evaluation",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), nullable=False),
+    sa.Column("fidelity", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("measurements", sa.Text, nullable=False, default="{}"),
+    sa.Column("scores", sa.Text, nullable=False, default="null"),
+    sa.Column("facts", sa.Text, nullable=False, default="{}"),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("seconds", sa.Float, nullable=False, default=0.0),
+    sa.Column("at", sa.Text, nullable=False),
+    sa.Index("evaluation_key", "key", "fidelity"),
+)
+artifact_table = sa.Table(
+    "artifact",
+    metadata,
+    sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), primary_key=True),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+)
+event_table = sa.Table(
+    "event",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("data", sa.Text, nullable=False, default="{}"),
+)
+outbox_table = sa.Table(
+    "outbox",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("done", sa.Integer, nullable=False, default=0),
+    sa.UniqueConstraint("kind", "key"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,13 +141,19 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _take(folder)
         except OSError as error:
-            raise EnvironmentProblem(f"the study folder {folder} cannot be written: {error.strerror}", "free the disk or choose a folder with --home") from None
+            raise EnvironmentProblem(
+                f"the study folder {folder} cannot be written: {error.strerror}",
+                "free the disk or choose a folder with --home",
+            ) from None
         store = cls(folder, _engine(folder, "rwc"), lock)
         try:
             metadata.create_all(store._engine)
             store.set_meta(schema=SCHEMA_VERSION, created=now(), study=folder.name, **meta)
         except sa.exc.OperationalError as error:
-            raise EnvironmentProblem(f"the study database in {folder} cannot be written: {error.orig}", "free the disk or choose a folder with --home") from None
+            raise EnvironmentProblem(
+                f"the study database in {folder} cannot be written: {error.orig}",
+                "free the disk or choose a folder with --home",
+            ) from None
         return store
 
     @classmethod
@@ -146,34 +186,77 @@ class Store:
     def add_candidate(self, candidate: Candidate, source: str, params: Mapping[str, Any]) -> bool:
         """Record a proposal; False if this candidate is known."""
         with self._engine.begin() as connection:
-            if connection.execute(sa.select(candidate_table.c.key).where(candidate_table.c.key == candidate.key)).first():
+            if connection.execute(
+                sa.select(candidate_table.c.key).where(candidate_table.c.key == candidate.key)
+            ).first():
                 return False
-            number = connection.execute(sa.select(sa.func.coalesce(sa.func.max(candidate_table.c.number), -1) + 1)).scalar_one()
-            connection.execute(sa.insert(candidate_table).values(
-                key=candidate.key, number=number, source=source, candidate=candidate.to_json(), params=json.dumps(dict(params)), created=now()))
+            number = connection.execute(
+                sa.select(sa.func.coalesce(sa.func.max(candidate_table.c.number), -1) + 1)
+            ).scalar_one()
+            connection.execute(
+                sa.insert(candidate_table).values(
+                    key=candidate.key,
+                    number=number,
+                    source=source,
+                    candidate=candidate.to_json(),
+                    params=json.dumps(dict(params)),
+                    created=now(),
+                )
+            )
         return True
 
     def candidates(self) -> list[CandidateRow]:
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(candidate_table).order_by(candidate_table.c.number)).all()
-        return [CandidateRow(r.key, r.number, r.source, Candidate.from_json(r.candidate), json.loads(r.params)) for r in rows]
+        return [
+            CandidateRow(r.key, r.number, r.source, Candidate.from_json(r.candidate), json.loads(r.params))
+            for r in rows
+        ]
 
     def start(self, key: str, fidelity: Fidelity) -> int:
         """A candidate is being evaluated: returns which attempt this is, from 1."""
         with self._engine.begin() as connection:
             where = (evaluation_table.c.key == key) & (evaluation_table.c.fidelity == fidelity)
             attempt = int(connection.execute(sa.select(sa.func.count()).where(where)).scalar_one()) + 1
-            connection.execute(sa.insert(evaluation_table).values(key=key, fidelity=fidelity, status="running", attempt=attempt, at=now()))
+            connection.execute(
+                sa.insert(evaluation_table).values(
+                    key=key, fidelity=fidelity, status="running", attempt=attempt, at=now()
+                )
+            )
         return attempt
 
-    def finish(self, key: str, fidelity: Fidelity, status: Status, *, measurements: Mapping[str, Measurement] | None = None, scores: Scores | None = None,
-               facts: Mapping[str, Any] | None = None, reason: str = "", seconds: float = 0.0, publish: bool = False,
-               artifact: tuple[Path, str] | None = None) -> bool:
-        """End the running evaluation in one transaction, with its artifact and outbox row; False if it is not running any more (a late result)."""
-        where = (evaluation_table.c.key == key) & (evaluation_table.c.fidelity == fidelity) & (evaluation_table.c.status == "running")
-        values = {"status": status, "measurements": json.dumps({n: m.to_dict() for n, m in (measurements or {}).items()}),
-                  "scores": json.dumps(None if scores is None else scores.__dict__), "facts": json.dumps(dict(facts or {})), "reason": reason,
-                  "seconds": seconds, "at": now()}
+    def finish(
+        self,
+        key: str,
+        fidelity: Fidelity,
+        status: Status,
+        *,
+        measurements: Mapping[str, Measurement] | None = None,
+        scores: Scores | None = None,
+        facts: Mapping[str, Any] | None = None,
+        reason: str = "",
+        seconds: float = 0.0,
+        publish: bool = False,
+        artifact: tuple[Path, str] | None = None,
+    ) -> bool:
+        """End the running evaluation in one transaction, with its artifact and outbox row.
+
+        False if it is not running any more (a late result), which changes nothing.
+        """
+        where = (
+            (evaluation_table.c.key == key)
+            & (evaluation_table.c.fidelity == fidelity)
+            & (evaluation_table.c.status == "running")
+        )
+        values = {
+            "status": status,
+            "measurements": json.dumps({n: m.to_dict() for n, m in (measurements or {}).items()}),
+            "scores": json.dumps(None if scores is None else scores.__dict__),
+            "facts": json.dumps(dict(facts or {})),
+            "reason": reason,
+            "seconds": seconds,
+            "at": now(),
+        }
         with self._engine.begin() as connection:
             if connection.execute(sa.update(evaluation_table).where(where).values(**values)).rowcount == 0:
                 return False
@@ -181,7 +264,9 @@ class Store:
                 row = {"key": key, "path": artifact[0].relative_to(self.folder).as_posix(), "sha256": artifact[1]}
                 connection.execute(sa.insert(artifact_table).prefix_with("OR REPLACE").values(**row))
             if publish:
-                connection.execute(sa.insert(outbox_table).prefix_with("OR REPLACE").values(kind=fidelity, key=key, done=0))
+                connection.execute(
+                    sa.insert(outbox_table).prefix_with("OR REPLACE").values(kind=fidelity, key=key, done=0)
+                )
         return True
 
     def evaluations(self, fidelity: Fidelity | None = None, status: Status | None = None) -> list[Evaluation]:
@@ -203,18 +288,29 @@ class Store:
         """Replace the measurements of complete evaluations (estimates change as the calibration learns), in one transaction."""
         if not fresh:
             return
-        where = (evaluation_table.c.key == sa.bindparam("k")) & (evaluation_table.c.fidelity == fidelity) & (evaluation_table.c.status == "complete")
+        where = (
+            (evaluation_table.c.key == sa.bindparam("k"))
+            & (evaluation_table.c.fidelity == fidelity)
+            & (evaluation_table.c.status == "complete")
+        )
         rows = [{"k": key, "m": json.dumps({n: m.to_dict() for n, m in found.items()})} for key, found in fresh.items()]
         with self._engine.begin() as connection:
             connection.execute(sa.update(evaluation_table).where(where).values(measurements=sa.bindparam("m")), rows)
 
     def recover(self, most_attempts: int) -> int:
         """Mark evaluations of a dead process lost (failed for good after `most_attempts`); returns how many there were."""
-        running = (evaluation_table.c.status == "running")
+        running = evaluation_table.c.status == "running"
         with self._engine.begin() as connection:
-            connection.execute(sa.update(evaluation_table).where(running & (evaluation_table.c.attempt >= most_attempts)).values(
-                status="failed", reason=f"the process died {most_attempts} times while evaluating it"))
-            return int(connection.execute(sa.update(evaluation_table).where(running).values(status="lost", reason="the process died")).rowcount)
+            connection.execute(
+                sa.update(evaluation_table)
+                .where(running & (evaluation_table.c.attempt >= most_attempts))
+                .values(status="failed", reason=f"the process died {most_attempts} times while evaluating it")
+            )
+            return int(
+                connection.execute(
+                    sa.update(evaluation_table).where(running).values(status="lost", reason="the process died")
+                ).rowcount
+            )
 
     def artifact(self, key: str) -> Path | None:
         """Folder of a confirmed candidate's artifact."""
@@ -228,12 +324,20 @@ class Store:
 
     def events(self) -> list[Event]:
         with self._engine.connect() as connection:
-            return [Event(r.at, r.kind, r.text, json.loads(r.data)) for r in connection.execute(sa.select(event_table).order_by(event_table.c.id))]
+            return [
+                Event(r.at, r.kind, r.text, json.loads(r.data))
+                for r in connection.execute(sa.select(event_table).order_by(event_table.c.id))
+            ]
 
     def outbox(self) -> list[tuple[int, str, str]]:
         """What MLflow has not seen: (id, kind, key), oldest first."""
         with self._engine.connect() as connection:
-            return [(r.id, r.kind, r.key) for r in connection.execute(sa.select(outbox_table).where(outbox_table.c.done == 0).order_by(outbox_table.c.id))]
+            return [
+                (r.id, r.kind, r.key)
+                for r in connection.execute(
+                    sa.select(outbox_table).where(outbox_table.c.done == 0).order_by(outbox_table.c.id)
+                )
+            ]
 
     def outbox_done(self, identity: int) -> None:
         with self._engine.begin() as connection:
@@ -252,12 +356,25 @@ class Store:
 
 def _evaluation(row: Any) -> Evaluation:
     scores = json.loads(row.scores)
-    return Evaluation(row.key, row.fidelity, row.status, row.attempt, {n: Measurement.from_dict(m) for n, m in json.loads(row.measurements).items()},
-                      None if scores is None else Scores.from_dict(scores), json.loads(row.facts), row.reason, row.seconds, row.at)
+    return Evaluation(
+        row.key,
+        row.fidelity,
+        row.status,
+        row.attempt,
+        {n: Measurement.from_dict(m) for n, m in json.loads(row.measurements).items()},
+        None if scores is None else Scores.from_dict(scores),
+        json.loads(row.facts),
+        row.reason,
+        row.seconds,
+        row.at,
+    )
 
 
 def _engine(folder: Path, mode: str) -> sa.Engine:
-    engine = sa.create_engine(f"sqlite:///file:{folder.resolve() / 'study.db'}?mode={mode}&uri=true", connect_args={"check_same_thread": False})
+    engine = sa.create_engine(
+        f"sqlite:///file:{folder.resolve() / 'study.db'}?mode={mode}&uri=true",
+        connect_args={"check_same_thread": False},
+    )
 
     def configure(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()
@@ -282,9 +399,14 @@ def _checked(store: Store) -> Store:
     try:
         version = store.meta("schema")
     except sa.exc.DatabaseError as error:
-        raise EnvironmentProblem(f"the study database in {store.folder} is damaged: {error.orig}", "restore the folder from a backup") from None
+        raise EnvironmentProblem(
+            f"the study database in {store.folder} is damaged: {error.orig}", "restore the folder from a backup"
+        ) from None
     if version != SCHEMA_VERSION:
-        raise UsageError(f"the study has schema {version}, this paretune reads {SCHEMA_VERSION}", "use the paretune version that wrote it")
+        raise UsageError(
+            f"the study has schema {version}, this paretune reads {SCHEMA_VERSION}",
+            "use the paretune version that wrote it",
+        )
     return store
 
 
@@ -297,7 +419,9 @@ def _take(folder: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise EnvironmentProblem(f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there") from None
+        raise EnvironmentProblem(
+            f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there"
+        ) from None
     lock.seek(0)
     lock.truncate()
     lock.write(f"pid {os.getpid()}")

@@ -61,6 +61,10 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
 def _make_evaluator() -> Any:
     """The real evaluator, or the simulated one that tests name by `module:class` in the environment."""
-    folder, home, name = Path(os.environ[FOLDER]), Path(os.environ[HOME]), os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator")
+    folder, home, name = (
+        Path(os.environ[FOLDER]),
+        Path(os.environ[HOME]),
+        os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator"),
+    )
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

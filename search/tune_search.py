@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,12 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
     def __init__(self, director: Director) -> None:
         self._distributions = distributions(director.space)
         objectives = list(director.spec.objectives)
-        super().__init__(space=self._distributions, metric=objectives, mode=["min"] * len(objectives),
-                         sampler=make_sampler(director.spec.sampler, director.spec.seed))
+        super().__init__(
+            space=self._distributions,
+            metric=objectives,
+            mode=["min"] * len(objectives),
+            sampler=make_sampler(director.spec.sampler, director.spec.seed),
+        )
         self.director = director
         self._built = -1
         self._asked = int(director.store.meta("asked", 0))
@@ -48,7 +51,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         work = self._propose(trial_id) if decision.kind == "propose" else decision.work
         if work is None:
             return Searcher.FINISHED if decision.kind == "done" else None
-        self._work[trial_id] = (work, time.monotonic())
+        self._work[trial_id] = (work, self.director.budget.clock())
         return {"work": work.to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -56,7 +59,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         if outcome.done or trial_id not in self._work:
             return
         work, since = self._work[trial_id]
-        now = time.monotonic()
+        now = self.director.budget.clock()
         self._work[trial_id] = (work, now)
         self.director.progressed(work, outcome, now - since)
 
@@ -66,9 +69,11 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         work, since = self._work.pop(trial_id)
         outcome = Outcome.from_json(result[OUTCOME]) if result and OUTCOME in result and not error else None
         if outcome is None or not outcome.done:
-            self.director.lost(work, "the worker died or was stopped (see the study's log)", time.monotonic() - since)
+            self.director.lost(
+                work, "the worker died or was stopped (see the study's log)", self.director.budget.clock() - since
+            )
         else:
-            self.director.completed(work, outcome, time.monotonic() - since)
+            self.director.completed(work, outcome, self.director.budget.clock() - since)
         if work.kind == "rung0" and work.candidate is not None:
             self._tell(trial_id, work.candidate.key)
 
@@ -102,8 +107,10 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         """When the sampler only repeats itself: uniformly random candidates, and after many duplicates the end of exploring."""
         generator = random.Random(stable_seed(self.director.spec.seed, -self._asked))
         for _ in range(10 * MOST_DUPLICATES):
-            params = {name: generator.randint(*bounds) if kind == "int" else generator.choice(bounds)
-                      for name, (kind, bounds) in self.director.space.distributions().items()}
+            params = {
+                name: generator.randint(*bounds) if kind == "int" else generator.choice(bounds)
+                for name, (kind, bounds) in self.director.space.distributions().items()
+            }
             work = self.director.register(self.director.space.decode(params), "sampler", params)
             if work is not None:
                 return work

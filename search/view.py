@@ -15,10 +15,20 @@ from paretune.search.store import CandidateRow, Evaluation, Event, Store
 from paretune.spaces.candidate import Candidate
 
 LABELS = {
-    "nll": "NLL (nats/token)", "estimated_nll": "estimated NLL (nats/token)", "decode_ms_per_token": "decode (ms/token)", "ttft_ms": "TTFT, 128 tokens (ms)",
-    "compressed_bytes": "compressed artifact (bytes)", "bytes": "artifact (bytes)", "peak_memory_bytes": "peak memory (bytes)",
-    "perplexity": "perplexity", "bits_per_byte": "bits/byte", "kl": "KL to the teacher (nats/token)", "top1_agreement": "top-1 agreement",
-    "relative_loss": "NLL increase (fraction)", "load_ms": "load (ms)"}
+    "nll": "NLL (nats/token)",
+    "estimated_nll": "estimated NLL (nats/token)",
+    "decode_ms_per_token": "decode (ms/token)",
+    "ttft_ms": "TTFT, 128 tokens (ms)",
+    "compressed_bytes": "compressed artifact (bytes)",
+    "bytes": "artifact (bytes)",
+    "peak_memory_bytes": "peak memory (bytes)",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits/byte",
+    "kl": "KL to the teacher (nats/token)",
+    "top1_agreement": "top-1 agreement",
+    "relative_loss": "NLL increase (fraction)",
+    "load_ms": "load (ms)",
+}
 DEFAULT_OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
 
 
@@ -88,8 +98,28 @@ class StudyView:
         return next((p for p in self.confirmed if p.key.startswith(key_prefix)), None)
 
 
-META = ("study", "created", "state", "spec", "profile", "teacher", "corpus", "versions", "machine", "spent_s", "budget_s", "fit_error", "calibration",
-        "recovery_tokens", "space_size", "elastic", "launches", "stage", "seed", "command")
+META = (
+    "study",
+    "created",
+    "state",
+    "spec",
+    "profile",
+    "teacher",
+    "corpus",
+    "versions",
+    "machine",
+    "spent_s",
+    "budget_s",
+    "fit_error",
+    "calibration",
+    "recovery_tokens",
+    "space_size",
+    "elastic",
+    "launches",
+    "stage",
+    "seed",
+    "command",
+)
 
 
 def load_view(store: Store) -> StudyView:
@@ -98,12 +128,27 @@ def load_view(store: Store) -> StudyView:
     evaluations = store.evaluations()
     meta = {name: store.meta(name) for name in META}
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
-    confirmed = tuple(_point(rows[e.key], e, "confirmed") for e in evaluations if e.fidelity == "confirmed" and e.status == "complete")
-    rung0 = tuple(_point(rows[e.key], e, "rung0") for e in evaluations if e.fidelity == "rung0" and e.status == "complete")
+    confirmed = tuple(
+        _point(rows[e.key], e, "confirmed") for e in evaluations if e.fidelity == "confirmed" and e.status == "complete"
+    )
+    rung0 = tuple(
+        _point(rows[e.key], e, "rung0") for e in evaluations if e.fidelity == "rung0" and e.status == "complete"
+    )
     front, ties = front_of(confirmed, objectives)
     failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
-    return StudyView(store.meta("study"), store.folder, meta, objectives, rung0, confirmed, front, ties, failures, tuple(store.events()),
-                     store.meta("seconds_by_stage", {}))
+    return StudyView(
+        store.meta("study"),
+        store.folder,
+        meta,
+        objectives,
+        rung0,
+        confirmed,
+        front,
+        ties,
+        failures,
+        tuple(store.events()),
+        store.meta("seconds_by_stage", {}),
+    )
 
 
 def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[Point, ...], dict[str, str]]:
@@ -134,8 +179,19 @@ def tied(a: Point, b: Point, objective: str) -> bool:
 
 def failure_counts(view: StudyView) -> Counter[str]:
     """Reasons of failed, infeasible and lost evaluations with their number."""
-    return Counter(f"{e.fidelity} {e.status}: {e.reason.splitlines()[0][:160] if e.reason else 'no reason'}" for e in view.failures)
+    return Counter(
+        f"{e.fidelity} {e.status}: {e.reason.splitlines()[0][:160] if e.reason else 'no reason'}" for e in view.failures
+    )
 
 
 def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"]) -> Point:
-    return Point(row.key, row.number, row.source, row.candidate, kind, evaluation.measurements, evaluation.facts, evaluation.scores)
+    return Point(
+        row.key,
+        row.number,
+        row.source,
+        row.candidate,
+        kind,
+        evaluation.measurements,
+        evaluation.facts,
+        evaluation.scores,
+    )

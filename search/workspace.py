@@ -18,7 +18,15 @@ import numpy as np
 import torch
 
 from paretune.compression.distill.elastic import ElasticRecipe, ElasticTrainer, elastic_key, order_of
-from paretune.compression.prune import Importance, LayerStatistics, importance, layer_statistics, mask_for, slice_weights, sort_by_importance
+from paretune.compression.prune import (
+    Importance,
+    LayerStatistics,
+    importance,
+    layer_statistics,
+    mask_for,
+    slice_weights,
+    sort_by_importance,
+)
 from paretune.compression.student import ATTENTION, FFN, Network
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.lock import MachineLock
@@ -26,7 +34,16 @@ from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
-from paretune.teachers import Corpus, Split, Teacher, TokenSplit, library_corpus, load_teacher, token_splits, user_corpus
+from paretune.teachers import (
+    Corpus,
+    Split,
+    Teacher,
+    TokenSplit,
+    library_corpus,
+    load_teacher,
+    token_splits,
+    user_corpus,
+)
 from paretune.teachers.checkpoint import load_tensors
 from paretune.teachers.tokens import Windows
 
@@ -47,6 +64,7 @@ class Workspace:
         setup = json.loads((folder / "setup.json").read_text())
         self.folder, self.home, self.cache = folder, home, home / "cache"
         self.spec, self.profile = Spec.model_validate(setup["spec"]), Profile.model_validate(setup["profile"])
+        self._mild = bool(setup["mild"])
         self.lock = MachineLock()
         self.fingerprint = fingerprint()
         self._networks: dict[int, Network] = {}
@@ -59,7 +77,7 @@ class Workspace:
 
     @cached_property
     def space(self) -> Space:
-        return Space.of(self.teacher.shape, self.profile.weight_formats)
+        return Space.of(self.teacher.shape, self.profile.weight_formats, self._mild)
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -94,7 +112,12 @@ class Workspace:
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
         seconds = round(self.spec.budget_s * self.spec.shares.elastic, 1)
-        return ElasticRecipe(seconds, context=self.window, batch=max(1, min(16, 2**24 // (self.window * self.teacher.shape.vocab))), seed=self.spec.seed)
+        return ElasticRecipe(
+            seconds,
+            context=self.window,
+            batch=max(1, min(16, 2**24 // (self.window * self.teacher.shape.vocab))),
+            seed=self.spec.seed,
+        )
 
     @cached_property
     def elastic_file(self) -> Path:
@@ -102,8 +125,15 @@ class Workspace:
         return self.cache / "elastic" / f"{self.teacher.name}-{key}.safetensors"
 
     def elastic_trainer(self) -> ElasticTrainer:
-        return ElasticTrainer(self.teacher, self.space, self.tokens["train"].ids, self.calibration_ids, self.elastic_recipe, self.elastic_file,
-                              self.lock.shared)
+        return ElasticTrainer(
+            self.teacher,
+            self.space,
+            self.tokens["train"].ids,
+            self.calibration_ids,
+            self.elastic_recipe,
+            self.elastic_file,
+            self.lock.shared,
+        )
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
@@ -119,7 +149,10 @@ class Workspace:
         if self.elastic_file.exists():
             order = self._elastic[1]
         else:
-            order = importance(layer_statistics(self.network(self.teacher.shape.layers), self.teacher_weights, self.calibration_ids), self.teacher.shape)
+            order = importance(
+                layer_statistics(self.network(self.teacher.shape.layers), self.teacher_weights, self.calibration_ids),
+                self.teacher.shape,
+            )
         return sort_by_importance(self.teacher_weights, order, self.teacher.shape), order
 
     def dense_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
@@ -133,7 +166,11 @@ class Workspace:
         """Masks of the layers' matrices by their patterns; empty for a dense candidate."""
         if not candidate.is_sparse:
             return {}
-        statistics = self._layer_statistics(candidate, weights) if any(x.pattern.score == "wanda" for x in candidate.layers) else None
+        statistics = (
+            self._layer_statistics(candidate, weights)
+            if any(x.pattern.score == "wanda" for x in candidate.layers)
+            else None
+        )
         found = {}
         for i, layer in enumerate(candidate.layers):
             for name in (*ATTENTION, *FFN):

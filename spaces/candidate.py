@@ -92,11 +92,15 @@ class Candidate:
 
     def canonical(self, shape: Shape) -> Candidate:
         """Repair group sizes, drop settings that have no effect, so that equal computations are equal candidates."""
-        layers = tuple(replace(
-            layer,
-            attention_format=_repair(layer.attention_format, shape.hidden),
-            ffn_format=_repair(layer.ffn_format, shape.hidden),
-            pattern=_settle(layer.pattern)) for layer in self.layers)
+        layers = tuple(
+            replace(
+                layer,
+                attention_format=_repair(layer.attention_format, shape.hidden),
+                ffn_format=_repair(layer.ffn_format, shape.hidden),
+                pattern=_settle(layer.pattern),
+            )
+            for layer in self.layers
+        )
         embedding = replace(_repair(self.embedding_format, shape.hidden), activation="fp32")
         return Candidate(layers, _repair(self.head_format, shape.hidden), embedding)
 
@@ -120,11 +124,16 @@ class Candidate:
     def is_full_size(self, shape: Shape) -> bool:
         """Whether nothing is cut away, so that the teacher's own weights serve."""
         return len(self.layers) == shape.layers and all(
-            layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers)
+            layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers
+        )
 
     @property
     def is_quantized(self) -> bool:
-        formats = [self.head_format, self.embedding_format, *(f for x in self.layers for f in (x.attention_format, x.ffn_format))]
+        formats = [
+            self.head_format,
+            self.embedding_format,
+            *(f for x in self.layers for f in (x.attention_format, x.ffn_format)),
+        ]
         return any(f.bits != 32 for f in formats)
 
     @property
@@ -140,17 +149,38 @@ class Candidate:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Candidate:
-        layers = tuple(Layer(d["ffn"], d["kv_groups"], Format(**d["attention_format"]), Format(**d["ffn_format"]),
-                             Pattern(**d["pattern"])) for d in data["layers"])
+        layers = tuple(
+            Layer(
+                d["ffn"],
+                d["kv_groups"],
+                Format(**d["attention_format"]),
+                Format(**d["ffn_format"]),
+                Pattern(**d["pattern"]),
+            )
+            for d in data["layers"]
+        )
         return cls(layers, Format(**data["head_format"]), Format(**data["embedding_format"]))
 
     def describe(self) -> str:
         """One line for people; layer-uniform candidates only need the first layer."""
         x = self.layers[0]
         uniform = all(layer == x for layer in self.layers)
-        size = f"{len(self.layers)} layers, FFN {x.ffn}, {x.kv_groups} KV groups" if uniform else f"{len(self.layers)} mixed layers"
-        formats = f"attn {x.attention_format.name}, ffn {x.ffn_format.name}, head {self.head_format.name}, embed {self.embedding_format.name}"
-        groups = sorted({f.group_size for f in (x.attention_format, x.ffn_format, self.head_format, self.embedding_format) if f.bits != 32})
+        size = (
+            f"{len(self.layers)} layers, FFN {x.ffn}, {x.kv_groups} KV groups"
+            if uniform
+            else f"{len(self.layers)} mixed layers"
+        )
+        formats = (
+            f"attn {x.attention_format.name}, ffn {x.ffn_format.name}, "
+            f"head {self.head_format.name}, embed {self.embedding_format.name}"
+        )
+        groups = sorted(
+            {
+                f.group_size
+                for f in (x.attention_format, x.ffn_format, self.head_format, self.embedding_format)
+                if f.bits != 32
+            }
+        )
         group = f", groups of {'/'.join(map(str, groups))}" if groups else ""
         return f"{size}; {x.pattern.name}; {formats}{group}{_activations(self)}"
 
@@ -171,7 +201,9 @@ def group_for(group_size: int, k: int) -> int:
     """The largest engine block (16 … 256) that is at most `group_size` and divides K."""
     sizes = [size for size in (256, 128, 64, 32, 16) if size <= group_size and k % size == 0]
     if not sizes:
-        raise ValueError(f"K must be a multiple of 16 to be quantized in groups, but got K={k}, group_size={group_size}")
+        raise ValueError(
+            f"K must be a multiple of 16 to be quantized in groups, but got K={k}, group_size={group_size}"
+        )
     return sizes[0]
 
 

@@ -11,7 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paretune.spaces.candidate import DENSE, FP32, Activation, Candidate, Format, Layer, Pattern, PatternKind, Score, Shape, group_for
+from paretune.spaces.candidate import (
+    DENSE,
+    FP32,
+    Activation,
+    Candidate,
+    Format,
+    Layer,
+    Pattern,
+    PatternKind,
+    Score,
+    Shape,
+    group_for,
+)
 
 GROUP_SIZES = (32, 64, 128)
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -35,13 +47,27 @@ class Space:
     min_depth: int
     min_ffn: int
     min_kv_groups: int
+    mild: bool = False
 
     @classmethod
     def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False) -> Space:
         """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each)."""
         if mild:
-            return cls(shape, kernels, max(1, -(-3 * shape.layers // 4)), _align(3 * shape.ffn // 4), max(1, -(-3 * shape.kv_heads // 4)))
-        return cls(shape, kernels, max(min(2, shape.layers), shape.layers // 3), _align(shape.ffn // 4), max(1, shape.kv_heads // 4))
+            return cls(
+                shape,
+                kernels,
+                max(1, -(-3 * shape.layers // 4)),
+                _align(3 * shape.ffn // 4),
+                max(1, -(-3 * shape.kv_heads // 4)),
+                mild,
+            )
+        return cls(
+            shape,
+            kernels,
+            max(min(2, shape.layers), shape.layers // 3),
+            _align(shape.ffn // 4),
+            max(1, shape.kv_heads // 4),
+        )
 
     @property
     def ffn_widths(self) -> tuple[int, ...]:
@@ -87,10 +113,12 @@ class Space:
         group = self.group_sizes[params["group_size"]]
         wanted = params.get("int4_activation", "int8")
         layer = Layer(
-            self.ffn_widths[params["ffn"]], params["kv_groups"],
+            self.ffn_widths[params["ffn"]],
+            params["kv_groups"],
             self.format(self.bits[params["attention_bits"]], group, wanted),
             self.format(self.bits[params["ffn_bits"]], group, wanted),
-            Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]))
+            Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]),
+        )
         head = self.format(self.bits[params["head_bits"]], group, wanted)
         embedding = self.format(self.bits[params["embedding_bits"]], group, wanted)
         return Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
@@ -104,10 +132,18 @@ class Space:
         group = max((f.group_size for f in formats if f.bits != 32), default=self.group_sizes[0])
         attention, ffn, head, embedding = (self.bits.index(f.bits) for f in formats)
         params: dict[str, Any] = {
-            "depth": len(candidate.layers), "ffn": self.ffn_widths.index(x.ffn), "kv_groups": x.kv_groups,
-            "pattern": x.pattern.kind, "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind == "unstructured" else 0,
-            "score": x.pattern.score, "attention_bits": attention, "ffn_bits": ffn, "head_bits": head,
-            "embedding_bits": embedding, "group_size": self.group_sizes.index(group)}
+            "depth": len(candidate.layers),
+            "ffn": self.ffn_widths.index(x.ffn),
+            "kv_groups": x.kv_groups,
+            "pattern": x.pattern.kind,
+            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind == "unstructured" else 0,
+            "score": x.pattern.score,
+            "attention_bits": attention,
+            "ffn_bits": ffn,
+            "head_bits": head,
+            "embedding_bits": embedding,
+            "group_size": self.group_sizes.index(group),
+        }
         if "int4_activation" in self.distributions():
             params["int4_activation"] = next((f.activation for f in formats[:3] if f.bits == 4), "int8")
         if self.decode(params) != candidate:
@@ -120,7 +156,9 @@ class Space:
             return FP32
         wanted: Activation = "fp32" if bits == 4 and int4_activation == "fp32" else "int8"
         kernels = [k for k in self.kernels if k.startswith(f"int{bits}/")]
-        activation: Activation = wanted if f"int{bits}/{wanted}" in kernels else ("int8" if f"int{bits}/int8" in kernels else "fp32")
+        activation: Activation = (
+            wanted if f"int{bits}/{wanted}" in kernels else ("int8" if f"int{bits}/int8" in kernels else "fp32")
+        )
         return Format(8 if bits == 8 else 4, group_size, activation)
 
     def baselines(self) -> list[Candidate]:
@@ -134,14 +172,22 @@ class Space:
 
     def size(self) -> int:
         """Number of distinct candidates, counted over canonical ones."""
-        bits, groups, activations = self.bits, len(self.group_sizes), 2 if "int4_activation" in self.distributions() else 1
+        bits, groups, activations = (
+            self.bits,
+            len(self.group_sizes),
+            2 if "int4_activation" in self.distributions() else 1,
+        )
         patterns = 1 + len(SCORES) + len(SCORES) * len(RATIOS)
         precisions = 0
         for combination in itertools.product(bits, repeat=4):
             quantized = any(b != 32 for b in combination)
             variants = groups if quantized else 1
             precisions += variants * (activations if 4 in combination[:3] else 1)
-        sizes = (self.shape.layers - self.min_depth + 1) * len(self.ffn_widths) * (self.shape.kv_heads - self.min_kv_groups + 1)
+        sizes = (
+            (self.shape.layers - self.min_depth + 1)
+            * len(self.ffn_widths)
+            * (self.shape.kv_heads - self.min_kv_groups + 1)
+        )
         return sizes * patterns * precisions
 
     def smallest(self) -> tuple[int, int, int]:

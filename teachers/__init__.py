@@ -4,5 +4,16 @@ from paretune.teachers.teacher import EMBEDDED, Teacher, load_teacher
 from paretune.teachers.text import SPLITS, Corpus, Document, Split, library_corpus, user_corpus
 from paretune.teachers.tokens import TokenSplit, token_splits
 
-__all__ = ["EMBEDDED", "SPLITS", "Corpus", "Document", "Split", "Teacher", "TokenSplit", "library_corpus", "load_teacher",
-           "token_splits", "user_corpus"]
+__all__ = [
+    "EMBEDDED",
+    "SPLITS",
+    "Corpus",
+    "Document",
+    "Split",
+    "Teacher",
+    "TokenSplit",
+    "library_corpus",
+    "load_teacher",
+    "token_splits",
+    "user_corpus",
+]

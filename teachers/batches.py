@@ -29,4 +29,6 @@ class Batches:
         shift = int(torch.randint(0, self.context, (1,), generator=generator)) if epoch else 0
         chosen = [int(self._order[(position * self.batch + i) % self.windows]) for i in range(self.batch)]
         starts = [min(i * self.context + shift, len(self.tokens) - self.context - 1) for i in chosen]
-        return torch.from_numpy(np.stack([np.asarray(self.tokens[s:s + self.context]).astype(np.int64) for s in starts]))
+        return torch.from_numpy(
+            np.stack([np.asarray(self.tokens[s : s + self.context]).astype(np.int64) for s in starts])
+        )

@@ -20,8 +20,11 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
-                  {"meta": json.dumps(dict(meta))})
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"meta": json.dumps(dict(meta))},
+        )
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -49,7 +49,7 @@ def held_out_nll(model: Any, tokens: torch.Tensor, windows: int) -> float:
     model.eval()
     total, count = 0.0, 0
     for start in range(0, windows, 25):
-        x = torch.stack([tokens[j * CONTEXT:(j + 1) * CONTEXT] for j in range(start, min(windows, start + 25))])
+        x = torch.stack([tokens[j * CONTEXT : (j + 1) * CONTEXT] for j in range(start, min(windows, start + 25))])
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x, use_cache=False).logits
         total += F.cross_entropy(logits[:, :-1].float().flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
@@ -59,10 +59,21 @@ def held_out_nll(model: Any, tokens: torch.Tensor, windows: int) -> float:
 
 
 def make_model() -> Any:
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and ("o_proj" in name or "down_proj" in name):
@@ -73,10 +84,14 @@ def make_model() -> Any:
 def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     norms = [p for p in model.parameters() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.model.embed_tokens.weight]},
+        {"params": norms, "weight_decay": 0.0},
+    ]
     return [
         torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original"),
-        torch.optim.AdamW([{"params": [model.model.embed_tokens.weight]}, {"params": norms, "weight_decay": 0.0}],
-                          lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+        torch.optim.AdamW(groups, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
 
 
 def train_tokenizer(out: Path, paths: list[Path]) -> ByteLevelBPETokenizer:
@@ -96,7 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=2900.0, help="length of the schedule in seconds of training")
-    parser.add_argument("--stop-after", type=float, default=math.inf, help="stop (resumable) after so many seconds of training")
+    parser.add_argument(
+        "--stop-after", type=float, default=math.inf, help="stop (resumable) after so many seconds of training"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -119,8 +136,9 @@ def train(out: Path, seconds: float, stop_after: float, seed: int) -> None:
     step, elapsed, curve = 0, 0.0, []
     if checkpoint.exists():
         tensors, meta = load_tensors(checkpoint)
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if not k.startswith("optimizer")},
-                              strict=False)
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if not k.startswith("optimizer")}, strict=False
+        )
         restore_optimizers(optimizers, tensors)
         step, elapsed, curve = meta["step"], meta["elapsed"], meta["curve"]
         print(f"continuing at step {step:,}, {elapsed:.0f} s", flush=True)
@@ -132,13 +150,15 @@ def train(out: Path, seconds: float, stop_after: float, seed: int) -> None:
         return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
 
     compiled = torch.compile(loss_of)
-    compiled(batches.at(0)).backward()  # compile outside the clock
+    torch.autograd.backward(compiled(batches.at(0)))  # compile outside the clock
     for optimizer in optimizers:
         optimizer.zero_grad()
 
     def save() -> None:
         named = {f"model.{n}": p for n, p in model.named_parameters()}
-        save_tensors(checkpoint, {**named, **optimizer_tensors(optimizers)}, {"step": step, "elapsed": elapsed, "curve": curve})
+        save_tensors(
+            checkpoint, {**named, **optimizer_tensors(optimizers)}, {"step": step, "elapsed": elapsed, "curve": curve}
+        )
 
     mark, saved = time.monotonic(), elapsed
     while elapsed < min(seconds, stop_after):
@@ -146,7 +166,7 @@ def train(out: Path, seconds: float, stop_after: float, seed: int) -> None:
         for optimizer, rates in zip(optimizers, peak, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
-        compiled(batches.at(step)).backward()
+        torch.autograd.backward(compiled(batches.at(step)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -162,16 +182,22 @@ def train(out: Path, seconds: float, stop_after: float, seed: int) -> None:
             saved = elapsed
     save()
     if elapsed >= seconds:
-        _finish(out, model, held_out, held_out_files, {"tokens": step * BATCH * CONTEXT, "seconds": seconds, "curve": curve})
+        _finish(
+            out, model, held_out, held_out_files, {"tokens": step * BATCH * CONTEXT, "seconds": seconds, "curve": curve}
+        )
 
 
 def _finish(out: Path, model: Any, held_out: torch.Tensor, held_out_files: list[Path], figures: dict[str, Any]) -> None:
     nll = held_out_nll(model, held_out, len(held_out) // CONTEXT)
     model.to(torch.bfloat16).save_pretrained(out)
-    PreTrainedTokenizerFast(tokenizer_file=str(out / "bpe.json"), bos_token="<|end|>", eos_token="<|end|>",
-                            pad_token="<|end|>").save_pretrained(out)
-    digests = {n: hashlib.sha256(p.read_text("utf8", "ignore").encode()).hexdigest()
-               for n, p in library_modules() if is_held_out(n)}
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(out / "bpe.json"), bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(out)
+    digests = {
+        n: hashlib.sha256(p.read_text("utf8", "ignore").encode()).hexdigest()
+        for n, p in library_modules()
+        if is_held_out(n)
+    }
     (out / "heldout.json").write_text(json.dumps({"python": platform.python_version(), "modules": digests}, indent=1))
     size = sum(path.stat().st_size for path in held_out_files)
     figures |= {"held_out_nll": nll, "bits_per_byte": nll * len(held_out) / size / math.log(2)}

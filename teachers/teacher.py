@@ -64,8 +64,10 @@ class Teacher:
                 for name in tensors.keys():  # noqa: SIM118
                     value = tensors.get_tensor(name).to(torch.float32)
                     if not bool(torch.isfinite(value).all()):
-                        raise UsageError(f"{file}: all weights must be finite, but tensor {name} holds NaN or infinity",
-                                         "use an undamaged checkpoint")
+                        raise UsageError(
+                            f"{file}: all weights must be finite, but tensor {name} holds NaN or infinity",
+                            "use an undamaged checkpoint",
+                        )
                     found[name] = value
         if self.shape.tied:
             found.pop("lm_head.weight", None)
@@ -91,7 +93,10 @@ def load_teacher(name_or_folder: str) -> Teacher:
         return _check(EMBEDDED, EMBEDDED_FOLDER)
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        raise UsageError(f"--teacher must be {EMBEDDED!r} or an existing Hugging Face folder, but {folder} is not a folder", "check the path")
+        raise UsageError(
+            f"--teacher must be {EMBEDDED!r} or an existing Hugging Face folder, but {folder} is not a folder",
+            "check the path",
+        )
     return _check(folder.resolve().name, folder.resolve())
 
 
@@ -102,24 +107,34 @@ def _check(name: str, folder: Path) -> Teacher:
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
-            raise UsageError(f"weights must be safetensors, but {folder} only holds {pickles[0]}, which can run code when loaded",
-                             "convert it once where you trust it: model.save_pretrained(DIR) writes safetensors")
+            raise UsageError(
+                f"weights must be safetensors, but {folder} only holds {pickles[0]}, which can run code when loaded",
+                "convert it once where you trust it: model.save_pretrained(DIR) writes safetensors",
+            )
         raise UsageError(f"{folder} holds no *.safetensors file", "name the folder that save_pretrained wrote")
     _check_tensors(files, shape)
     if not (folder / "tokenizer.json").exists():
-        raise UsageError(f"{folder} holds no tokenizer.json", "save the tokenizer into it: tokenizer.save_pretrained(DIR)")
+        raise UsageError(
+            f"{folder} holds no tokenizer.json", "save the tokenizer into it: tokenizer.save_pretrained(DIR)"
+        )
     teacher = Teacher(name, folder, config, shape, _digest([folder / "config.json", folder / "tokenizer.json", *files]))
     vocabulary = _vocabulary_size(teacher)
     if vocabulary > shape.vocab:
-        raise UsageError(f"the tokenizer has {vocabulary} tokens, but the model only {shape.vocab}", "use the tokenizer it was trained with")
+        raise UsageError(
+            f"the tokenizer has {vocabulary} tokens, but the model only {shape.vocab}",
+            "use the tokenizer it was trained with",
+        )
     return teacher
 
 
 def _vocabulary_size(teacher: Teacher) -> int:
+    """Highest token id plus one: more than the number of tokens where ids are left out."""
     try:
-        return int(teacher.tokenizer.get_vocab_size())
+        return 1 + max(teacher.tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # tokenizers raises bare Exception
-        raise UsageError(f"{teacher.folder / 'tokenizer.json'} cannot be read: {error}", "save the tokenizer again") from None
+        raise UsageError(
+            f"{teacher.folder / 'tokenizer.json'} cannot be read: {error}", "save the tokenizer again"
+        ) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -129,38 +144,69 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"{path.parent} has no config.json", "name a complete Hugging Face folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} is not readable JSON: {error}", "copy the folder again, it may be half-written") from None
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UsageError(f"the model family must be one of {sorted(FAMILIES)}, but {path} says model_type={family!r}",
-                         "choose a supported checkpoint")
+        raise UsageError(
+            f"{path} is not readable JSON: {error}", "copy the folder again, it may be half-written"
+        ) from None
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UsageError(
+            f"the model family must be one of {sorted(FAMILIES)}, but {path} says model_type={family!r}",
+            "choose a supported checkpoint",
+        )
     for key in ("auto_map", "trust_remote_code", "_name_or_path"):
         config.pop(key, None)
     for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("quantization_config", None)):
         if config.get(key, wanted) not in (wanted, None):
-            raise UsageError(f"{path}: {key} must be {wanted}, but is {config[key]!r}", "choose an unquantized checkpoint without biases")
+            raise UsageError(
+                f"{path}: {key} must be {wanted}, but is {config[key]!r}",
+                "choose an unquantized checkpoint without biases",
+            )
     if config.get("hidden_act", "silu") != "silu":
-        raise UsageError(f"{path}: hidden_act must be 'silu', but is {config['hidden_act']!r}", "choose a supported checkpoint")
+        raise UsageError(
+            f"{path}: hidden_act must be 'silu', but is {config['hidden_act']!r}", "choose a supported checkpoint"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in STATIC_ROPE:
-        raise UsageError(f"{path}: rope_type must be one of {sorted(STATIC_ROPE)}, but is {kind!r}", "choose a supported checkpoint")
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if not isinstance(kind, str) or kind not in STATIC_ROPE:
+        raise UsageError(
+            f"{path}: rope_type must be one of {sorted(STATIC_ROPE)}, but is {kind!r}", "choose a supported checkpoint"
+        )
     return dict(config)
 
 
 def shape_of(config: dict[str, Any], where: Path) -> Shape:
     """The sizes in a config. Raises UsageError if one is missing or impossible."""
-    for key in NEEDED_KEYS:
+    optional = tuple(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None)
+    for key in (*NEEDED_KEYS, *optional):
         if not isinstance(config.get(key), int) or config[key] < 1:
-            raise UsageError(f"{where}: {key} must be a positive integer, but is {config.get(key)!r}", "mend config.json")
+            raise UsageError(
+                f"{where}: {key} must be a positive integer, but is {config.get(key)!r}", "mend config.json"
+            )
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if heads % kv_heads or head_dim % 16 or config["hidden_size"] % 16 or config["intermediate_size"] % 16:
-        raise UsageError(f"{where}: heads must be a multiple of kv heads, and head_dim, hidden_size and intermediate_size of 16; got "
-                         f"{heads}, {kv_heads}, {head_dim}, {config['hidden_size']}, {config['intermediate_size']}", "choose another checkpoint")
-    return Shape(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads, kv_heads, head_dim,
-                 config["vocab_size"], bool(config.get("tie_word_embeddings", False)))
+    if (
+        heads % kv_heads
+        or head_dim < 16
+        or head_dim % 16
+        or config["hidden_size"] % 16
+        or config["intermediate_size"] % 16
+    ):
+        raise UsageError(
+            f"{where}: heads must be a multiple of kv heads, and head_dim, hidden_size and intermediate_size of 16; got "
+            f"{heads}, {kv_heads}, {head_dim}, {config['hidden_size']}, {config['intermediate_size']}",
+            "choose another checkpoint",
+        )
+    return Shape(
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        heads,
+        kv_heads,
+        head_dim,
+        config["vocab_size"],
+        bool(config.get("tie_word_embeddings", False)),
+    )
 
 
 def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -168,11 +214,20 @@ def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
     for i in range(shape.layers):
-        found |= {f"model.layers.{i}.{name}.weight": size for name, size in (
-            ("input_layernorm", (shape.hidden,)), ("self_attn.q_proj", (q, shape.hidden)), ("self_attn.k_proj", (kv, shape.hidden)),
-            ("self_attn.v_proj", (kv, shape.hidden)), ("self_attn.o_proj", (shape.hidden, q)),
-            ("post_attention_layernorm", (shape.hidden,)), ("mlp.gate_proj", (shape.ffn, shape.hidden)),
-            ("mlp.up_proj", (shape.ffn, shape.hidden)), ("mlp.down_proj", (shape.hidden, shape.ffn)))}
+        found |= {
+            f"model.layers.{i}.{name}.weight": size
+            for name, size in (
+                ("input_layernorm", (shape.hidden,)),
+                ("self_attn.q_proj", (q, shape.hidden)),
+                ("self_attn.k_proj", (kv, shape.hidden)),
+                ("self_attn.v_proj", (kv, shape.hidden)),
+                ("self_attn.o_proj", (shape.hidden, q)),
+                ("post_attention_layernorm", (shape.hidden,)),
+                ("mlp.gate_proj", (shape.ffn, shape.hidden)),
+                ("mlp.up_proj", (shape.ffn, shape.hidden)),
+                ("mlp.down_proj", (shape.hidden, shape.ffn)),
+            )
+        }
     found["model.norm.weight"] = (shape.hidden,)
     if not shape.tied:
         found["lm_head.weight"] = (shape.vocab, shape.hidden)
@@ -185,17 +240,24 @@ def _check_tensors(files: list[Path], shape: Shape) -> None:
     actual: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.stat().st_size < MIN_HEADER_BYTES:
-            raise UsageError(f"{file} has only {file.stat().st_size} bytes", "copy the folder again, it is half-written")
+            raise UsageError(
+                f"{file} has only {file.stat().st_size} bytes", "copy the folder again, it is half-written"
+            )
         try:
             with safe_open(file, "numpy") as tensors:
                 actual |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{file} is not a complete safetensors file: {error}", "copy the folder again, it may be half-written") from None
+            raise UsageError(
+                f"{file} is not a complete safetensors file: {error}", "copy the folder again, it may be half-written"
+            ) from None
     for name, size in expected_tensors(shape).items():
         if name not in actual:
             raise UsageError(f"{files[0].parent} lacks the tensor {name}", "use a complete checkpoint")
         if actual[name] != size:
-            raise UsageError(f"tensor {name} must have shape {size} by config.json, but has {actual[name]}", "use the matching config.json")
+            raise UsageError(
+                f"tensor {name} must have shape {size} by config.json, but has {actual[name]}",
+                "use the matching config.json",
+            )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -20,8 +20,33 @@ from paretune.hardware_profiles.errors import UsageError
 Split = Literal["train", "calibration", "search", "report"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "search", "report")
 SKIPPED_FOLDERS = {"site-packages", "lib2to3", "idle_test", "encodings"}
-SOURCE_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs",
-                   ".rb", ".sh", ".sql", ".html", ".css", ".json", ".yaml", ".yml", ".toml", ".tex", ".csv"}
+SOURCE_SUFFIXES = {
+    ".txt",
+    ".md",
+    ".rst",
+    ".py",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".java",
+    ".js",
+    ".ts",
+    ".go",
+    ".rs",
+    ".rb",
+    ".sh",
+    ".sql",
+    ".html",
+    ".css",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".tex",
+    ".csv",
+}
 BLOCK_CHARACTERS = 4000
 MIN_DOCUMENTS = 8
 MIN_CHARACTERS = 40_000
@@ -84,8 +109,11 @@ def library_corpus() -> Corpus:
 def library_mismatches(heldout_file: Path) -> list[str]:
     """Held-out modules whose text differs from the one the embedded teacher was judged on (another Python version)."""
     expected: dict[str, str] = json.loads(heldout_file.read_text())["modules"]
-    actual = {name: hashlib.sha256(path.read_text("utf8", "ignore").encode()).hexdigest()
-              for name, path in library_modules() if is_held_out(name)}
+    actual = {
+        name: hashlib.sha256(path.read_text("utf8", "ignore").encode()).hexdigest()
+        for name, path in library_modules()
+        if is_held_out(name)
+    }
     return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 
 
@@ -101,14 +129,18 @@ def user_corpus(path: Path, field: str | None = None) -> Corpus:
     if len(unique) < MIN_DOCUMENTS or characters < MIN_CHARACTERS:
         raise UsageError(
             f"the text must have at least {MIN_DOCUMENTS} distinct documents and {MIN_CHARACTERS:,} characters, but "
-            f"{path} has {len(unique)} and {characters:,}", "give more text with --data")
+            f"{path} has {len(unique)} and {characters:,}",
+            "give more text with --data",
+        )
     ordered = sorted(unique, key=lambda pair: pair[0])
     n = len(ordered)
     n_report, n_search, n_calibration = max(2, round(0.06 * n)), max(2, round(0.04 * n)), max(1, round(0.03 * n))
     cuts = (0, n_report, n_report + n_search, n_report + n_search + n_calibration, n)
     names: tuple[Split, ...] = ("report", "search", "calibration", "train")
-    splits = {name: tuple(sorted((d for _, d in ordered[a:b]), key=lambda d: d.name))
-              for name, a, b in zip(names, cuts, cuts[1:], strict=False)}
+    splits = {
+        name: tuple(sorted((d for _, d in ordered[a:b]), key=lambda d: d.name))
+        for name, a, b in zip(names, cuts, cuts[1:], strict=False)
+    }
     return Corpus(str(path), splits)
 
 
@@ -116,10 +148,14 @@ def _read(path: Path, field: str | None) -> Iterator[Document]:
     if not path.exists():
         raise UsageError(f"--data must name an existing file or folder, but {path} does not exist", "check the path")
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SOURCE_SUFFIXES and ".git" not in p.parts)
+        files = sorted(
+            p for p in path.rglob("*") if p.is_file() and p.suffix in SOURCE_SUFFIXES and ".git" not in p.parts
+        )
         if not files:
-            raise UsageError(f"the folder {path} holds no text file ({', '.join(sorted(SOURCE_SUFFIXES))})",
-                             "name a folder of source or text files")
+            raise UsageError(
+                f"the folder {path} holds no text file ({', '.join(sorted(SOURCE_SUFFIXES))})",
+                "name a folder of source or text files",
+            )
         for file in files:
             yield Document(file.relative_to(path).as_posix(), _decode(file))
     elif path.suffix == ".jsonl":
@@ -127,7 +163,7 @@ def _read(path: Path, field: str | None) -> Iterator[Document]:
     else:
         text = _decode(path)
         for start in range(0, len(text), BLOCK_CHARACTERS):
-            yield Document(f"{path.name}:{start}", text[start:start + BLOCK_CHARACTERS])
+            yield Document(f"{path.name}:{start}", text[start : start + BLOCK_CHARACTERS])
 
 
 def _json_lines(path: Path, field: str | None) -> Iterator[Document]:
@@ -139,21 +175,29 @@ def _json_lines(path: Path, field: str | None) -> Iterator[Document]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{path}:{number}:{error.colno}: not valid JSON ({error.msg})", "mend or drop that line") from None
+            raise UsageError(
+                f"{path}:{number}:{error.colno}: not valid JSON ({error.msg})", "mend or drop that line"
+            ) from None
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UsageError(f"{path}:{number}: the field {field!r} must hold text; this line has {keys}",
-                             "name the text field with --field")
-        yield Document(f"{path.name}:{number}", record[field].encode("utf8", "replace").decode())  # lone surrogates become "?"
+            raise UsageError(
+                f"{path}:{number}: the field {field!r} must hold text; this line has {keys}",
+                "name the text field with --field",
+            )
+        yield Document(
+            f"{path.name}:{number}", record[field].encode("utf8", "replace").decode()
+        )  # lone surrogates become "?"
 
 
 def _decode(path: Path) -> str:
     try:
         return path.read_text("utf8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[:error.start].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: the text must be UTF-8, but byte {error.start} is not",
-                         "convert it, e.g. with iconv -t utf8") from None
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UsageError(
+            f"{path}:{line}: the text must be UTF-8, but byte {error.start} is not",
+            "convert it, e.g. with iconv -t utf8",
+        ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "check the permissions") from None
 

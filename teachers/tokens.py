@@ -33,8 +33,12 @@ class TokenSplit:
 
         `most_tokens` thins the windows evenly. A target is every token but the first of its window; single tokens are dropped.
         """
-        spans = [(d, s, min(s + length, int(b))) for d, (a, b) in enumerate(zip(self.offsets, self.offsets[1:], strict=False))
-                 for s in range(int(a), int(b), length) if min(s + length, int(b)) - s >= 2]
+        spans = [
+            (d, s, min(s + length, int(b)))
+            for d, (a, b) in enumerate(zip(self.offsets, self.offsets[1:], strict=False))
+            for s in range(int(a), int(b), length)
+            if min(s + length, int(b)) - s >= 2
+        ]
         total = sum(e - s - 1 for _, s, e in spans)
         if most_tokens is not None and total > most_tokens:
             keep = max(1, round(len(spans) * most_tokens / total))
@@ -42,7 +46,7 @@ class TokenSplit:
         ids = np.zeros((len(spans), length), np.int64)
         targets = np.zeros(len(spans), np.int64)
         for row, (_, start, end) in enumerate(spans):
-            ids[row, :end - start] = self.ids[start:end]
+            ids[row, : end - start] = self.ids[start:end]
             targets[row] = end - start - 1
         return Windows(ids, targets, np.array([d for d, _, _ in spans], np.int64), self.bytes_per_token())
 
@@ -74,8 +78,10 @@ def token_splits(teacher: Teacher, corpus: Corpus, cache: Path) -> dict[Split, T
     found = {split: _one(teacher, corpus.splits[split], folder, split) for split in SPLITS}
     for split, least in MIN_TOKENS.items():
         if len(found[split].ids) < least:
-            raise UsageError(f"the {split} split must have at least {least:,} tokens, but {corpus.source} gives {len(found[split].ids):,}",
-                             "give more text with --data")
+            raise UsageError(
+                f"the {split} split must have at least {least:,} tokens, but {corpus.source} gives {len(found[split].ids):,}",
+                "give more text with --data",
+            )
     return found
 
 
@@ -84,14 +90,14 @@ def _one(teacher: Teacher, documents: tuple[Document, ...], folder: Path, split:
     if not index.exists():
         ids, offsets = _encode(teacher, documents)
         write_atomically(data, ids.tobytes())
-        facts = {"offsets": offsets, "sizes": [len(d.text.encode("utf8", "replace")) for d in documents],
-                 "names": [d.name for d in documents]}
+        facts = {
+            "offsets": offsets,
+            "sizes": [len(d.text.encode("utf8", "replace")) for d in documents],
+            "names": [d.name for d in documents],
+        }
         write_atomically(index, json.dumps(facts).encode())
     meta: dict[str, Any] = json.loads(index.read_text())
-    if data.stat().st_size == 0:
-        ids = np.zeros(0, np.uint32)
-    else:
-        ids = np.memmap(data, np.uint32, "r")
+    ids = np.memmap(data, np.uint32, "r") if data.stat().st_size else np.zeros(0, np.uint32)
     return TokenSplit(ids, np.array(meta["offsets"], np.int64), np.array(meta["sizes"], np.int64), tuple(meta["names"]))
 
 
@@ -99,7 +105,7 @@ def _encode(teacher: Teacher, documents: tuple[Document, ...]) -> tuple[npt.NDAr
     pieces: list[npt.NDArray[np.uint32]] = []
     offsets = [0]
     for start in range(0, len(documents), BATCH_DOCUMENTS):
-        texts = [d.text for d in documents[start:start + BATCH_DOCUMENTS]]
+        texts = [d.text for d in documents[start : start + BATCH_DOCUMENTS]]
         for encoding in teacher.tokenizer.encode_batch(texts, add_special_tokens=False):
             pieces.append(np.array([*encoding.ids, teacher.end_token], np.uint32))
             offsets.append(offsets[-1] + len(pieces[-1]))

@@ -31,8 +31,7 @@ TINY_VOCAB = 288
 TINY = {"vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "bos_token_id": 0,
         "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True, "initializer_range": 0.15}
-WORDS = ("the model reads a line and writes another while small numbers grow into large ones because every layer adds what it "
-         "knows about words rivers stones engines light weight grid zero one two four eight prune keep sort slice").split()
+WORDS = ["the", "model", "reads", "a", "line", "and", "writes", "another", "while", "small", "numbers", "grow", "into", "large", "ones", "because", "every", "layer", "adds", "what", "it", "knows", "about", "words", "rivers", "stones", "engines", "light", "weight", "grid", "zero", "one", "two", "four", "eight", "prune", "keep", "sort", "slice"]
 
 
 def _document(seed: int, words: int = 500) -> str:

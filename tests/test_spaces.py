@@ -238,7 +238,7 @@ def test_mild_spaces_cut_less() -> None:
         deep, mild = Space.of(shape, KERNELS), Space.of(shape, KERNELS, mild=True)
         assert mild.min_depth >= 0.75 * shape.layers
         assert mild.min_kv_groups >= 0.75 * shape.kv_heads
-        assert set(mild.ffn_widths) <= {w for w in range(0, shape.ffn + 1) if w >= deep.min_ffn}
+        assert set(mild.ffn_widths) <= {w for w in range(shape.ffn + 1) if w >= deep.min_ffn}
         assert mild.smallest() >= deep.smallest()
 
 

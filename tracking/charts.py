@@ -52,7 +52,7 @@ class Group:
 
 
 STYLES: dict[GroupName, tuple[str, str, float, str]] = {
-    "estimated (rung 0)": ("circle-open", "o", 0.45, GREY),
+    "estimated (rung 0)": ("circle-open", "o", 0.6, GREY),
     "disturbed, not ranked": ("x-thin", "x", 0.9, RED),
     "confirmed, dominated": ("circle", "o", 0.6, GREY),
     "teacher, unchanged": ("diamond", "D", 1.0, GREY),
@@ -65,11 +65,13 @@ def front_figure(view: StudyView) -> Figure:
     import plotly.graph_objects as go
 
     drawn, chosen = groups(view), recommended(view)
-    figure = go.Figure([_staircase(view, *AXES[0]), *(_trace(view, group) for group in drawn), _star(chosen)])
+    traces = [_staircase(view, *AXES[0]), *(_trace(view, group) for group in drawn), _star(chosen), _scale(view)]
+    figure = go.Figure(traces)
     figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": GREY, "size": 13}, height=620,
-        margin={"l": 70, "r": 16, "t": 104, "b": 56}, hovermode="closest", coloraxis=_colour_axis(view),
-        legend={"orientation": "h", "x": 0, "y": -0.13, "yanchor": "top", "title": {"text": ""}},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": GREY, "size": 13}, height=680,
+        margin={"l": 70, "r": 16, "t": 92, "b": 56}, hovermode="closest", coloraxis=_colour_axis(view),
+        legend={"orientation": "h", "x": 0, "y": -0.12, "yanchor": "top"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": ACCENT},
         updatemenus=[_axis_menu(view, drawn, chosen)], **_axis_layout(view, *AXES[0]))
     line = {"gridcolor": "rgba(128,136,144,0.22)", "zeroline": False, "linecolor": GREY, "showline": True,
             "ticks": "outside", "automargin": True}
@@ -88,7 +90,9 @@ def figure_html(view: StudyView) -> str:
     return str(front_figure(view).to_html(include_plotlyjs=True, config=PLOTLY_CONFIG))
 
 
-PLOTLY_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+# plotly.js 4 shows a button that uploads the chart to its maker's cloud unless it is told not to.
+PLOTLY_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"],
+                 "showSendToCloud": False, "plotlyServerURL": ""}
 
 
 def headline(view: StudyView) -> str:
@@ -208,15 +212,42 @@ def _megabytes(points: Sequence[Point]) -> list[float]:
 
 
 def _bounds(view: StudyView) -> tuple[float, float]:
-    values = _megabytes([*view.rung0, *view.confirmed]) or [0.0, 1.0]
-    low, high = min(values), max(values)
-    return low, high if high > low else low + 1.0
+    """Smallest and largest compressed MB that are drawn."""
+    values = [v for v in _megabytes([*view.rung0, *view.confirmed]) if v > 0] or [1.0]
+    return min(values), max(values)
+
+
+def _fractions(view: StudyView, points: Sequence[Point]) -> list[float]:
+    """Compressed size from 0 (smallest) to 1 (largest) on a logarithmic scale: fp32 would leave all others one colour."""
+    low, high = _bounds(view)
+    span = math.log(high / low) or 1.0
+    return [math.log(max(v, low) / low) / span for v in _megabytes(points)]
 
 
 def _diameters(view: StudyView, points: Sequence[Point]) -> list[float]:
-    """Marker diameters in pixels; the area, not the diameter, grows with the size."""
+    """Marker diameters in pixels."""
+    return [SMALLEST + (LARGEST - SMALLEST) * fraction for fraction in _fractions(view, points)]
+
+
+def _colours(view: StudyView, points: Sequence[Point]) -> list[str]:
+    """`#rrggbb` per point; spelled out because plotly's legend does not resolve colour scales."""
+    return [_blend(fraction) for fraction in _fractions(view, points)]
+
+
+def _blend(fraction: float) -> str:
+    """A colour of SIZE_SCALE between its stops."""
+    (start, first), (end, second) = SIZE_SCALE[:2] if fraction <= SIZE_SCALE[1][0] else SIZE_SCALE[1:]
+    weight = (fraction - start) / (end - start)
+    pairs = zip(bytes.fromhex(first[1:]), bytes.fromhex(second[1:]), strict=True)
+    return "#" + "".join(f"{round(a + weight * (b - a)):02x}" for a, b in pairs)
+
+
+def _size_ticks(view: StudyView) -> list[float]:
+    """Round MB values within the bounds for the colour bar."""
     low, high = _bounds(view)
-    return [SMALLEST + (LARGEST - SMALLEST) * math.sqrt((v - low) / (high - low)) for v in _megabytes(points)]
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low > 3 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    return [step * 10.0**e for e in exponents for step in steps if low <= step * 10.0**e <= high] or [low]
 
 
 def _hover(view: StudyView, point: Point) -> str:
@@ -242,18 +273,26 @@ def _trace(view: StudyView, group: Group) -> Any:
 
     estimated = group.name == "estimated (rung 0)"
     x, y = AXES[0]
-    labels = [p.name for p in group.points] if group.name == "teacher, unchanged" else None
-    fill: dict[str, Any] = {"color": _megabytes(group.points), "coloraxis": "coloraxis"}
-    if group.edge == RED:
-        fill = {"color": RED}
+    labels = [_baseline_label(p) for p in group.points] if group.name == "teacher, unchanged" else None
+    sides = ["bottom right" if _is_below(p) else "top left" for p in group.points]
     edge = {"width": 2.5 if group.edge != GREY else 1.2, "color": group.edge}
     return go.Scatter(
         x=_column(group, x), y=_column(group, y), name=f"{group.name} ({len(group.points)})", opacity=group.opacity,
-        mode="markers" if labels is None else "markers+text", text=labels, textposition="top center",
+        mode="markers" if labels is None else "markers+text", text=labels, textposition=sides,
         textfont={"size": 11}, hovertext=[_hover(view, p) for p in group.points], hoverinfo="text",
         showlegend=bool(group.points),
-        marker={"symbol": group.symbol, "size": _diameters(view, group.points), "line": edge, **fill},
+        marker={"symbol": group.symbol, "size": _diameters(view, group.points), "line": edge, "opacity": 1,
+                "color": RED if group.edge == RED else _colours(view, group.points)},
         error_x=None if estimated else _error(group, x), error_y=None if estimated else _error(group, y))
+
+
+def _baseline_label(point: Point) -> str:
+    return point.name.removeprefix("teacher ")
+
+
+def _is_below(point: Point) -> bool:
+    """Whether a baseline's label goes below it, not above: int8 and int4 are close together."""
+    return _baseline_label(point) == "int8"
 
 
 def _column(group: Group, name: str) -> list[float | None]:
@@ -276,10 +315,17 @@ def _star(chosen: Recommendation | None) -> Any:
     x, y = AXES[0]
     points = [] if chosen is None else [chosen.chosen]
     marker = {"symbol": "star", "size": 17, "color": GOLD, "line": {"width": 1.2, "color": "#5a4300"}}
-    return go.Scatter(
-        x=[_scaled(p, x) for p in points], y=[_scaled(p, y) for p in points], mode="markers+text", name="recommended",
-        text=[f"<b>{html.escape(p.name)}</b>" for p in points], textposition="bottom center", textfont={"size": 12},
-        hoverinfo="skip", showlegend=bool(points), marker=marker)
+    name = "recommended" if chosen is None else f"recommended: {html.escape(chosen.chosen.name)}"
+    return go.Scatter(x=[_scaled(p, x) for p in points], y=[_scaled(p, y) for p in points], mode="markers", name=name,
+                      hoverinfo="skip", showlegend=bool(points), marker=marker)
+
+
+def _scale(view: StudyView) -> Any:
+    """A trace without points that brings the colour bar."""
+    import plotly.graph_objects as go
+
+    marker = {"color": [math.log10(_bounds(view)[0])], "coloraxis": "coloraxis"}
+    return go.Scatter(x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", marker=marker)
 
 
 def _staircase(view: StudyView, x: str, y: str) -> Any:
@@ -292,8 +338,10 @@ def _staircase(view: StudyView, x: str, y: str) -> Any:
 
 
 def _colour_axis(view: StudyView) -> dict[str, Any]:
-    low, high = _bounds(view)
-    bar = {"title": {"text": "compressed size (MB)", "side": "top"}, "orientation": "h", "thickness": 9, "len": 0.42,
+    low, high = (math.log10(v) for v in _bounds(view))
+    ticks = _size_ticks(view)
+    bar = {"tickvals": [math.log10(v) for v in ticks], "ticktext": [f"{v:g}" for v in ticks],
+           "title": {"text": "compressed size (MB)", "side": "top"}, "orientation": "h", "thickness": 9, "len": 0.42,
            "x": 1.0, "xanchor": "right", "y": 1.03, "yanchor": "bottom", "outlinewidth": 0}
     return {"colorscale": [list(stop) for stop in SIZE_SCALE], "cmin": low, "cmax": high, "colorbar": bar}
 
@@ -313,15 +361,16 @@ def _axis_menu(view: StudyView, drawn: Sequence[Group], chosen: Recommendation |
 
 
 def _restyle(view: StudyView, drawn: Sequence[Group], chosen: Recommendation | None, x: str, y: str) -> dict[str, Any]:
-    """What every trace shows in other axes, in the order of the traces: staircase, groups, star."""
+    """What every trace shows in other axes, in the order of the traces: staircase, groups, star, scale."""
     corners = staircase(view, x, y)
     stars = [] if chosen is None else [chosen.chosen]
 
     def columns(index: int, name: str) -> list[Any]:
-        return [[c[index] for c in corners], *(_column(g, name) for g in drawn), [_scaled(p, name) for p in stars]]
+        return [[c[index] for c in corners], *(_column(g, name) for g in drawn), [_scaled(p, name) for p in stars],
+                [None]]
 
     def errors(name: str, side: str) -> list[Any]:
-        return [None, *(None if g.name == "estimated (rung 0)" else _error(g, name)[side] for g in drawn), None]
+        return [None, *(None if g.name == "estimated (rung 0)" else _error(g, name)[side] for g in drawn), None, None]
 
     return {"x": columns(0, x), "y": columns(1, y),
             "error_x.array": errors(x, "array"), "error_x.arrayminus": errors(x, "arrayminus"),
@@ -336,16 +385,18 @@ def _draw(view: StudyView) -> bytes:
     figure = Canvas(figsize=(12, 8), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
-    tint = _tint(view)
     _draw_staircase(axes, view)
     for layer, group in enumerate(groups(view), start=3):
         if group.points:
-            _scatter(axes, view, group, tint, layer)
+            _scatter(axes, view, group, layer)
     chosen = recommended(view)
     if chosen is not None:
         _draw_star(axes, chosen.chosen)
     _dress(axes, view)
-    bar = figure.colorbar(tint, ax=axes, pad=0.015, fraction=0.035)
+    bar = figure.colorbar(_tint(view), ax=axes, pad=0.015, fraction=0.035)
+    ticks = _size_ticks(view)
+    bar.set_ticks(ticks, labels=[f"{v:g}" for v in ticks], minor=False)
+    bar.ax.minorticks_off()
     bar.set_label("compressed size (MB)")
     bar.outline.set_visible(False)
     buffer = io.BytesIO()
@@ -356,9 +407,11 @@ def _draw(view: StudyView) -> bytes:
 def _tint(view: StudyView) -> Any:
     """matplotlib's map from compressed MB to colour."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    return ScalarMappable(Normalize(*_bounds(view)), LinearSegmentedColormap.from_list("bytes", list(SIZE_SCALE)))
+    low, high = _bounds(view)
+    scale = LogNorm(low, high if high > low else 2 * low)
+    return ScalarMappable(scale, LinearSegmentedColormap.from_list("bytes", list(SIZE_SCALE)))
 
 
 def _draw_staircase(axes: Any, view: StudyView) -> None:
@@ -370,16 +423,16 @@ def _draw_staircase(axes: Any, view: StudyView) -> None:
 
 def _draw_star(axes: Any, point: Point) -> None:
     x, y = (_scaled(point, name) for name in AXES[0])
-    axes.scatter([x], [y], s=330, marker="*", c=GOLD, edgecolors="#5a4300", zorder=12, label="recommended")
-    _label(axes, point, -24, bold=True)
+    axes.scatter([x], [y], s=330, marker="*", c=GOLD, edgecolors="#5a4300", zorder=12,
+                 label=f"recommended: {point.name}")
 
 
-def _scatter(axes: Any, view: StudyView, group: Group, tint: Any, layer: int) -> None:
+def _scatter(axes: Any, view: StudyView, group: Group, layer: int) -> None:
     """One group with its error bars; rung-0 points hollow and without."""
     xs, ys = _column(group, AXES[0][0]), _column(group, AXES[0][1])
     style: dict[str, Any] = {"s": [(0.9 * d) ** 2 for d in _diameters(view, group.points)], "alpha": group.opacity,
                              "marker": group.marker, "zorder": layer, "label": f"{group.name} ({len(group.points)})"}
-    colours = tint.to_rgba(_megabytes(group.points))
+    colours = _colours(view, group.points)
     if group.name == "estimated (rung 0)":
         axes.scatter(xs, ys, facecolors="none", edgecolors=colours, lw=1.2, **style)
         return
@@ -390,7 +443,7 @@ def _scatter(axes: Any, view: StudyView, group: Group, tint: Any, layer: int) ->
         axes.scatter(xs, ys, c=colours, edgecolors=group.edge, lw=2.4 if group.edge == ACCENT else 1.0, **style)
     if group.name == "teacher, unchanged":
         for point in group.points:
-            _label(axes, point, 14)
+            _label(axes, point)
 
 
 def _error_bars(axes: Any, group: Group, xs: Sequence[float | None], ys: Sequence[float | None], layer: int) -> None:
@@ -399,11 +452,12 @@ def _error_bars(axes: Any, group: Group, xs: Sequence[float | None], ys: Sequenc
                   ecolor=group.edge, elinewidth=1, capsize=2.5, alpha=0.75, zorder=layer)
 
 
-def _label(axes: Any, point: Point, offset: float, bold: bool = False) -> None:
+def _label(axes: Any, point: Point) -> None:
     x, y = (_scaled(point, name) for name in AXES[0])
     if x is not None and y is not None:
-        axes.annotate(point.name, (x, y), (0, offset), textcoords="offset points", ha="center", fontsize=10,
-                      fontweight="bold" if bold else "normal", color="#30363d", zorder=13)
+        below = _is_below(point)
+        axes.annotate(_baseline_label(point), (x, y), (7, -18) if below else (-7, 10), ha="left" if below else "right",
+                      textcoords="offset points", fontsize=10, color="#30363d", zorder=13)
 
 
 def _dress(axes: Any, view: StudyView) -> None:

@@ -1,7 +1,7 @@
 """MLflow as a view of the store: one writer, driven by the outbox, idempotent by our ids.
 
-A run is found by its tags before it is created, an outbox row is done only after its run is complete, so a crash anywhere
-repeats nothing and loses nothing. Explicit run ids only: MLflow's fluent active run is per thread and not ours.
+A run is found by its tags before it is created, an outbox row is done only after its run is complete, so a crash
+anywhere repeats nothing and loses nothing. Only explicit run ids: MLflow's fluent active run is not safe in a thread.
 """
 
 from __future__ import annotations
@@ -33,8 +33,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "paretune"
-METRICS = ("nll", "relative_loss", "decode_ms_per_token", "ttft_ms", "peak_memory_bytes", "compressed_bytes", "kl",
-           "top1_agreement")
+METRICS = (
+    "nll",
+    "relative_loss",
+    "decode_ms_per_token",
+    "ttft_ms",
+    "peak_memory_bytes",
+    "compressed_bytes",
+    "kl",
+    "top1_agreement",
+)
 RUNG0_COLUMNS = ("estimated_nll", "decode_ms_per_token", "ttft_ms", "bytes", "compressed_bytes")
 STATUS = {"complete": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 DRAIN_S = 60.0
@@ -52,10 +60,10 @@ def tracking_uri(home: Path) -> str:
 
 
 def try_drain(home: Path, store: Store, view: StudyView) -> str | None:
-    """Publish what the outbox holds; returns a problem in one line instead of raising, because MLflow may cost no trial."""
+    """Publish what the outbox holds; returns a problem in one line instead of raising: MLflow may cost no trial."""
     try:
         MlflowSink(home).drain(store, view)
-    except Exception as error:  # A view that fails is reported, never fatal: the store keeps everything for the next try.
+    except Exception as error:  # A view that fails is reported, never fatal; the store keeps all for the next try.
         return _one_line(error)
     return None
 
@@ -72,14 +80,15 @@ def rebuild(home: Path, folder: Path) -> int:
     except ParetuneError:
         raise
     except Exception as error:
-        raise EnvironmentProblem(f"MLflow could not be written: {_one_line(error)}",
-                                 "mend it and repeat; the study itself is safe") from error
+        raise EnvironmentProblem(
+            f"MLflow could not be written: {_one_line(error)}", "mend it and repeat; the study itself is safe"
+        ) from error
     finally:
         store.close()
 
 
 class MlflowSink:
-    """Writes studies of `home` into MLflow. Cheap to construct; the database is opened, and created, by the first drain."""
+    """Writes studies of `home` into MLflow. Cheap to construct; the first drain opens or creates the database."""
 
     def __init__(self, home: Path) -> None:
         self.home = home.resolve()
@@ -88,8 +97,8 @@ class MlflowSink:
     def drain(self, store: Store, view: StudyView, within_s: float = DRAIN_S) -> int:
         """Publish outbox rows for about `within_s` seconds, then bring tags, charts and registry up to date.
 
-        Returns how many candidates were published; what time did not allow stays in the outbox. `view` must be at least as
-        young as the outbox rows. Raises EnvironmentProblem, or what MLflow raises.
+        Returns how many candidates were published; what time did not allow stays in the outbox, and so does what
+        is newer than `view`. Raises EnvironmentProblem, or what MLflow raises.
         """
         with self._alone():
             if self.uri.startswith("sqlite:"):
@@ -122,16 +131,7 @@ class MlflowSink:
         """One writer per home: two processes on a fresh database would both migrate it."""
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / "mlflow.lock").open("a") as lock:
-            deadline = time.monotonic() + LOCK_S
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise EnvironmentProblem(f"another process has been writing to MLflow in {self.home} for {LOCK_S:.0f} s",
-                                                 "it is tried again later") from None
-                    time.sleep(0.1)
+            _poll_lock(lock.fileno(), time.monotonic() + LOCK_S)
             yield
 
 
@@ -150,15 +150,21 @@ class _StudyRuns:
         self.parent, self.children = self._find()
         if self.parent is None:
             tags = self._identity() | {"paretune.kind": "study", "mlflow.source.name": "paretune"}
-            self.parent = self.client.create_run(self.experiment, _milliseconds(self.view.meta.get("created")), tags, self.view.study)
+            self.parent = self.client.create_run(
+                self.experiment, _milliseconds(self.view.meta.get("created")), tags, self.view.study
+            )
 
     def publish(self, point: Point) -> None:
         """Create or complete the run of a confirmed candidate."""
         at, seconds = self.times.get(point.key, (_milliseconds(None), 0.0))
         run = self.children.get(point.key)
         if run is None:
-            tags = self._identity() | {"paretune.kind": "candidate", "paretune.candidate": point.key,
-                                       "mlflow.parentRunId": self.parent.info.run_id, "mlflow.source.name": "paretune"}
+            tags = self._identity() | {
+                "paretune.kind": "candidate",
+                "paretune.candidate": point.key,
+                "mlflow.parentRunId": self.parent.info.run_id,
+                "mlflow.source.name": "paretune",
+            }
             run = self.client.create_run(self.experiment, at - int(1000 * seconds), tags, point.name)
         self._log(run, _candidate_params(point), _candidate_tags(point), _metrics(point), at)
         self.client.set_terminated(run.info.run_id, "FINISHED", at)
@@ -189,15 +195,24 @@ class _StudyRuns:
     def _identity(self) -> dict[str, str]:
         """What every run of the study carries. The time of creation tells two studies of one name apart."""
         meta = self.view.meta
-        return {"paretune.study": self.view.study, "paretune.created": str(meta.get("created")), "study": self.view.study,
-                "hardware": named(meta.get("profile")), "teacher": named(meta.get("teacher"))}
+        return {
+            "paretune.study": self.view.study,
+            "paretune.created": str(meta.get("created")),
+            "study": self.view.study,
+            "hardware": named(meta.get("profile")),
+            "teacher": named(meta.get("teacher")),
+        }
 
     def _find(self) -> tuple[Any, dict[str, Run]]:
         """The parent (None if new) and the children by candidate key."""
-        condition = " and ".join(f"tags.`{name}` = {_quoted(self._identity()[name])}" for name in ("paretune.study", "paretune.created"))
-        parent, children, token = None, {}, None
+        mine = self._identity()
+        condition = " and ".join(
+            f"tags.`{name}` = {_quoted(mine[name])}" for name in ("paretune.study", "paretune.created")
+        )
+        parent, token = None, None
+        children: dict[str, Run] = {}
         while True:
-            page = self.client.search_runs([self.experiment], condition, max_results=1000, order_by=["start_time ASC"], page_token=token)
+            page = self.client.search_runs([self.experiment], condition, max_results=1000, page_token=token)
             for run in page:
                 key = run.data.tags.get("paretune.candidate")
                 if key is not None:
@@ -208,7 +223,14 @@ class _StudyRuns:
             if not token:
                 return parent, children
 
-    def _log(self, run: Run, params: Mapping[str, str], tags: Mapping[str, str], metrics: Mapping[str, float] | None = None, at: int = 0) -> None:
+    def _log(
+        self,
+        run: Run,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float] | None = None,
+        at: int = 0,
+    ) -> None:
         """Add what the run does not have yet. Parameters are immutable: one that differs keeps its first value."""
         from mlflow.entities import Metric, Param, RunTag
 
@@ -217,8 +239,12 @@ class _StudyRuns:
         # A fixed time and step make a repeated metric the same row, not another point of a curve.
         values = [Metric(k, v, at, 0) for k, v in (metrics or {}).items()]
         if params or tags or values:
-            self.client.log_batch(run.info.run_id, values, [Param(k, v[:MAX_PARAM]) for k, v in list(params.items())[:MAX_PARAMS]],
-                                  [RunTag(k, v[:MAX_TAG]) for k, v in tags.items()])
+            self.client.log_batch(
+                run.info.run_id,
+                values,
+                [Param(k, v[:MAX_PARAM]) for k, v in list(params.items())[:MAX_PARAMS]],
+                [RunTag(k, v[:MAX_TAG]) for k, v in tags.items()],
+            )
 
     def _standing(self, run: Run, point: Point, on_front: bool, chosen: Recommendation | None) -> None:
         """Tags that change as the front moves, and the artifact of a front member."""
@@ -232,7 +258,7 @@ class _StudyRuns:
         self.children[point.key] = run
 
     def _register(self, chosen: Recommendation) -> None:
-        """A version of the teacher's registered model for the recommended candidate; the profile's alias points at it."""
+        """A version of the teacher's registered model for the recommended candidate, with the profile's alias."""
         run = self.children.get(chosen.chosen.key)
         if run is None or (folder := self.store.artifact(chosen.chosen.key)) is None or not folder.is_dir():
             return
@@ -242,8 +268,13 @@ class _StudyRuns:
         version = next((v for v in versions.values() if v.run_id == run.info.run_id), None)
         if version is None:
             version = self.client.create_model_version(
-                name, f"{run.info.artifact_uri}/{ARTIFACT}", run.info.run_id, await_creation_for=None,
-                tags=self._identity() | {"paretune.candidate": chosen.chosen.key}, description=chosen.chosen.description)
+                name,
+                f"{run.info.artifact_uri}/{ARTIFACT}",
+                run.info.run_id,
+                await_creation_for=None,
+                tags=self._identity() | {"paretune.candidate": chosen.chosen.key},
+                description=chosen.chosen.description,
+            )
         alias = alias_of(named(self.view.meta.get("profile")))
         current = versions.get(str(aliases.get(alias)))
         if str(aliases.get(alias)) != str(version.version) and not self._is_newer(current):
@@ -259,12 +290,15 @@ class _StudyRuns:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         teacher = named(self.view.meta.get("teacher"))
-        self.client.create_registered_model(name, description=f"Students of {teacher}; an alias per hardware profile names the recommended one.")
+        text = f"Students of {teacher}; an alias per hardware profile names the recommended one."
+        self.client.create_registered_model(name, description=text)
         return {}
 
     def _is_newer(self, version: Any) -> bool:
         """Whether an alias already points into a younger study: rebuilding an old one must not turn it back."""
-        return version is not None and str(version.tags.get("paretune.created", "")) > str(self.view.meta.get("created"))
+        return version is not None and str(version.tags.get("paretune.created", "")) > str(
+            self.view.meta.get("created")
+        )
 
     def _write_parent(self, chosen: Recommendation | None, digest: str) -> None:
         """Files, note and status of the study. The digest goes last, so that a crash repeats this."""
@@ -277,8 +311,11 @@ class _StudyRuns:
             self.client.set_terminated(run_id, STATUS[state])
         else:
             self.client.update_run(run_id, status="RUNNING")
-        tags = {"mlflow.note.content": note(self.view, chosen), "state": state,
-                "mlflow.loggedArtifacts": json.dumps([{"path": "rung0.json", "type": "table"}])}
+        tags = {
+            "mlflow.note.content": note(self.view, chosen),
+            "state": state,
+            "mlflow.loggedArtifacts": json.dumps([{"path": "rung0.json", "type": "table"}]),
+        }
         self._log(self.parent, _study_params(self.view), tags)
         self.client.set_tag(run_id, "paretune.digest", digest)
 
@@ -296,17 +333,27 @@ def alias_of(profile: str) -> str:
 
 def note(view: StudyView, chosen: Recommendation | None) -> str:
     """The parent run's description in Markdown; all values are measured unless they say otherwise."""
-    why = ["No candidate is confirmed yet."] if chosen is None else [f"**Recommended: {chosen.chosen.name}** (`{chosen.chosen.key[:8]}`)",
-                                                                     *(f"- {reason}" for reason in chosen.why)]
-    rows = [f"| {p.name} | {_cell(p, 'nll')} | {_cell(p, 'decode_ms_per_token')} | {_cell(p, 'compressed_bytes')} |" for p in view.front[:25]]
-    return "\n".join([f"### {headline(view)}", f"State: {view.meta.get('state') or 'running'}. Open `report.html` or `front.html` under Artifacts.",
-                      "", *why, "", "| front member | NLL | decode per token | compressed |", "| --- | --- | --- | --- |", *rows])
+    why = ["No candidate is confirmed yet."]
+    if chosen is not None:
+        why = [
+            f"**Recommended: {chosen.chosen.name}** (`{chosen.chosen.key[:8]}`)",
+            "",
+            *(f"- {reason}" for reason in chosen.why),
+        ]
+    columns = ("nll", "decode_ms_per_token", "compressed_bytes")
+    rows = [f"| {p.name} | {' | '.join(_cell(p, name) for name in columns)} |" for p in view.front[:25]]
+    state = f"State: {view.meta.get('state') or 'running'}. Open `report.html` or `front.html` under Artifacts."
+    table = ["| front member | NLL | decode per token | compressed |", "| --- | --- | --- | --- |", *rows]
+    return "\n".join([f"### {headline(view)}", "", state, "", *why, "", *table])
 
 
 def rung0_table(view: StudyView) -> dict[str, Any]:
     """All rung-0 rows as MLflow's table format; values are estimates, bytes are counted."""
-    rows = [[p.key, p.number, p.source, p.description, *(m.value if (m := p.measurements.get(name)) else None for name in RUNG0_COLUMNS)]
-            for p in view.rung0]
+
+    def cells(point: Point) -> list[float | None]:
+        return [m.value if (m := point.measurements.get(name)) else None for name in RUNG0_COLUMNS]
+
+    rows = [[p.key, p.number, p.source, p.description, *cells(p)] for p in view.rung0]
     return {"columns": ["key", "number", "source", "description", *RUNG0_COLUMNS], "data": rows}
 
 
@@ -325,23 +372,34 @@ def _write_files(view: StudyView, folder: Path) -> None:
 def _candidate_params(point: Point) -> dict[str, str]:
     """What varies between candidates; mixed layers are listed with slashes."""
     x = point.candidate
-    formats = [x.head_format, x.embedding_format, *(f for layer in x.layers for f in (layer.attention_format, layer.ffn_format))]
-    quantized = [f for f in formats if f.bits != 32]
+    executed = [x.head_format, *(f for layer in x.layers for f in (layer.attention_format, layer.ffn_format))]
+    sizes = {f.group_size for f in (x.embedding_format, *executed) if f.bits != 32}
 
     def joined(values: Any) -> str:
         return "/".join(str(v) for v in dict.fromkeys(values)) or "none"
 
-    return {"layers": str(len(x.layers)), "ffn": joined(layer.ffn for layer in x.layers), "kv_groups": joined(layer.kv_groups for layer in x.layers),
-            "pattern": joined(layer.pattern.kind for layer in x.layers), "sparsity": joined(layer.pattern.ratio for layer in x.layers),
-            "attention": joined(layer.attention_format.name for layer in x.layers),
-            "ffn_precision": joined(layer.ffn_format.name for layer in x.layers), "head": x.head_format.name,
-            "embedding": x.embedding_format.name, "group_size": joined(sorted({f.group_size for f in quantized})),
-            "activations": joined(sorted({f.activation for f in formats if f is not x.embedding_format}))}
+    return {
+        "layers": str(len(x.layers)),
+        "ffn": joined(layer.ffn for layer in x.layers),
+        "kv_groups": joined(layer.kv_groups for layer in x.layers),
+        "pattern": joined(layer.pattern.kind for layer in x.layers),
+        "sparsity": joined(layer.pattern.ratio for layer in x.layers),
+        "attention": joined(layer.attention_format.name for layer in x.layers),
+        "ffn_precision": joined(layer.ffn_format.name for layer in x.layers),
+        "head": x.head_format.name,
+        "embedding": x.embedding_format.name,
+        "group_size": joined(sorted(sizes)),
+        "activations": joined(sorted({f.activation for f in executed})),
+    }
 
 
 def _candidate_tags(point: Point) -> dict[str, str]:
     latency = measurement(point, "decode_ms_per_token")
-    return {"source": point.source, "latency": "none" if latency is None else latency.provenance, "mlflow.note.content": point.description}
+    return {
+        "source": point.source,
+        "latency": "none" if latency is None else latency.provenance,
+        "mlflow.note.content": point.description,
+    }
 
 
 def _metrics(point: Point) -> dict[str, float]:
@@ -351,8 +409,12 @@ def _metrics(point: Point) -> dict[str, float]:
 def _study_params(view: StudyView) -> dict[str, str]:
     """What is constant in a study: teacher, profile, seed, objectives, settings, versions."""
     meta = view.meta
-    found = {"teacher": named(meta.get("teacher")), "profile": named(meta.get("profile")), "seed": str(meta.get("seed")),
-             "objectives": ", ".join(view.objectives)}
+    found = {
+        "teacher": named(meta.get("teacher")),
+        "profile": named(meta.get("profile")),
+        "seed": str(meta.get("seed")),
+        "objectives": ", ".join(view.objectives),
+    }
     for prefix, value in (("spec", meta.get("spec")), ("version", meta.get("versions"))):
         found |= {re.sub(r"[^\w./ -]", "_", f"{prefix}.{name}")[:250]: text for name, text in flat(value)}
     return found
@@ -360,8 +422,16 @@ def _study_params(view: StudyView) -> dict[str, str]:
 
 def _digest(view: StudyView, chosen: Recommendation | None) -> str:
     """Changes whenever the parent run would look different."""
-    parts = [view.meta.get("state"), view.meta.get("stage"), len(view.rung0), len(view.failures), [p.key for p in view.confirmed],
-             [p.key for p in view.front], sorted(view.ties), None if chosen is None else chosen.chosen.key]
+    parts = [
+        view.meta.get("state"),
+        view.meta.get("stage"),
+        len(view.rung0),
+        len(view.failures),
+        [p.key for p in view.confirmed],
+        [p.key for p in view.front],
+        sorted(view.ties),
+        None if chosen is None else chosen.chosen.key,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -374,6 +444,17 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def _poll_lock(handle: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise EnvironmentProblem("another process keeps writing to MLflow", "it is tried again later") from None
+            time.sleep(0.1)
+
+
 def _require_writable(database: Path) -> None:
     """MLflow tries a broken database ten times over 100 s; we look once. A file that is not there yet is fine."""
     if not database.exists():
@@ -384,8 +465,10 @@ def _require_writable(database: Path) -> None:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
     except sqlite3.Error as error:
-        raise EnvironmentProblem(f"the MLflow database {database} cannot be written: {error}",
-                                 "free or move it away; `paretune sync` rebuilds it from the studies") from None
+        raise EnvironmentProblem(
+            f"the MLflow database {database} cannot be written: {error}",
+            "free or move it away; `paretune sync` rebuilds it from the studies",
+        ) from None
 
 
 def _milliseconds(at: Any) -> int:

@@ -20,7 +20,8 @@ QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETR
 def serve_ui(home: Path, port: int) -> int:
     """Serve MLflow on http://127.0.0.1:`port` until Ctrl-C or SIGTERM; returns the exit status, 0 if so ended.
 
-    To be called in the main thread. Raises UsageError if nothing was recorded in `home` yet, EnvironmentProblem if the port is taken.
+    To be called in the main thread. Raises UsageError if nothing was recorded in `home` yet, EnvironmentProblem if the
+    port is taken.
     """
     command = server_command(home, port)
     _require_free(port)

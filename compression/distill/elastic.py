@@ -30,7 +30,14 @@ from paretune.teachers.checkpoint import load_tensors, optimizer_tensors, restor
 from paretune.teachers.teacher import Teacher
 
 CHECKPOINT_EVERY_S = 20.0
-CODE = ("distill/elastic.py", "distill/loss.py", "distill/optimizer.py", "prune/structure.py", "prune/statistics.py", "student.py")
+CODE = (
+    "distill/elastic.py",
+    "distill/loss.py",
+    "distill/optimizer.py",
+    "prune/structure.py",
+    "prune/statistics.py",
+    "student.py",
+)
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,31 @@ class ElasticRecipe:
 def elastic_key(teacher: Teacher, corpus_fingerprint: str, space: Space, recipe: ElasticRecipe) -> str:
     """Content key: teacher, text, space bounds, recipe, the code that computes it, library versions."""
     root = Path(__file__).resolve().parent.parent
-    parts = [teacher.digest, corpus_fingerprint, json.dumps(asdict(recipe), sort_keys=True), repr((space.min_depth, space.ffn_widths, space.min_kv_groups)),
-             package_version("torch"), package_version("transformers"), *(hashlib.sha256((root / name).read_bytes()).hexdigest() for name in CODE)]
+    parts = [
+        teacher.digest,
+        corpus_fingerprint,
+        json.dumps(asdict(recipe), sort_keys=True),
+        repr((space.min_depth, space.ffn_widths, space.min_kv_groups)),
+        package_version("torch"),
+        package_version("transformers"),
+        *(hashlib.sha256((root / name).read_bytes()).hexdigest() for name in CODE),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 class ElasticTrainer:
     """Trains in slices of time; `weights` are the sorted elastic weights, `order` what they were sorted by."""
 
-    def __init__(self, teacher: Teacher, space: Space, train: Any, calibration: torch.Tensor, recipe: ElasticRecipe, file: Path,
-                 machine: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        space: Space,
+        train: Any,
+        calibration: torch.Tensor,
+        recipe: ElasticRecipe,
+        file: Path,
+        machine: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.space, self.shape, self.recipe, self.file, self.machine = space, teacher.shape, recipe, file, machine
         self.config = teacher.config
         self.teacher_weights = teacher.weights()
@@ -110,9 +132,11 @@ class ElasticTrainer:
                 target = self.network(self.shape.layers)(self.teacher_weights, ids)
             losses = []
             for candidate in self._students(generator):
-                logits = self.network(len(candidate.layers))(slice_weights(self.parameters, candidate, self.order, self.shape), ids)
+                logits = self.network(len(candidate.layers))(
+                    slice_weights(self.parameters, candidate, self.order, self.shape), ids
+                )
                 loss = distillation_loss(logits, target, ids, self.recipe.ce_weight)
-                loss.backward()
+                torch.autograd.backward(loss)
                 losses.append(loss.item())
         for parameter in self.parameters.values():
             if parameter.grad is None:
@@ -122,16 +146,27 @@ class ElasticTrainer:
         self.loss = sum(losses) / len(losses)
 
     def save(self) -> None:
-        meta = {"step": self.step_count, "elapsed": self.elapsed, "recipe": asdict(self.recipe), "order": asdict(self.order), "done": self.done,
-                "tokens": self.tokens}
-        save_tensors(self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta)
+        meta = {
+            "step": self.step_count,
+            "elapsed": self.elapsed,
+            "recipe": asdict(self.recipe),
+            "order": asdict(self.order),
+            "done": self.done,
+            "tokens": self.tokens,
+        }
+        save_tensors(
+            self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta
+        )
 
     def _resume(self) -> None:
         tensors, meta = load_tensors(self.file)
         self.order = order_of(meta)
-        self.parameters = _parameters({name: value for name, value in tensors.items() if not name.startswith("optimizer")})
+        # in the teacher's order, by which the optimizers number their state; the file is in the order of names
+        self.parameters = _parameters({name: tensors[name] for name in self.teacher_weights})
         self.optimizers = Optimizers(self.parameters, self.recipe.muon_lr, self.recipe.adamw_lr)
-        restore_optimizers(self.optimizers.pair, {name: value for name, value in tensors.items() if name.startswith("optimizer")})
+        restore_optimizers(
+            self.optimizers.pair, {name: value for name, value in tensors.items() if name.startswith("optimizer")}
+        )
         self.step_count, self.elapsed = meta["step"], meta["elapsed"]
 
     def _students(self, generator: torch.Generator) -> list[Candidate]:
@@ -139,8 +174,11 @@ class ElasticTrainer:
             return int(torch.randint(low, high + 1, (1,), generator=generator))
 
         def random_student() -> tuple[int, int, int]:
-            return (draw(self.space.min_depth, self.shape.layers), self.space.ffn_widths[draw(0, len(self.space.ffn_widths) - 1)],
-                    draw(self.space.min_kv_groups, self.shape.kv_heads))
+            return (
+                draw(self.space.min_depth, self.shape.layers),
+                self.space.ffn_widths[draw(0, len(self.space.ffn_widths) - 1)],
+                draw(self.space.min_kv_groups, self.shape.kv_heads),
+            )
 
         smallest = float(torch.rand(1, generator=generator)) < self.recipe.smallest_share
         sizes = [self.space.smallest() if smallest else random_student(), random_student()]

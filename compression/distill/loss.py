@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 
 
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, ce_weight: float) -> torch.Tensor:
+def distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, ce_weight: float
+) -> torch.Tensor:
     """(1 - w) KL(teacher || student) + w cross-entropy on the text, in nats per token (Hinton et al. 2015, temperature 1).
 
     Logits are [batch, length, vocab], `ids` [batch, length]; the KL covers every position, the cross-entropy all but the last.

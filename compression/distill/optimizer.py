@@ -16,7 +16,10 @@ class Optimizers:
         norms = [p for p in parameters.values() if p.ndim < 2]
         self.pair: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"),
-            torch.optim.AdamW([{"params": tables}, {"params": norms}], lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+            torch.optim.AdamW(
+                [{"params": tables}, {"params": norms}], lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            ),
+        ]
         self.peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.pair]
         self.parameters = list(parameters.values())
 

@@ -37,10 +37,18 @@ class RecoveryRecipe:
         return self.qat == "always" and candidate.is_quantized
 
 
-def recover(teacher_weights: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor],
-            candidate: Candidate, networks: Callable[[int], Network], depth: int, tokens: Any, recipe: RecoveryRecipe,
-            machine: Callable[[], AbstractContextManager[None]] = nullcontext,
-            stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def recover(
+    teacher_weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
+    candidate: Candidate,
+    networks: Callable[[int], Network],
+    depth: int,
+    tokens: Any,
+    recipe: RecoveryRecipe,
+    machine: Callable[[], AbstractContextManager[None]] = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Distil the candidate's `weights` (masked, unquantized) from the teacher of `depth` layers; masked entries stay zero.
 
     Returns the new weights and {"tokens", "seconds", "loss"}; `stop()` ends early between two steps.
@@ -65,9 +73,16 @@ def recover(teacher_weights: Mapping[str, torch.Tensor], weights: Mapping[str, t
             else:
                 logits = network(masked, ids)
             loss = distillation_loss(logits, target, ids, recipe.ce_weight)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizers.step(decay(step, step / steps))
         done, loss_value = done + 1, loss.item()
-    found = {name: (value.detach() * masks[name] if name in masks else value.detach()) for name, value in parameters.items()}
-    facts = {"tokens": float(done * recipe.batch * recipe.context), "seconds": time.monotonic() - start, "loss": loss_value, "qat": float(qat)}
+    found = {
+        name: (value.detach() * masks[name] if name in masks else value.detach()) for name, value in parameters.items()
+    }
+    facts = {
+        "tokens": float(done * recipe.batch * recipe.context),
+        "seconds": time.monotonic() - start,
+        "loss": loss_value,
+        "qat": float(qat),
+    }
     return found, facts

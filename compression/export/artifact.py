@@ -5,7 +5,6 @@ It is written under a temporary name and renamed when complete, so a folder with
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,15 +16,13 @@ from typing import Any
 import torch
 import zstandard
 
+from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.student import EMBEDDING, HEAD, quantized_weights, student_config
-from paretune.hardware_profiles.errors import Infeasible, UsageError
+from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.teacher import Teacher
 
-CHECKSUMS = "SHA256SUMS"
-FACTS = "paretune.json"
-MODEL = Path("onnx") / "model.onnx"
 ZSTD_LEVEL = 3
 TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json")
 
@@ -38,7 +35,9 @@ class ArtifactFacts:
     compressed_bytes: int
 
 
-def write_artifact(folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> ArtifactFacts:
+def write_artifact(
+    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+) -> ArtifactFacts:
     """Write the artifact of `candidate` with `weights` (masked, unquantized). `facts` go into paretune.json.
 
     Raises Infeasible if the graph cannot be built; an older folder of the same name is replaced.
@@ -56,8 +55,18 @@ def write_artifact(folder: Path, teacher: Teacher, candidate: Candidate, weights
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
         _write_hugging_face(temporary / "hf", teacher, candidate, weights)
         sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
-        describe_artifact(temporary, {**facts, "candidate": json.loads(candidate.to_json()), "description": candidate.describe(), "teacher": teacher.name,
-                                      "teacher_digest": teacher.digest, "bytes": sizes.bytes, "compressed_bytes": sizes.compressed_bytes})
+        describe_artifact(
+            temporary,
+            {
+                **facts,
+                "candidate": json.loads(candidate.to_json()),
+                "description": candidate.describe(),
+                "teacher": teacher.name,
+                "teacher_digest": teacher.digest,
+                "bytes": sizes.bytes,
+                "compressed_bytes": sizes.compressed_bytes,
+            },
+        )
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:
@@ -74,40 +83,12 @@ def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
     write_checksums(folder)
 
 
-def compressed_bytes(weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape) -> ArtifactFacts:
+def compressed_bytes(
+    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
+) -> ArtifactFacts:
     """The sizes an artifact of this candidate would have, without writing it."""
     data = build_model(weights, candidate, config, shape).SerializeToString()
     return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
-
-
-def check_artifact(folder: Path) -> dict[str, Any]:
-    """The facts of a complete, undamaged artifact. Raises UsageError naming the file that is missing or changed."""
-    sums = folder / CHECKSUMS
-    if not sums.is_file():
-        raise UsageError(f"{folder} is not an artifact: it has no {CHECKSUMS}", "name the folder that a search wrote")
-    for line in sums.read_text().splitlines():
-        digest, name = line.split("  ", 1)
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-            raise UsageError(f"{sums} names {name}, which lies outside the artifact", "use an artifact from a source you trust")
-        if not path.is_file() or sha256(path) != digest:
-            raise UsageError(f"{path} is missing or differs from its checksum", "copy the artifact again")
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-    return facts
-
-
-def write_checksums(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    with (folder / CHECKSUMS).open("w") as stream:
-        stream.writelines(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
@@ -119,31 +100,63 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
     end = teacher.end_token
     return {
         "model": {
-            "bos_token_id": int(teacher.config.get("bos_token_id") or end), "eos_token_id": end, "pad_token_id": end,
-            "context_length": teacher.context, "type": "llama", "vocab_size": shape.vocab,
+            "bos_token_id": int(teacher.config.get("bos_token_id") or end),
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "context_length": teacher.context,
+            "type": "llama",
+            "vocab_size": shape.vocab,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
-                "filename": "model.onnx", "head_size": shape.head_dim, "hidden_size": shape.hidden,
-                "num_attention_heads": kv * shape.heads_per_group, "num_key_value_heads": kv, "num_hidden_layers": len(candidate.layers),
-                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask",
-                           "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
-                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}}},
-        "search": {"do_sample": False, "max_length": teacher.context, "min_length": 0, "num_beams": 1, "num_return_sequences": 1,
-                   "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-                   "early_stopping": True, "length_penalty": 1.0, "diversity_penalty": 0.0, "no_repeat_ngram_size": 0}}
+                "filename": "model.onnx",
+                "head_size": shape.head_dim,
+                "hidden_size": shape.hidden,
+                "num_attention_heads": kv * shape.heads_per_group,
+                "num_key_value_heads": kv,
+                "num_hidden_layers": len(candidate.layers),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": teacher.context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+            "early_stopping": True,
+            "length_penalty": 1.0,
+            "diversity_penalty": 0.0,
+            "no_repeat_ngram_size": 0,
+        },
+    }
 
 
 def card(facts: Mapping[str, Any]) -> str:
     """The artifact's README."""
     quality = facts.get("quality_text", "not confirmed")
-    return f"""# {facts['teacher']}, compressed by paretune
+    return f"""# {facts["teacher"]}, compressed by paretune
 
-{facts['description']}
+{facts["description"]}
 
-- made from `{facts['teacher']}` (digest {facts['teacher_digest']})
-- `onnx/model.onnx`: {facts['bytes']:,} bytes, {facts['compressed_bytes']:,} with zstd
+- made from `{facts["teacher"]}` (digest {facts["teacher_digest"]})
+- `onnx/model.onnx`: {facts["bytes"]:,} bytes, {facts["compressed_bytes"]:,} with zstd
 - {quality}
-- recovery: {facts.get('recovery_text', 'none, the teacher weights themselves')}
+- recovery: {facts.get("recovery_text", "none, the teacher weights themselves")}
 
 `onnx/` runs in ONNX Runtime and onnxruntime-genai: `paretune generate . --prompt "def "`.
 `hf/` is the same student as a Hugging Face folder; its float32 weights are what the engine computes with, except that
@@ -164,7 +177,9 @@ def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
-def _write_hugging_face(folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> None:
+def _write_hugging_face(
+    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor]
+) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -173,9 +188,14 @@ def _write_hugging_face(folder: Path, teacher: Teacher, candidate: Candidate, we
     if tied:
         del effective[HEAD]
     config = student_config(teacher.config, candidate, teacher.shape).to_dict()
-    config |= {"tie_word_embeddings": tied, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    architecture = "MistralForCausalLM" if config["model_type"] == "mistral" else "LlamaForCausalLM"
+    config |= {"tie_word_embeddings": tied, "architectures": [architecture], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    save_file({name: value.float().contiguous() for name, value in effective.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.float().contiguous() for name, value in effective.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     _write_tokenizer(teacher, folder)
 
 

@@ -31,7 +31,9 @@ ACCURACY_LEVEL = {"fp32": 0, "int8": 4}
 Array = npt.NDArray[Any]
 
 
-def build_model(weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape) -> onnx.ModelProto:
+def build_model(
+    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
+) -> onnx.ModelProto:
     """The decoder of `candidate` with `weights` (unquantized, already masked; Hugging Face names, [out, in]).
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, past + sequence] (int64), past_key_values.<i>.key/.value
@@ -44,17 +46,25 @@ def build_model(weights: Mapping[str, torch.Tensor], candidate: Candidate, confi
     residual = ""
     for i, layer in enumerate(candidate.layers):
         prefix, path = f"model.layers.{i}.", f"/model/layers.{i}"
-        normed, residual = graph.norm(weights[f"{prefix}input_layernorm.weight"], f"{path}/input_layernorm", stream, residual)
+        normed, residual = graph.norm(
+            weights[f"{prefix}input_layernorm.weight"], f"{path}/input_layernorm", stream, residual
+        )
         qkv = torch.cat([weights[f"{prefix}self_attn.{p}_proj.weight"] for p in "qkv"])
         packed = graph.matmul(qkv, layer.attention_format, f"{path}/attn/qkv_proj", normed)
         attended = graph.attention(i, packed, layer.kv_groups, shape)
-        stream = graph.matmul(weights[f"{prefix}self_attn.o_proj.weight"], layer.attention_format, f"{path}/attn/o_proj", attended)
-        normed, residual = graph.norm(weights[f"{prefix}post_attention_layernorm.weight"], f"{path}/post_attention_layernorm", stream, residual)
+        stream = graph.matmul(
+            weights[f"{prefix}self_attn.o_proj.weight"], layer.attention_format, f"{path}/attn/o_proj", attended
+        )
+        normed, residual = graph.norm(
+            weights[f"{prefix}post_attention_layernorm.weight"], f"{path}/post_attention_layernorm", stream, residual
+        )
         gate = graph.matmul(weights[f"{prefix}mlp.gate_proj.weight"], layer.ffn_format, f"{path}/mlp/gate_proj", normed)
         up = graph.matmul(weights[f"{prefix}mlp.up_proj.weight"], layer.ffn_format, f"{path}/mlp/up_proj", normed)
         gated = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{path}/mlp/sigmoid")], f"{path}/mlp/silu")
         product = graph.node("Mul", [gated, up], f"{path}/mlp/product")
-        stream = graph.matmul(weights[f"{prefix}mlp.down_proj.weight"], layer.ffn_format, f"{path}/mlp/down_proj", product)
+        stream = graph.matmul(
+            weights[f"{prefix}mlp.down_proj.weight"], layer.ffn_format, f"{path}/mlp/down_proj", product
+        )
     normed, _ = graph.norm(weights["model.norm.weight"], "/model/norm", stream, residual)
     graph.head(candidate.head_format, normed)
     return graph.finish(candidate, shape)
@@ -77,7 +87,15 @@ class _Graph:
         self.epsilon = epsilon
         self.head_inputs: list[str] = []
 
-    def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, domain: str = "", **attributes: Any) -> str:
+    def node(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        outputs: list[str] | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
         outputs = outputs or [f"{name}/output"]
         self.nodes.append(helper.make_node(op, inputs, outputs, name, domain=domain, **attributes))
         return outputs[0]
@@ -93,9 +111,17 @@ class _Graph:
         """`seqlens_k` (valid keys - 1 per row) and `total_length` from the attention mask, as GroupQueryAttention wants them."""
         axis, one = self.constant("axis_1", np.array([1], np.int64)), self.constant("one", np.array([1], np.int64))
         total = self.node("ReduceSum", ["attention_mask", axis], "/model/mask/sum", keepdims=0)
-        self.node("Cast", [self.node("Sub", [total, one], "/model/mask/sub")], "/model/mask/cast", ["seqlens_k"], to=TensorProto.INT32)
+        self.node(
+            "Cast",
+            [self.node("Sub", [total, one], "/model/mask/sub")],
+            "/model/mask/cast",
+            ["seqlens_k"],
+            to=TensorProto.INT32,
+        )
         size = self.node("Shape", ["attention_mask"], "/model/mask/shape")
-        last = self.node("Gather", [size, self.constant("index_1", np.array(1, np.int64))], "/model/mask/gather", axis=0)
+        last = self.node(
+            "Gather", [size, self.constant("index_1", np.array(1, np.int64))], "/model/mask/gather", axis=0
+        )
         self.node("Cast", [last], "/model/mask/cast_total", ["total_length"], to=TensorProto.INT32)
 
     def rotary(self, config: Mapping[str, Any], shape: Shape) -> None:
@@ -103,7 +129,11 @@ class _Graph:
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        rope = LlamaRotaryEmbedding(LlamaConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}))
+        rope = LlamaRotaryEmbedding(
+            LlamaConfig(
+                **{k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
+            )
+        )
         positions = torch.arange(int(config.get("max_position_embeddings", 2048)), dtype=torch.float32)
         angles = torch.outer(positions, rope.inv_freq.float())
         self.constant("cos_cache", angles.cos() * rope.attention_scaling)
@@ -113,37 +143,88 @@ class _Graph:
         """RMS norm of stream + residual: (normed, their sum)."""
         scale = self.constant(f"{name}.weight", weight.float())
         if not residual:
-            return self.node("SimplifiedLayerNormalization", [stream, scale], name, axis=-1, epsilon=self.epsilon, stash_type=1), stream
+            return self.node(
+                "SimplifiedLayerNormalization", [stream, scale], name, axis=-1, epsilon=self.epsilon, stash_type=1
+            ), stream
         outputs = [f"{name}/output", "", "", f"{name}/sum"]
-        self.node("SkipSimplifiedLayerNormalization", [stream, residual, scale], name, outputs, MICROSOFT, epsilon=self.epsilon)
+        self.node(
+            "SkipSimplifiedLayerNormalization",
+            [stream, residual, scale],
+            name,
+            outputs,
+            MICROSOFT,
+            epsilon=self.epsilon,
+        )
         return outputs[0], outputs[3]
 
     def matmul(self, weight: torch.Tensor, form: Format, name: str, stream: str) -> str:
         """stream @ weight.T with the weight [N, K] in `form`."""
         if form.bits == 32:
             return self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
-        return self.matmul_nbits(self.packed(quantize(weight, form), f"{name}.weight"), weight.shape, form, name, stream)
+        return self.matmul_nbits(
+            self.packed(quantize(weight, form), f"{name}.weight"), weight.shape, form, name, stream
+        )
 
     def packed(self, q: Quantized, name: str) -> list[str]:
         return [self.constant(name, pack(q)), self.constant(f"{name}.scales", q.scales)]
 
-    def matmul_nbits(self, inputs: list[str], size: torch.Size, form: Format, name: str, stream: str, outputs: list[str] | None = None) -> str:
+    def matmul_nbits(
+        self,
+        inputs: list[str],
+        size: torch.Size,
+        form: Format,
+        name: str,
+        stream: str,
+        outputs: list[str] | None = None,
+    ) -> str:
         group = _group(form, size[1])
-        return self.node("MatMulNBits", [stream, *inputs], name, outputs, MICROSOFT, N=size[0], K=size[1], bits=form.bits,
-                         block_size=group, accuracy_level=ACCURACY_LEVEL[form.activation])
+        return self.node(
+            "MatMulNBits",
+            [stream, *inputs],
+            name,
+            outputs,
+            MICROSOFT,
+            N=size[0],
+            K=size[1],
+            bits=form.bits,
+            block_size=group,
+            accuracy_level=ACCURACY_LEVEL[form.activation],
+        )
 
     def attention(self, i: int, packed: str, kv_heads: int, shape: Shape) -> str:
         path = f"/model/layers.{i}/attn/gqa"
-        inputs = [packed, "", "", f"past_key_values.{i}.key", f"past_key_values.{i}.value", "seqlens_k", "total_length", "cos_cache", "sin_cache"]
-        return self.node("GroupQueryAttention", inputs, path, [f"{path}/output", f"present.{i}.key", f"present.{i}.value"], MICROSOFT,
-                         num_heads=kv_heads * shape.heads_per_group, kv_num_heads=kv_heads, scale=shape.head_dim ** -0.5,
-                         do_rotary=1, rotary_interleaved=0)
+        inputs = [
+            packed,
+            "",
+            "",
+            f"past_key_values.{i}.key",
+            f"past_key_values.{i}.value",
+            "seqlens_k",
+            "total_length",
+            "cos_cache",
+            "sin_cache",
+        ]
+        return self.node(
+            "GroupQueryAttention",
+            inputs,
+            path,
+            [f"{path}/output", f"present.{i}.key", f"present.{i}.value"],
+            MICROSOFT,
+            num_heads=kv_heads * shape.heads_per_group,
+            kv_num_heads=kv_heads,
+            scale=shape.head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
 
     def embedding_and_head(self, weights: Mapping[str, torch.Tensor], candidate: Candidate) -> str:
         """Make both tables, one of them where embedding and head are tied and have one format; returns the embedded tokens."""
         embedding, form = weights[EMBEDDING], candidate.embedding_format
         head = weights.get(HEAD, embedding)
-        shared = HEAD not in weights and (form.bits, form.group_size) == (candidate.head_format.bits, candidate.head_format.group_size)
+        shared = HEAD not in weights and (form.bits, form.group_size) == (
+            candidate.head_format.bits,
+            candidate.head_format.group_size,
+        )
         if form.bits == 32:
             table = self.constant("embedding", embedding.float())
             stream = self.node("Gather", [table, "input_ids"], "/model/embed_tokens", axis=0)
@@ -151,14 +232,26 @@ class _Graph:
             tables = self.packed(quantize(embedding, form), "embedding")
             rows = np.array([embedding.shape[0], -1], np.int64)
             flat = self.node("Reshape", [tables[0], self.constant("embedding_rows", rows)], "/model/embed_tokens/flat")
-            stream = self.node("GatherBlockQuantized", [flat, "input_ids", tables[1]], "/model/embed_tokens", domain=MICROSOFT, bits=form.bits,
-                               block_size=_group(form, embedding.shape[1]), gather_axis=0, quantize_axis=1)
+            stream = self.node(
+                "GatherBlockQuantized",
+                [flat, "input_ids", tables[1]],
+                "/model/embed_tokens",
+                domain=MICROSOFT,
+                bits=form.bits,
+                block_size=_group(form, embedding.shape[1]),
+                gather_axis=0,
+                quantize_axis=1,
+            )
         self.head_size = head.shape
         if candidate.head_format.bits == 32:
             table = "embedding" if shared else self.constant("lm_head", head.float())
             self.head_inputs = [self.node("Transpose", [table], "/lm_head/transpose", perm=[1, 0])]
         else:
-            self.head_inputs = ["embedding", "embedding.scales"] if shared else self.packed(quantize(head, candidate.head_format), "lm_head")
+            self.head_inputs = (
+                ["embedding", "embedding.scales"]
+                if shared
+                else self.packed(quantize(head, candidate.head_format), "lm_head")
+            )
         return stream
 
     def head(self, form: Format, normed: str) -> None:
@@ -168,13 +261,25 @@ class _Graph:
             self.matmul_nbits(self.head_inputs, self.head_size, form, "/lm_head", normed, ["logits"])
 
     def finish(self, candidate: Candidate, shape: Shape) -> onnx.ModelProto:
-        inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
-                  helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"])]
+        inputs = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+        ]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", shape.vocab])]
         for i, layer in enumerate(candidate.layers):
             for kind in ("key", "value"):
-                inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{kind}", TensorProto.FLOAT, ["batch", layer.kv_groups, "past", shape.head_dim]))
-                outputs.append(helper.make_tensor_value_info(f"present.{i}.{kind}", TensorProto.FLOAT, ["batch", layer.kv_groups, "total", shape.head_dim]))
+                inputs.append(
+                    helper.make_tensor_value_info(
+                        f"past_key_values.{i}.{kind}",
+                        TensorProto.FLOAT,
+                        ["batch", layer.kv_groups, "past", shape.head_dim],
+                    )
+                )
+                outputs.append(
+                    helper.make_tensor_value_info(
+                        f"present.{i}.{kind}", TensorProto.FLOAT, ["batch", layer.kv_groups, "total", shape.head_dim]
+                    )
+                )
         graph = helper.make_graph(self.nodes, "paretune", inputs, outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="paretune")

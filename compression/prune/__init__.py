@@ -4,4 +4,12 @@ from paretune.compression.prune.masks import mask_for
 from paretune.compression.prune.statistics import LayerStatistics, layer_statistics
 from paretune.compression.prune.structure import Importance, importance, slice_weights, sort_by_importance
 
-__all__ = ["Importance", "LayerStatistics", "importance", "layer_statistics", "mask_for", "slice_weights", "sort_by_importance"]
+__all__ = [
+    "Importance",
+    "LayerStatistics",
+    "importance",
+    "layer_statistics",
+    "mask_for",
+    "slice_weights",
+    "sort_by_importance",
+]

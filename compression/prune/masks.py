@@ -23,7 +23,7 @@ def mask_for(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | 
         return _two_of_four(score)
     if pattern.score == "wanda":
         return _keep_largest(score, pattern.ratio)
-    return _keep_largest(score.view(1, -1), pattern.ratio).view_as(weight)
+    return _keep_largest(score.reshape(1, -1), pattern.ratio).view(weight.shape)
 
 
 def _score(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | None) -> torch.Tensor:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from paretune.compression.student import Network
 
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,15 @@ def layer_statistics(network: Network, weights: Mapping[str, torch.Tensor], ids:
     handles = []
     for i, layer in enumerate(network.layers):
         for name in LINEARS:
-            def collect(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], i: int = i, name: str = name) -> None:
+
+            def collect(
+                _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], i: int = i, name: str = name
+            ) -> None:
                 squares[i][name] = inputs[0].float().flatten(0, -2).square().sum(0)
 
             handles.append(layer.get_submodule(name).register_forward_pre_hook(collect))
 
-        def compare(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, i: int = i) -> None:
+        def compare(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any, i: int = i) -> None:
             out = output[0] if isinstance(output, tuple) else output
             cosine = torch.nn.functional.cosine_similarity(inputs[0].float(), out.float(), dim=-1)
             influences[i] = 1.0 - float(cosine.mean())
@@ -44,5 +56,7 @@ def layer_statistics(network: Network, weights: Mapping[str, torch.Tensor], ids:
     finally:
         for handle in handles:
             handle.remove()
-    return [LayerStatistics({name: value.sqrt() for name, value in found.items()}, influence)
-            for found, influence in zip(squares, influences, strict=True)]
+    return [
+        LayerStatistics({name: value.sqrt() for name, value in found.items()}, influence)
+        for found, influence in zip(squares, influences, strict=True)
+    ]

@@ -51,28 +51,45 @@ def sort_by_importance(weights: Mapping[str, torch.Tensor], order: Importance, s
         neurons = torch.tensor(order.ffn[i])
         q = _rows(order.groups[i], shape.heads_per_group * shape.head_dim)
         kv = _rows(order.groups[i], shape.head_dim)
-        for name, rows in (("mlp.gate_proj", neurons), ("mlp.up_proj", neurons), ("self_attn.q_proj", q),
-                           ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)):
+        for name, rows in (
+            ("mlp.gate_proj", neurons),
+            ("mlp.up_proj", neurons),
+            ("self_attn.q_proj", q),
+            ("self_attn.k_proj", kv),
+            ("self_attn.v_proj", kv),
+        ):
             found[f"{layer}{name}.weight"] = weights[f"{layer}{name}.weight"][rows].contiguous()
         for name, columns in (("mlp.down_proj", neurons), ("self_attn.o_proj", q)):
             found[f"{layer}{name}.weight"] = weights[f"{layer}{name}.weight"][:, columns].contiguous()
     return found
 
 
-def slice_weights(weights: Mapping[str, torch.Tensor], candidate: Candidate, order: Importance, shape: Shape) -> dict[str, torch.Tensor]:
+def slice_weights(
+    weights: Mapping[str, torch.Tensor], candidate: Candidate, order: Importance, shape: Shape
+) -> dict[str, torch.Tensor]:
     """Views of the sorted weights that make up the candidate's student; layers are numbered anew from 0."""
-    found = {name: weights[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight") if name in weights}
+    found = {
+        name: weights[name]
+        for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+        if name in weights
+    }
     for new, old in enumerate(order.kept_layers(len(candidate.layers))):
         widths = candidate.layers[new]
         q, kv = widths.kv_groups * shape.heads_per_group * shape.head_dim, widths.kv_groups * shape.head_dim
-        rows = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv, "mlp.gate_proj": widths.ffn, "mlp.up_proj": widths.ffn}
+        rows = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": kv,
+            "self_attn.v_proj": kv,
+            "mlp.gate_proj": widths.ffn,
+            "mlp.up_proj": widths.ffn,
+        }
         columns = {"self_attn.o_proj": q, "mlp.down_proj": widths.ffn}
         for name in (*rows, *columns, "input_layernorm", "post_attention_layernorm"):
             value = weights[f"model.layers.{old}.{name}.weight"]
             if name in rows:
-                value = value[:rows[name]]
+                value = value[: rows[name]]
             elif name in columns:
-                value = value[:, :columns[name]]
+                value = value[:, : columns[name]]
             found[f"model.layers.{new}.{name}.weight"] = value
     return found
 

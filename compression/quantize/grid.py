@@ -54,7 +54,7 @@ def fake_quantize_activations(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """Round the last dimension of `x` to int8 per group of `group_size` (0: leave it); gradients pass straight through."""
     if group_size == 0:
         return x
-    blocks = x.detach().float().unflatten(-1, (-1, group_size))
+    blocks = x.detach().float().view(*x.shape[:-1], -1, group_size)
     scale = blocks.abs().amax(-1, keepdim=True).div_(127.0).clamp_(min=1e-30)
     rounded = torch.round(blocks / scale).mul_(scale).flatten(-2).to(x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded

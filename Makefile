@@ -1,0 +1,42 @@
+# make demo   set up .venv and run the main job (about ten minutes)
+# make test   set up .venv if needed, lint, type-check, test
+# make check  lint and type-check only; make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip --quiet
+export OMP_WAIT_POLICY := PASSIVE
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo test check install bench docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paretune needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt "setuptools<81" wheel
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/paretune search --preset quick
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python benchmarks/run.py $(NAME)
+
+docs: install
+	$(BIN)/python docs/make_pictures.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,0 +1,52 @@
+"""Checksums of an artifact: written with it, verified whenever it is loaded. Light: no torch, no onnx."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from paretune.hardware_profiles.errors import UsageError
+
+CHECKSUMS = "SHA256SUMS"
+FACTS = "paretune.json"
+MODEL = Path("onnx") / "model.onnx"
+
+
+def check_artifact(folder: Path) -> dict[str, Any]:
+    """The facts of a complete, undamaged artifact. Raises UsageError naming the file that is missing or changed."""
+    sums = folder / CHECKSUMS
+    if not sums.is_file():
+        raise UsageError(f"{folder} is not an artifact: it has no {CHECKSUMS}", "name the folder that a search wrote")
+    listed = set()
+    for line in sums.read_text("utf8", "replace").splitlines():
+        digest, _, name = line.partition("  ")
+        path = folder / name
+        listed.add(path)
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve() != folder.resolve() / name:
+            raise UsageError(
+                f"{sums} names {name}, which lies outside the artifact", "use an artifact from a source you trust"
+            )
+        if not path.is_file() or sha256(path) != digest:
+            raise UsageError(f"{path} is missing or differs from its checksum", "copy the artifact again")
+    for path in (folder / MODEL, folder / FACTS):
+        if path not in listed:
+            raise UsageError(f"{sums} does not vouch for {path}", "copy the artifact again")
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    return facts
+
+
+def write_checksums(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    with (folder / CHECKSUMS).open("w") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,67 @@
+"""Streaming text from an artifact through onnxruntime-genai."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a text was made: `tokens` new ones; the rate counts the tokens after the first."""
+
+    tokens: int
+    tokens_per_second: float
+    ttft_ms: float
+
+
+def stream(
+    artifact: Path, prompt: str, max_tokens: int, temperature: float, threads: int
+) -> Generator[str | Pace, None, None]:
+    """Pieces of text as they are made, then one Pace. The artifact's checksums are verified first.
+
+    Raises UsageError for a damaged artifact, an empty prompt or one that does not fit the model's context.
+    """
+    from paretune.compression.export.checksums import check_artifact
+
+    check_artifact(artifact)
+    try:
+        import onnxruntime_genai as og
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"onnxruntime-genai cannot be imported: {error}", "pip install onnxruntime-genai"
+        ) from None
+    config = og.Config(str(artifact / "onnx"))
+    config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
+    model = og.Model(config)
+    tokenizer = og.Tokenizer(model)
+    ids = tokenizer.encode(prompt)
+    context = _context(artifact)
+    if len(ids) == 0 or len(ids) >= context:
+        raise UsageError(f"the prompt must have 1 to {context - 1} tokens, but has {len(ids)}", "give another --prompt")
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(
+        max_length=min(context, len(ids) + max_tokens), do_sample=temperature > 0, temperature=max(temperature, 1e-3)
+    )
+    generator, decoder = og.Generator(model, parameters), tokenizer.create_stream()
+    start = time.perf_counter()
+    generator.append_tokens(ids)
+    count, first = 0, 0.0
+    while not generator.is_done():
+        generator.generate_next_token()
+        count += 1
+        if count == 1:
+            first = time.perf_counter() - start
+        yield decoder.decode(generator.get_next_tokens()[0])
+    rest = time.perf_counter() - start - first
+    yield Pace(count, (count - 1) / rest if count > 1 and rest > 0 else 0.0, first * 1e3)
+
+
+def _context(artifact: Path) -> int:
+    import json
+
+    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text())["model"]["context_length"])

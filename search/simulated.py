@@ -1,0 +1,142 @@
+"""A simulated evaluator: answers every kind of work from a formula, so that a whole search runs in a second.
+
+It is the fake of the expensive seam (Syne Tune's simulator is the model): tests and dry experiments with the policy use it,
+inline with a clock of its own or inside real Ray workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from paretune.compression.export.checksums import CHECKSUMS, sha256, write_checksums
+from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.latency_fit import features
+from paretune.objectives.measurement import Measurement
+from paretune.objectives.quality import Scores, quality_measurements
+from paretune.search.spec import Spec
+from paretune.search.work import Outcome, Work
+from paretune.spaces.candidate import Candidate, Shape
+from paretune.spaces.space import Space
+
+SHAPE = Shape(6, 256, 768, 8, 4, 32, 4096)
+TEACHER_NLL = {"search": 1.80, "report": 1.87}
+DOCUMENTS, TOKENS = 8, 1000
+COSTS = (0.1, 0.2, 0.04, 0.02, 0.02, 0.015, 0.012, 0.018, 0.012, 0.012, 0.008, 0.01, 0.005)
+SECONDS = {"fit": 20.0, "elastic": 30.0, "rung0": 1.0, "recover": 9.0, "confirm": 5.0}
+SLEEP = "PARETUNE_SIMULATED_SLEEP"
+
+
+class VirtualClock:
+    """Seconds that pass only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SimulatedEvaluator:
+    """Deterministic outcomes; `clock` (inline) advances by what the work would take, a real worker sleeps PARETUNE_SIMULATED_SLEEP s."""
+
+    def __init__(self, folder: Path, home: Path, clock: VirtualClock | None = None) -> None:
+        setup = json.loads((folder / "setup.json").read_text())
+        self.folder, self.home, self.clock = folder, home, clock
+        self.spec = Spec.model_validate(setup["spec"])
+        self.space = Space.of(SHAPE, Profile.model_validate(setup["profile"]).weight_formats)
+        self.log = folder / "simulated.log"
+
+    def run(self, work: Work) -> Outcome:
+        """The outcome of `work`; appended to simulated.log, so that a test can count what was done."""
+        if self.clock is not None:
+            self.clock.now += SECONDS[work.kind]
+        time.sleep(float(os.environ.get(SLEEP, "0")))
+        name = "" if work.candidate is None else work.candidate.key
+        with self.log.open("a") as stream:
+            stream.write(f"{work.kind} {name}\n")
+        if work.kind == "fit":
+            designed = [Candidate.from_dict(d) for d in work.options["design"]]
+            kept = [
+                {
+                    "candidate": json.loads(c.to_json()),
+                    "decode_ms_per_token": decode_ms(c),
+                    "ttft_ms": 10 * decode_ms(c),
+                }
+                for c in designed
+            ]
+            return Outcome(facts={"kept": kept, "missing": 0})
+        if work.kind == "elastic":
+            return Outcome(
+                facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
+            )
+        assert work.candidate is not None
+        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](work.candidate)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _rung0(self, candidate: Candidate) -> Outcome:
+        size = compressed_size(candidate)
+        found = {"bytes": Measurement.exact(size, "bytes"), "compressed_bytes": Measurement.exact(size, "bytes")}
+        return Outcome(scores=_scores("search", loss(candidate)), measurements=found)
+
+    def _recover(self, candidate: Candidate) -> Outcome:
+        return Outcome(
+            scores=_scores("search", 0.6 * loss(candidate)), facts={"tokens": 40_960.0, "qat": 0.0, "file": ""}
+        )
+
+    def _confirm(self, candidate: Candidate) -> Outcome:
+        full = candidate.is_full_size(SHAPE) and not candidate.is_sparse
+        scores = _scores("report", loss(candidate) * (1.0 if full else 0.6))
+        quality = quality_measurements(scores, _scores("report", 0.0), 3.0, "simulated")
+        decode, size = decode_ms(candidate), compressed_size(candidate)
+        lane = {
+            name: Measurement(value, unit, value * 0.99, value * 1.01, "measured", 12, "simulated")
+            for name, value, unit in (("decode_ms_per_token", decode, "ms/token"), ("ttft_ms", 10 * decode, "ms"))
+        }
+        exact = {name: Measurement.exact(size, "bytes") for name in ("bytes", "compressed_bytes", "peak_memory_bytes")}
+        folder = self.folder / "artifacts" / candidate.key
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "paretune.json").write_text(json.dumps({"candidate": json.loads(candidate.to_json())}))
+        write_checksums(folder)
+        facts = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
+        artifact = (str(folder), sha256(folder / CHECKSUMS))
+        return Outcome(measurements={**quality, **lane, **exact}, scores=scores, facts=facts, artifact=artifact)
+
+
+def loss(candidate: Candidate) -> float:
+    """NLL increase in nats/token: cuts, sparsity and rounding add up, with a little noise per candidate."""
+    x = candidate.layers[0]
+    cut = (
+        1.2 * (1 - len(candidate.layers) / SHAPE.layers) ** 1.5
+        + 0.4 * (1 - x.ffn / SHAPE.ffn)
+        + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
+    )
+    rounding = sum(
+        {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] for f in (x.attention_format, x.ffn_format, candidate.head_format)
+    )
+    noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
+    return cut + rounding + 0.5 * x.pattern.ratio**2 + (0.002 * noise if cut + rounding + x.pattern.ratio > 0 else 0.0)
+
+
+def decode_ms(candidate: Candidate) -> float:
+    """A linear law in the terms of the latency fit."""
+    return float(features(candidate, SHAPE) @ COSTS)
+
+
+def compressed_size(candidate: Candidate) -> float:
+    """Bytes of weights by bits, zeros half as dear."""
+    found = features(candidate, SHAPE)
+    weights = found[2:7] @ (4, 1, 1, 0.55, 0.55) * (1 - 0.5 * candidate.layers[0].pattern.ratio)
+    return float(math.ceil(1e6 * (weights + found[7:12] @ (4, 1, 1, 0.55, 0.55) + candidate.embedding_format.bits / 8)))
+
+
+def _scores(split: str, increase: float) -> Scores:
+    documents = tuple(f"{split}{i}" for i in range(DOCUMENTS))
+    nll = tuple(TOKENS * (TEACHER_NLL[split] + increase) * (0.9 + 0.2 * i / (DOCUMENTS - 1)) for i in range(DOCUMENTS))
+    return Scores(documents, nll, (TOKENS,) * DOCUMENTS)

@@ -1,0 +1,280 @@
+"""The whole search on the simulated evaluator: policy, calibration, resuming, determinism; no Ray processes."""
+
+import math
+import time
+from collections import Counter
+
+import pytest
+
+from paretune.search.budget import Budget
+from paretune.search.calibration import Calibration, Pair
+from paretune.search.director import Director
+from paretune.search.execute import run_inline
+from paretune.search.finalists import Explored, next_finalist
+from paretune.search.front import dominates
+from paretune.search.recommend import Limits, recommend
+from paretune.search.run import Plan, Ready, create_study, run_study
+from paretune.search.simulated import SHAPE, SimulatedEvaluator, VirtualClock
+from paretune.search.spec import Spec, make_spec, seconds
+from paretune.search.store import Store
+from paretune.search.tune_search import JointSearch
+from paretune.search.view import load_view, tied
+from paretune.search.work import Outcome, Work
+from paretune.hardware_profiles import NothingFeasible, UsageError
+from paretune.hardware_profiles.profile import detected_profile
+from paretune.spaces.space import Space
+from paretune.teachers import load_teacher
+
+
+def make_ready(**options):
+    spec = Spec.model_validate({"budget": "300s", "fit_points": 30, **options})
+    profile = detected_profile()
+    space = Space.of(SHAPE, profile.weight_formats)
+    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    return Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
+
+
+class Interrupted(Exception):
+    """A stand-in for SIGKILL in the simulated search."""
+
+
+def simulate(ready, store, home, stop_after=None, evaluator_class=SimulatedEvaluator):
+    """Run a study inline on a virtual clock; `stop_after` pieces of work end it like a kill."""
+    clock = VirtualClock()
+    evaluator = evaluator_class(store.folder, home, clock)
+    done = Counter()
+
+    def execute(director, *_):
+        director.budget.clock = clock
+        director.budget.__post_init__()
+
+        def evaluate(work):
+            done[work.kind] += 1
+            if stop_after is not None and sum(done.values()) > stop_after:
+                raise Interrupted
+            return evaluator.run(work)
+
+        run_inline(director, evaluate)
+
+    code = run_study(store, ready, home, lambda *_: None, None, execute)
+    return code, done, clock.now
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    ready = make_ready()
+    store = create_study(ready, home, "s", "paretune search")
+    code, done, used = simulate(ready, store, home)
+    return home, ready, store, code, done, used
+
+
+def test_a_search_ends_complete_in_its_budget(finished):
+    _, ready, store, code, done, used = finished
+    assert code == 0 and store.meta("state") == "complete"
+    assert used <= ready.spec.budget_s
+    assert done["elastic"] == done["fit"] == 1
+    assert done["rung0"] >= 60 and done["recover"] >= 5
+
+
+def test_no_evaluation_is_done_twice(finished):
+    *_, store, _, _, _ = finished
+    pairs = Counter((e.key, e.fidelity) for e in store.evaluations())
+    assert set(pairs.values()) == {1}
+
+
+def test_the_front_is_not_dominated_and_baselines_are_on_or_under_it(finished):
+    view = load_view(finished[2])
+    vectors = [p.vector(view.objectives) for p in view.confirmed]
+    assert len(view.baselines) == 3
+    for point in view.front:
+        assert not any(dominates(v, point.vector(view.objectives)) for v in vectors)
+    assert len(view.front) - len(view.ties) >= 5
+
+
+def test_finalists_come_from_several_strata_with_the_same_tokens(finished):
+    store = finished[2]
+    rows = {r.key: r.candidate for r in store.candidates()}
+    recovered = store.evaluations("recovered", "complete")
+    assert len({rows[e.key].stratum for e in recovered}) >= 3
+    assert store.meta("recovery_tokens") % 4096 == 0
+
+
+def test_calibration_learns_what_recovery_repairs(finished):
+    """The simulation's recovery leaves 60 % of the loss; the calibrated error must beat the raw one clearly."""
+    facts = finished[2].meta("calibration")
+    assert facts["pairs"] >= 5
+    assert facts["median_error_nats"] < 0.5 * facts["median_error_uncalibrated_nats"]
+
+
+def test_recommendations_keep_limits_and_say_why(finished):
+    view = load_view(finished[2])
+    free = recommend(view, Limits())
+    assert free.chosen in view.front and free.why
+    limit = sorted(p.measurements["decode_ms_per_token"].value for p in view.front)[len(view.front) // 2]
+    found = recommend(view, Limits(latency_ms=limit))
+    assert found.chosen.measurements["decode_ms_per_token"].value <= limit
+    assert found.binding == "decode_ms_per_token"
+    better = [p for p in view.front if p.measurements["nll"].value < found.chosen.measurements["nll"].value]
+    assert all(p.measurements["decode_ms_per_token"].value > limit for p in better)
+    fastest = recommend(view, Limits(loss=0.01)).chosen
+    assert fastest.measurements["relative_loss"].value <= 0.01
+    with pytest.raises(NothingFeasible, match="nearest is .*decode_ms_per_token is"):
+        recommend(view, Limits(latency_ms=1e-6))
+    with pytest.raises(UsageError, match="must be positive"):
+        recommend(view, Limits(latency_ms=-1.0))
+
+
+def proposals(store):
+    return [(r.key, r.source) for r in store.candidates()]
+
+
+def test_an_interrupted_search_proposes_what_the_uninterrupted_one_does(tmp_path):
+    ready = make_ready(budget="200s")
+    whole = create_study(ready, tmp_path / "a", "s", "x")
+    simulate(ready, whole, tmp_path / "a")
+    broken = create_study(ready, tmp_path / "b", "s", "x")
+    for stop_after in (2, 6, 15, 25):
+        with pytest.raises(Interrupted):
+            simulate(ready, broken, tmp_path / "b", stop_after)
+        assert broken.meta("state") == "interrupted"
+        broken.close()
+        broken = Store.open_study(tmp_path / "b" / "studies" / "s")
+    simulate(ready, broken, tmp_path / "b")
+    longest = min(len(proposals(whole)), len(proposals(broken)))
+    assert longest > 50
+    assert proposals(whole)[:longest] == proposals(broken)[:longest]
+    complete = Counter((e.key, e.fidelity) for e in broken.evaluations(status="complete"))
+    assert set(complete.values()) == {1}, "something finished was done again"
+
+
+class Moody(SimulatedEvaluator):
+    """Fails, returns NaN-like infeasibility and refuses some candidates."""
+
+    def run(self, work):
+        outcome = super().run(work)
+        if work.kind == "rung0" and int(work.candidate.key[:2], 16) % 3 == 0:
+            return Outcome("infeasible", reason="op X in layer 2 is not supported")
+        if work.kind == "recover" and int(work.candidate.key[:2], 16) % 2 == 0:
+            return Outcome("failed", reason="the budget ended during recovery")
+        return outcome
+
+
+def test_infeasible_candidates_are_told_as_failed_and_the_search_goes_on(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    code, _, _ = simulate(ready, store, tmp_path, evaluator_class=Moody)
+    assert code == 0
+    reasons = {e.reason for e in store.evaluations(status="infeasible")}
+    assert reasons == {"op X in layer 2 is not supported"}
+    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    searcher = JointSearch(director)
+    searcher.suggest("t")
+    states = Counter(t.state.name for t in searcher._ot_study.trials)
+    assert states["RUNNING"] <= 1 and states["COMPLETE"] == len(director.explored_keys())
+
+
+class Broken(SimulatedEvaluator):
+    def run(self, work):
+        return Outcome("failed", reason="no space left") if work.kind == "rung0" else super().run(work)
+
+
+def test_a_search_in_which_everything_fails_gives_up(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=Broken)
+    assert code == 4 and done["rung0"] < 20
+    assert "no space left" in store.meta("ended")
+
+
+def test_limits_of_the_spec_become_constraints(tmp_path):
+    ready = make_ready(limits={"decode_ms_per_token": 1.5})
+    store = create_study(ready, tmp_path, "s", "x")
+    simulate(ready, store, tmp_path)
+    recovered = {e.key for e in store.evaluations("recovered", "complete")}
+    confirmed = {e.key: e for e in store.evaluations("confirmed", "complete")}
+    assert recovered and all(
+        confirmed[k].measurements["decode_ms_per_token"].value <= 1.6 for k in recovered & confirmed.keys()
+    )
+
+
+def test_nsga2_can_be_chosen(tmp_path):
+    ready = make_ready(sampler="nsga2", budget="200s")
+    store = create_study(ready, tmp_path, "s", "x")
+    assert simulate(ready, store, tmp_path)[0] == 0
+
+
+def test_a_tiny_space_is_exhausted_not_repeated(tmp_path):
+    ready = make_ready()
+    small = Space(SHAPE, ("fp32/fp32",), 6, 768, 3)
+    ready = Ready(ready.spec, ready.teacher, ready.profile, small, ready.plan)
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path)
+    assert code == 0 and store.meta("exhausted") is True
+    assert done["rung0"] + 1 == small.size(), "every candidate but the confirmed baseline is explored once"
+
+
+def test_next_finalist_visits_each_stratum_and_prefers_the_front():
+    explored = [
+        Explored("a", "dense/int4", (1.0, 1.0)),
+        Explored("b", "dense/int4", (2.0, 2.0)),
+        Explored("c", "2:4/int4", (3.0, 3.0)),
+    ]
+    assert next_finalist(explored, [], []) == "a"
+    assert next_finalist(explored, ["a"], []) in {"b", "c"}
+    assert next_finalist(explored, ["a", "b", "c"], []) is None
+
+
+def test_calibration_is_the_identity_without_pairs_and_finds_a_law():
+    space = Space.of(SHAPE, ("fp32/fp32", "int8/int8", "int4/int8"))
+    import random
+
+    generator = random.Random(1)
+    candidates = [
+        space.decode(
+            {
+                n: generator.randint(*b) if k == "int" else generator.choice(b)
+                for n, (k, b) in space.distributions().items()
+            }
+        )
+        for _ in range(30)
+    ]
+    assert Calibration(SHAPE, []).estimate(candidates[0], 0.3) == pytest.approx(0.3)
+    pairs = [Pair(c, r := generator.uniform(0.05, 0.6), 0.5 * r) for c in candidates]
+    fitted = Calibration(SHAPE, pairs)
+    assert fitted.median_error < 0.3 * fitted.prior_error
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("45m", 2700), ("8h", 28800), ("1.5h", 5400)])
+def test_durations(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "8", "0s", "-3m", "1w", "h"])
+def test_bad_durations(text):
+    with pytest.raises(UsageError, match="budget"):
+        make_spec(None, "quick", {"budget": text})
+
+
+def test_work_and_outcome_travel_as_json(finished):
+    store = finished[2]
+    candidate = store.candidates()[5].candidate
+    work = Work("recover", candidate, 12.5, 30.0, {"tokens": 4096})
+    assert Work.from_json(work.to_json()) == work
+    e = store.evaluations("confirmed", "complete")[0]
+    outcome = Outcome(measurements=e.measurements, scores=e.scores, facts=e.facts, artifact=("a", "b"))
+    assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+def test_ties_are_paired_by_document(finished):
+    view = load_view(finished[2])
+    point = view.front[0]
+    assert tied(point, point, "nll") and tied(point, point, "decode_ms_per_token")
+    teacher = view.teacher
+    worst = max(view.confirmed, key=lambda p: p.measurements["nll"].value)
+    assert not tied(teacher, worst, "nll")
+
+
+def test_a_whole_simulated_search_is_quick(finished):
+    """Not a timing: guards that the simulation never sleeps."""
+    assert math.isfinite(time.monotonic()) and finished[5] > 100

@@ -1,0 +1,44 @@
+"""What happens after every confirmation: the report is rewritten and MLflow told, never at the search's expense."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from paretune.search.store import Store
+from paretune.search.view import load_view
+from paretune.tracking.mlflow_sink import try_drain
+from paretune.tracking.report import write_report
+
+PATIENCE_S = 3.0
+
+
+class Housekeeper:
+    """Report in the caller's thread (a worker waits meanwhile, so nothing competes with it); MLflow in a thread of its own
+    that the search waits for only a few seconds. What MLflow did not take stays in the outbox."""
+
+    def __init__(self, store: Store, home: Path) -> None:
+        self.store, self.home = store, home
+        self.problem: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def tidy(self, patience_s: float = PATIENCE_S) -> None:
+        """Rewrite report.html and front.png, and start telling MLflow unless it is still being told."""
+        write_report(load_view(self.store))
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._drain, daemon=True)
+            self._thread.start()
+        self._thread.join(patience_s)
+
+    def finish(self, patience_s: float = 60.0) -> str | None:
+        """The last report; returns what is left to sync, in words, or None."""
+        if self._thread is not None:
+            self._thread.join(patience_s)
+        self.tidy(patience_s)
+        left = len(self.store.outbox())
+        if not left:
+            return None
+        return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `paretune sync` when it is back"
+
+    def _drain(self) -> None:
+        self.problem = try_drain(self.home, self.store, load_view(self.store))
