@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from paretune.search.director import Director
+from paretune.search.processes import descendants, end_survivors
 from paretune.search.work import Outcome, Work
 
+TEMP_PREFIX = "pt-"
 OBJECT_STORE_BYTES = 100 * 2**20
 RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -68,7 +70,8 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for name in ("ray", "ray.tune", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    temp = Path(tempfile.mkdtemp(prefix="pt-", dir=tempfile.gettempdir()))
+    _clean_up_dead_launch(director)
+    temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=tempfile.gettempdir()))
     passed = {
         name: value for name, value in os.environ.items() if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_"))
     }
@@ -88,6 +91,7 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
             runtime_env={"env_vars": passed},
             **({} if address else local),
         )
+        director.store.set_meta(ray={"temp": str(temp), "processes": descendants(os.getpid())})
         tuner = tune.Tuner(
             tune.with_resources(StudyWorker, {"cpu": cores}),
             tune_config=tune.TuneConfig(
@@ -110,8 +114,19 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
             tuner.fit()
     finally:
         ray.shutdown()
+        director.store.set_meta(ray=None)
         shutil.rmtree(temp, ignore_errors=True)
         shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _clean_up_dead_launch(director: Director) -> None:
+    """After SIGKILL two of Ray's agents live on for a minute, and its session folder for ever: end and remove them."""
+    dead = director.store.meta("ray")
+    if dead is None:
+        return
+    end_survivors([(pid, started) for pid, started in dead["processes"]])
+    if Path(dead["temp"]).name.startswith(TEMP_PREFIX):
+        shutil.rmtree(dead["temp"], ignore_errors=True)
 
 
 def _trial_name(trial: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from paretune.hardware_profiles.errors import NothingFeasible, UsageError
 from paretune.objectives.measurement import Measurement
-from paretune.search.view import Point, StudyView, tied
+from paretune.search.view import LABELS, Point, StudyView, tied
 
 NEAR = 0.9
 
@@ -78,7 +78,7 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     ranked = sorted(feasible, key=order)
     chosen, runner_up = ranked[0], (ranked[1] if len(ranked) > 1 else None)
     binding = _binding(chosen, bounds)
-    why = [f"{rule} of {len(feasible)} of {len(view.front)} front members within the limits", *_sentences(view, chosen)]
+    why = [f"{rule} {_among(view, feasible, bounds)}", *_sentences(view, chosen)]
     if binding is not None:
         room = 1 - chosen.measurements[binding].value / bounds[binding]
         why.append(
@@ -99,6 +99,12 @@ def point_dict(point: Point) -> dict[str, Any]:
         "kind": point.kind,
         "measurements": {name: m.to_dict() for name, m in point.measurements.items()},
     }
+
+
+def _among(view: StudyView, feasible: Sequence[Point], bounds: dict[str, float]) -> str:
+    if not bounds:
+        return f"of the {len(view.front)} front members"
+    return f"of the {len(feasible)} front members (of {len(view.front)}) within the limits"
 
 
 def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
@@ -141,9 +147,9 @@ def _price(view: StudyView, chosen: Point, other: Point) -> str:
     for name in view.objectives:
         mine, theirs = chosen.value(name), other.value(name)
         if tied(chosen, other, name):
-            parts.append(f"{name} tied")
+            parts.append(f"{LABELS[name]} tied")
         else:
-            parts.append(f"{name} {theirs.value / mine.value - 1:+.1%}")
+            parts.append(f"{LABELS[name]} {theirs.value / mine.value - 1:+.1%}")
     return f"{other.name} instead: " + ", ".join(parts)
 
 

@@ -126,14 +126,11 @@ def load_view(store: Store) -> StudyView:
     """Read the whole study."""
     rows = {row.key: row for row in store.candidates()}
     evaluations = store.evaluations()
+    complete = {(e.key, e.fidelity): e for e in evaluations if e.status == "complete"}.values()
     meta = {name: store.meta(name) for name in META}
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
-    confirmed = tuple(
-        _point(rows[e.key], e, "confirmed") for e in evaluations if e.fidelity == "confirmed" and e.status == "complete"
-    )
-    rung0 = tuple(
-        _point(rows[e.key], e, "rung0") for e in evaluations if e.fidelity == "rung0" and e.status == "complete"
-    )
+    confirmed = tuple(_point(rows[e.key], e, "confirmed") for e in complete if e.fidelity == "confirmed")
+    rung0 = tuple(_point(rows[e.key], e, "rung0") for e in complete if e.fidelity == "rung0")
     front, ties = front_of(confirmed, objectives)
     failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
     return StudyView(

@@ -23,15 +23,74 @@ if TYPE_CHECKING:
     from paretune.teachers import Teacher, TokenSplit
 
 # The examples are a pure function of the test, so these tests have no chance to fail by luck.
-settings.register_profile("paretune", derandomize=True, deadline=None, max_examples=60, database=None,
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "paretune",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("paretune")
 
 TINY_VOCAB = 288
-TINY = {"vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "bos_token_id": 0,
-        "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True, "initializer_range": 0.15}
-WORDS = ["the", "model", "reads", "a", "line", "and", "writes", "another", "while", "small", "numbers", "grow", "into", "large", "ones", "because", "every", "layer", "adds", "what", "it", "knows", "about", "words", "rivers", "stones", "engines", "light", "weight", "grid", "zero", "one", "two", "four", "eight", "prune", "keep", "sort", "slice"]
+TINY = {
+    "vocab_size": TINY_VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.15,
+}
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "line",
+    "and",
+    "writes",
+    "another",
+    "while",
+    "small",
+    "numbers",
+    "grow",
+    "into",
+    "large",
+    "ones",
+    "because",
+    "every",
+    "layer",
+    "adds",
+    "what",
+    "it",
+    "knows",
+    "about",
+    "words",
+    "rivers",
+    "stones",
+    "engines",
+    "light",
+    "weight",
+    "grid",
+    "zero",
+    "one",
+    "two",
+    "four",
+    "eight",
+    "prune",
+    "keep",
+    "sort",
+    "slice",
+]
 
 
 def _document(seed: int, words: int = 500) -> str:
@@ -59,11 +118,13 @@ def _write_teacher(folder: Path, seed: int = 0, **changes: Any) -> Path:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([_document(i) for i in range(4)], vocab_size=TINY_VOCAB, special_tokens=["<|end|>"],
-                                  show_progress=False)
+    tokenizer.train_from_iterator(
+        [_document(i) for i in range(4)], vocab_size=TINY_VOCAB, special_tokens=["<|end|>"], show_progress=False
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        '{"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}')
+        '{"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     return folder
 
 
@@ -126,7 +187,9 @@ def tiny_space(tiny_teacher: Teacher) -> Space:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokens(tiny_teacher: Teacher, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenSplit]:
+def tiny_tokens(
+    tiny_teacher: Teacher, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, TokenSplit]:
     from paretune.teachers import token_splits, user_corpus
 
     return dict(token_splits(tiny_teacher, user_corpus(tiny_text), tmp_path_factory.mktemp("cache")))

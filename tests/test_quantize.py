@@ -20,9 +20,20 @@ from paretune.spaces import Format, Pattern
 from paretune.spaces.candidate import group_for
 
 BITS = (4, 8)
-matrices = st.tuples(st.integers(1, 4), st.integers(1, 6)).flatmap(lambda size: hnp.arrays(
-    np.float32, (size[0], 16 * size[1]), elements=st.one_of(st.just(0.0), st.floats(-100, 100, width=32).map(
-        lambda v: float(np.float32(v)) if abs(v) > 1e-3 else 0.0)))).map(torch.from_numpy)
+matrices = (
+    st.tuples(st.integers(1, 4), st.integers(1, 6))
+    .flatmap(
+        lambda size: hnp.arrays(
+            np.float32,
+            (size[0], 16 * size[1]),
+            elements=st.one_of(
+                st.just(0.0),
+                st.floats(-100, 100, width=32).map(lambda v: float(np.float32(v)) if abs(v) > 1e-3 else 0.0),
+            ),
+        )
+    )
+    .map(torch.from_numpy)
+)
 
 
 def random_matrix(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -40,9 +51,9 @@ def slow_quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[list[lis
     for row in weight.tolist():
         row_codes, row_scales = [], []
         for start in range(0, len(row), group):
-            values = row[start:start + group]
+            values = row[start : start + group]
             extreme = max(values, key=lambda v: (abs(v), -v))  # the negative one of two equal magnitudes
-            scale = single(extreme / -(2 ** (bits - 1))) or 1.0
+            scale = single(extreme / -(2 ** (bits - 1))) or 2.0**-20
             row_scales.append(scale)
             row_codes += [min(2 ** (bits - 1) - 1, max(-(2 ** (bits - 1)), round(single(v / scale)))) for v in values]
         codes.append(row_codes)
@@ -110,7 +121,10 @@ def test_rounding_twice_changes_nothing(weight: torch.Tensor, bits: int) -> None
 
 def test_one_bit_coarser_is_a_larger_error() -> None:
     weight = random_matrix(64, 256)
-    errors = [float((fake_quantize(weight, Format(bits, group)) - weight).norm()) for bits, group in ((8, 32), (4, 32), (4, 128))]
+    errors = [
+        float((fake_quantize(weight, Format(bits, group)) - weight).norm())
+        for bits, group in ((8, 32), (4, 32), (4, 128))
+    ]
     assert errors[0] < errors[1] / 8
     assert errors[1] < errors[2]
 
@@ -130,7 +144,9 @@ def test_slices_quantize_like_their_copies() -> None:
     for view in (whole[:, :128], whole[:16, :64], whole.t()[:, :32]):
         for bits in BITS:
             form = Format(bits, 32)  # type: ignore[arg-type]
-            assert torch.equal(fake_quantize(view, form), fake_quantize(view.clone(memory_format=torch.contiguous_format), form))
+            assert torch.equal(
+                fake_quantize(view, form), fake_quantize(view.clone(memory_format=torch.contiguous_format), form)
+            )
 
 
 @pytest.mark.parametrize("form", [Format(4, 32), Format(8, 64), Format()], ids=lambda f: f.name)
@@ -139,7 +155,8 @@ def test_gradients_pass_straight_through(form: Format) -> None:
     upstream = random_matrix(8, 64, 1)
     rounded = fake_quantize(weight, form)
     assert torch.equal(rounded.detach(), fake_quantize(weight.detach(), form)) or torch.allclose(
-        rounded.detach(), fake_quantize(weight.detach(), form), atol=1e-8)
+        rounded.detach(), fake_quantize(weight.detach(), form), atol=1e-8
+    )
     rounded.backward(upstream)
     assert torch.equal(weight.grad, upstream)
     x = random_matrix(8, 64, 2).requires_grad_()
@@ -155,7 +172,7 @@ def test_activations_are_rounded_like_the_slow_loop(group: int) -> None:
     for row in x.tolist():
         out: list[float] = []
         for start in range(0, 64, group):
-            values = row[start:start + group]
+            values = row[start : start + group]
             scale = single(max(abs(v) for v in values) / 127)
             out += [single(round(single(v / scale)) * scale) if scale else 0.0 for v in values]
         expected.append(out)
@@ -185,9 +202,16 @@ def engine(x: torch.Tensor, weight: torch.Tensor, form: Format) -> torch.Tensor:
     graph = _Graph(1e-6)
     graph.matmul(weight, form, "mm", "x")
     graph.nodes[-1].output[0] = "y"
-    made = helper.make_graph(graph.nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", weight.shape[1]])],
-                             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", weight.shape[0]])], list(graph.initializers.values()))
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    made = helper.make_graph(
+        graph.nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", weight.shape[0]])],
+        list(graph.initializers.values()),
+    )
+    model = helper.make_model(
+        made, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -220,14 +244,26 @@ def test_the_engine_computes_what_fake_quantization_says(bits: int, activation: 
         assert float(difference.max()) <= 1.02 * float(x.abs().max()) / 127 * float(weight.abs().max())
     else:
         assert not beyond.any()
-    controls = {"fake-quant off": x @ weight.T, "other weight grid": faked(x, weight, Format(bits, 32 if group != 32 else 64, form.activation)),
-                "other activations": faked(x, weight, Format(bits, group, "int8" if activation == "fp32" else "fp32"))}
+    controls = {
+        "fake-quant off": x @ weight.T,
+        "other weight grid": faked(x, weight, Format(bits, 32 if group != 32 else 64, form.activation)),
+        "other activations": faked(x, weight, Format(bits, group, "int8" if activation == "fp32" else "fp32")),
+    }
     if bits == 8:
         controls["one bit coarser"] = faked(x, coarser(weight, group, 7), Format(32, 0))
     else:
         controls["one bit coarser"] = faked(x, coarser(weight, group, 3), Format(32, 0))
     for name, other in controls.items():
         assert float((actual - other).abs().amax(1).median()) > 10 * bar, name
+
+
+def test_groups_of_zeros_come_out_as_zeros_of_the_int8_kernel() -> None:
+    x, weight = random_matrix(16, 256) * 60, random_matrix(64, 256, 1)
+    weight[5], weight[9, :64] = 0, 0
+    form = Format(8, 32, "int8")
+    actual = engine(x, weight, form)
+    assert float(actual[:, 5].abs().max()) < 1e-6
+    assert float((actual - faked(x, weight, form)).abs().max()) <= 1e-5 * float(actual.abs().max())
 
 
 def coarser(weight: torch.Tensor, group: int, bits: int) -> torch.Tensor:

@@ -27,7 +27,15 @@ SHAPES = {
     "one_layer": Shape(1, 320, 272, 5, 5, 64, 1000),
     "llama": Shape(16, 2048, 8192, 32, 8, 64, 128256),
 }
-KERNEL_SETS = [KERNELS, ALL_KERNELS, ("int4/int8",), ("fp32/fp32", "int8/int8"), ("int8/int8", "int4/fp32"), ("fp32/fp32",), ("int8/fp32",)]
+KERNEL_SETS = [
+    KERNELS,
+    ALL_KERNELS,
+    ("int4/int8",),
+    ("fp32/fp32", "int8/int8"),
+    ("int8/int8", "int4/fp32"),
+    ("fp32/fp32",),
+    ("int8/fp32",),
+]
 
 
 def spaces() -> st.SearchStrategy[Space]:
@@ -36,8 +44,12 @@ def spaces() -> st.SearchStrategy[Space]:
 
 def strategy_of(space: Space) -> st.SearchStrategy[dict[str, Any]]:
     """Everything a sampler can propose."""
-    return st.fixed_dictionaries({
-        name: st.integers(*bounds) if kind == "int" else st.sampled_from(bounds) for name, (kind, bounds) in space.distributions().items()})
+    return st.fixed_dictionaries(
+        {
+            name: st.integers(*bounds) if kind == "int" else st.sampled_from(bounds)
+            for name, (kind, bounds) in space.distributions().items()
+        }
+    )
 
 
 def proposals() -> st.SearchStrategy[tuple[Space, dict[str, Any]]]:
@@ -46,7 +58,10 @@ def proposals() -> st.SearchStrategy[tuple[Space, dict[str, Any]]]:
 
 def every_candidate(space: Space) -> dict[str, Candidate]:
     """Brute force: decode every combination of the distributions."""
-    ranges = {name: range(bounds[0], bounds[1] + 1) if kind == "int" else bounds for name, (kind, bounds) in space.distributions().items()}
+    ranges = {
+        name: range(bounds[0], bounds[1] + 1) if kind == "int" else bounds
+        for name, (kind, bounds) in space.distributions().items()
+    }
     found = (space.decode(dict(zip(ranges, values, strict=True))) for values in itertools.product(*ranges.values()))
     return {candidate.key: candidate for candidate in found}
 
@@ -90,9 +105,14 @@ def test_nothing_is_proposed_that_the_profile_has_no_kernel_for(case: tuple[Spac
         assert form.kernel in space.kernels
 
 
-@given(st.sampled_from(list(SHAPES.values())).map(lambda shape: Space.of(shape, ALL_KERNELS)).flatmap(
-    lambda space: st.tuples(st.just(space), strategy_of(space))))
-def test_int8_weights_never_meet_fp32_activations_where_int8_ones_are_to_be_had(case: tuple[Space, dict[str, Any]]) -> None:
+@given(
+    st.sampled_from(list(SHAPES.values()))
+    .map(lambda shape: Space.of(shape, ALL_KERNELS))
+    .flatmap(lambda space: st.tuples(st.just(space), strategy_of(space)))
+)
+def test_int8_weights_never_meet_fp32_activations_where_int8_ones_are_to_be_had(
+    case: tuple[Space, dict[str, Any]],
+) -> None:
     assert "int8/fp32" not in {form.kernel for form in matmul_formats(case[0].decode(case[1]))}
 
 
@@ -122,19 +142,45 @@ def explicit_computation(candidate: Candidate, shape: Shape) -> Any:
     layers = []
     for x in candidate.layers:
         q = x.kv_groups * shape.heads_per_group * shape.head_dim
-        sparse = None if x.pattern.kind == "none" or not x.pattern.ratio else (
-            x.pattern.kind, x.pattern.score, 0.5 if x.pattern.kind == "2:4" else x.pattern.ratio)
-        layers.append((x.ffn, x.kv_groups, grid(x.attention_format, (shape.hidden, q), True),
-                       grid(x.ffn_format, (shape.hidden, x.ffn), True), sparse))
-    return repr((layers, grid(candidate.head_format, (shape.hidden,), True), grid(candidate.embedding_format, (shape.hidden,), False)))
+        sparse = (
+            None
+            if x.pattern.kind == "none" or not x.pattern.ratio
+            else (x.pattern.kind, x.pattern.score, 0.5 if x.pattern.kind == "2:4" else x.pattern.ratio)
+        )
+        layers.append(
+            (
+                x.ffn,
+                x.kv_groups,
+                grid(x.attention_format, (shape.hidden, q), True),
+                grid(x.ffn_format, (shape.hidden, x.ffn), True),
+                sparse,
+            )
+        )
+    return repr(
+        (
+            layers,
+            grid(candidate.head_format, (shape.hidden,), True),
+            grid(candidate.embedding_format, (shape.hidden,), False),
+        )
+    )
 
 
-formats = st.builds(Format, st.sampled_from([4, 8, 32]), st.sampled_from([32, 64, 128]), st.sampled_from(["fp32", "int8"]))
-patterns = st.builds(Pattern, st.sampled_from(["none", "2:4", "unstructured"]), st.sampled_from([0.0, 0.5, 0.6]),
-                     st.sampled_from(["magnitude", "wanda"]))
+formats = st.builds(
+    Format, st.sampled_from([4, 8, 32]), st.sampled_from([32, 64, 128]), st.sampled_from(["fp32", "int8"])
+)
+patterns = st.builds(
+    Pattern,
+    st.sampled_from(["none", "2:4", "unstructured"]),
+    st.sampled_from([0.0, 0.5, 0.6]),
+    st.sampled_from(["magnitude", "wanda"]),
+)
 raw_candidates = st.builds(
     lambda layer, depth, head, embedding: Candidate((layer,) * depth, head, embedding),
-    st.builds(Layer, st.just(64), st.just(1), formats, formats, patterns), st.just(2), formats, formats)
+    st.builds(Layer, st.just(64), st.just(1), formats, formats, patterns),
+    st.just(2),
+    formats,
+    formats,
+)
 
 
 @given(raw_candidates, raw_candidates)
@@ -144,11 +190,14 @@ def test_equal_keys_mean_equal_computations(a: Candidate, b: Candidate) -> None:
     assert same == (explicit_computation(a, shape) == explicit_computation(b, shape))
 
 
-@pytest.mark.parametrize("change", [
-    lambda x: replace(x, attention_format=Format(32, 64, "int8")),
-    lambda x: replace(x, pattern=Pattern("none", 0.7, "wanda")),
-    lambda x: replace(x, pattern=Pattern("unstructured", 0.0, "wanda")),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: replace(x, attention_format=Format(32, 64, "int8")),
+        lambda x: replace(x, pattern=Pattern("none", 0.7, "wanda")),
+        lambda x: replace(x, pattern=Pattern("unstructured", 0.0, "wanda")),
+    ],
+)
 def test_settings_without_effect_do_not_change_the_key(change: Any) -> None:
     layer = Layer(128, 2, FP32, Format(4, 32, "int8"), DENSE)
     shape = SHAPES["tiny"]
@@ -218,8 +267,14 @@ def test_full_size_and_sparsity_see_every_single_layer() -> None:
 def test_structure_key_ignores_precision_and_pattern_but_no_width() -> None:
     layer = Layer(128, 2)
     base = Candidate((layer,) * 3)
-    assert base.structure_key == Candidate((replace(layer, pattern=Pattern("2:4", 0.5)),) * 3, Format(4, 32)).structure_key
-    others = [Candidate((layer,) * 2), Candidate((replace(layer, ffn=64),) * 3), Candidate((replace(layer, kv_groups=1),) * 3)]
+    assert (
+        base.structure_key == Candidate((replace(layer, pattern=Pattern("2:4", 0.5)),) * 3, Format(4, 32)).structure_key
+    )
+    others = [
+        Candidate((layer,) * 2),
+        Candidate((replace(layer, ffn=64),) * 3),
+        Candidate((replace(layer, kv_groups=1),) * 3),
+    ]
     assert len({base.structure_key, *(c.structure_key for c in others)}) == 4
 
 

@@ -18,8 +18,16 @@ from paretune.teachers import EMBEDDED, Teacher, load_teacher
 VARIANTS = {
     "tied": {},
     "untied, wide heads": {"tie_word_embeddings": False, "head_dim": 32},
-    "llama3 rope": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
     "large epsilon": {"rms_norm_eps": 0.3},
 }
@@ -40,7 +48,8 @@ def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_the_full_network_is_transformers_own_model(
-        tmp_path: Path, write_teacher: Callable[..., Path], changes: dict[str, object], ids: torch.Tensor) -> None:
+    tmp_path: Path, write_teacher: Callable[..., Path], changes: dict[str, object], ids: torch.Tensor
+) -> None:
     teacher = load_teacher(str(write_teacher(tmp_path / "model", **changes)))
     expected = transformers_logits(teacher.folder, ids)
     with torch.no_grad():
@@ -61,10 +70,14 @@ def test_the_embedded_teacher_is_transformers_own_model_too() -> None:
     teacher = load_teacher(EMBEDDED)
     ids = torch.randint(0, 4096, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert (network_of(teacher)(teacher.weights(), ids) - transformers_logits(teacher.folder, ids)).abs().max() <= 1e-4
+        assert (
+            network_of(teacher)(teacher.weights(), ids) - transformers_logits(teacher.folder, ids)
+        ).abs().max() <= 1e-4
 
 
-def test_a_sliced_student_is_the_transformers_model_of_its_config(tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor) -> None:
+def test_a_sliced_student_is_the_transformers_model_of_its_config(
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor
+) -> None:
     from transformers import LlamaForCausalLM
 
     shape = tiny_teacher.shape
@@ -72,7 +85,13 @@ def test_a_sliced_student_is_the_transformers_model_of_its_config(tiny_teacher: 
     candidate = Candidate((Layer(96, 1),) * 2)
     weights = slice_weights(tiny_weights, candidate, order, shape)
     config = student_config(tiny_teacher.config, candidate, shape)
-    assert (config.num_hidden_layers, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 96, 2, 1, 16)
+    assert (
+        config.num_hidden_layers,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    ) == (2, 96, 2, 1, 16)
     model = LlamaForCausalLM(config).eval()
     missing = model.load_state_dict({name: value.clone() for name, value in weights.items()}, strict=False)
     assert missing.missing_keys == [HEAD]
@@ -83,7 +102,9 @@ def test_a_sliced_student_is_the_transformers_model_of_its_config(tiny_teacher: 
         assert (network.hidden(weights, ids) - model.model(ids).last_hidden_state).abs().max() <= 1e-5
 
 
-def test_layers_of_different_widths_run_in_one_network(tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor) -> None:
+def test_layers_of_different_widths_run_in_one_network(
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor
+) -> None:
     """Oracle: zeroing the output columns of what the narrower layers lack."""
     order = Importance(tuple(tuple(range(128)) for _ in range(3)), ((0, 1),) * 3, (0, 2, 1))
     candidate = Candidate((Layer(32, 1), Layer(128, 2), Layer(64, 2)))
@@ -101,7 +122,9 @@ def test_layers_of_different_widths_run_in_one_network(tiny_teacher: Teacher, ti
 
 def test_quantized_weights_round_each_matrix_in_its_own_format(tiny_weights: dict[str, torch.Tensor]) -> None:
     a, b, head, embedding = Format(4, 32, "int8"), Format(8, 64, "int8"), Format(4, 64, "fp32"), Format(8, 32)
-    candidate = Candidate((Layer(128, 2, a, b), Layer(128, 2, b, Format()), Layer(128, 2, Format(), a)), head, embedding)
+    candidate = Candidate(
+        (Layer(128, 2, a, b), Layer(128, 2, b, Format()), Layer(128, 2, Format(), a)), head, embedding
+    )
     found = quantized_weights(tiny_weights, candidate)
     assert found.keys() == {*tiny_weights, HEAD}
     for i, layer in enumerate(candidate.layers):
@@ -115,7 +138,9 @@ def test_quantized_weights_round_each_matrix_in_its_own_format(tiny_weights: dic
     assert torch.equal(found["model.norm.weight"], tiny_weights["model.norm.weight"])
 
 
-def written_out(weights: dict[str, torch.Tensor], candidate: Candidate, shape: Shape, ids: torch.Tensor) -> torch.Tensor:
+def written_out(
+    weights: dict[str, torch.Tensor], candidate: Candidate, shape: Shape, ids: torch.Tensor
+) -> torch.Tensor:
     """A Llama forward pass in plain operations, activations rounded in front of every matrix that asks for it."""
 
     def linear(x: torch.Tensor, name: str, form: Format) -> torch.Tensor:
@@ -140,9 +165,12 @@ def written_out(weights: dict[str, torch.Tensor], candidate: Candidate, shape: S
     for i, layer in enumerate(candidate.layers):
         path, form = f"model.layers.{i}.", layer.attention_format
         x = norm(stream, f"{path}input_layernorm.weight")
-        q, k, v = (linear(x, f"{path}self_attn.{p}_proj.weight", form).view(*ids.shape, -1, shape.head_dim).transpose(1, 2) for p in "qkv")
+        q, k, v = (
+            linear(x, f"{path}self_attn.{p}_proj.weight", form).view(*ids.shape, -1, shape.head_dim).transpose(1, 2)
+            for p in "qkv"
+        )
         k, v = (t.repeat_interleave(shape.heads_per_group, 1) for t in (k, v))
-        score = (rotate(q) @ rotate(k).transpose(-1, -2) * shape.head_dim ** -0.5).masked_fill(future, float("-inf"))
+        score = (rotate(q) @ rotate(k).transpose(-1, -2) * shape.head_dim**-0.5).masked_fill(future, float("-inf"))
         mixed = (score.softmax(-1) @ v).transpose(1, 2).flatten(2)
         stream = stream + linear(mixed, f"{path}self_attn.o_proj.weight", form)
         x = norm(stream, f"{path}post_attention_layernorm.weight")
@@ -163,7 +191,8 @@ MIXES = {
 
 @pytest.mark.parametrize("candidate", MIXES.values(), ids=MIXES)
 def test_activation_hooks_round_exactly_what_the_candidate_says(
-        candidate: Candidate, tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor) -> None:
+    candidate: Candidate, tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor
+) -> None:
     network = network_of(tiny_teacher)
     weights = quantized_weights(tiny_weights, candidate)
     with torch.no_grad():
@@ -176,7 +205,9 @@ def test_activation_hooks_round_exactly_what_the_candidate_says(
     assert difference < effect / 20  # rounding ties that fall the other way, see test_quantize
 
 
-def test_hooks_are_gone_afterwards_even_after_an_error(tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor) -> None:
+def test_hooks_are_gone_afterwards_even_after_an_error(
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor
+) -> None:
     network = network_of(tiny_teacher)
     with torch.no_grad():
         before = network(tiny_weights, ids)
@@ -188,7 +219,9 @@ def test_hooks_are_gone_afterwards_even_after_an_error(tiny_teacher: Teacher, ti
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
 
 
-def test_gradients_reach_the_weights_through_rounding(tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor) -> None:
+def test_gradients_reach_the_weights_through_rounding(
+    tiny_teacher: Teacher, tiny_weights: dict[str, torch.Tensor], ids: torch.Tensor
+) -> None:
     network, candidate = network_of(tiny_teacher), MIXES["all"]
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in tiny_weights.items()}
     with network.activations(candidate):

@@ -45,7 +45,11 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     tensors = load_file(folder / "model.safetensors") | changes
-    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value for name, value in tensors.items() if value is not None},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def test_the_embedded_teacher_is_whole() -> None:
@@ -58,7 +62,9 @@ def test_the_embedded_teacher_is_whole() -> None:
     assert teacher.end_token == 0
 
 
-def test_the_embedded_teachers_held_out_modules_are_those_of_this_python_or_the_difference_is_listed(tmp_path: Path) -> None:
+def test_the_embedded_teachers_held_out_modules_are_those_of_this_python_or_the_difference_is_listed(
+    tmp_path: Path,
+) -> None:
     expected = json.loads((EMBEDDED_FOLDER / "heldout.json").read_text())["modules"]
     assert all(is_held_out(name) for name in expected)
     here = {name for name, _ in library_modules() if is_held_out(name)}
@@ -72,7 +78,9 @@ def test_the_embedded_teachers_held_out_modules_are_those_of_this_python_or_the_
     assert set(library_mismatches(tmp_path / "heldout.json")) == {*mismatches, kept[0], kept[1], "no/such/module.py"}
 
 
-def test_parameters_and_weights_follow_the_config(tiny_teacher: Teacher, write_teacher: Callable[..., Path], tmp_path: Path) -> None:
+def test_parameters_and_weights_follow_the_config(
+    tiny_teacher: Teacher, write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     untied = load_teacher(str(write_teacher(tmp_path / "untied", tie_word_embeddings=False, head_dim=32)))
@@ -97,7 +105,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_a_half_written_file_is_refused_wherever_it_was_cut(folder: Path, fraction: float) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
-    path.write_bytes(data[:int(fraction * len(data))])
+    path.write_bytes(data[: int(fraction * len(data))])
     problem = problem_of(folder)
     assert "model.safetensors" in problem
 
@@ -146,14 +154,30 @@ def test_a_folder_without_weights_or_tokenizer_says_so(folder: Path) -> None:
     assert "no *.safetensors" in problem_of(folder)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"model_type": "gpt2"}, "model_type='gpt2'"), ({"model_type": ...}, "model_type=None"), ({"model_type": ["llama"]}, "model_type"),
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_act": "gelu"}, "hidden_act"), ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-    ({"rope_parameters": ..., "rope_scaling": {"type": "yarn"}}, "'yarn'"), ({"rope_parameters": [1]}, "rope"),
-    ({"hidden_size": "64"}, "hidden_size"), ({"hidden_size": ...}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
-    ({"num_key_value_heads": 3}, "kv heads"), ({"num_key_value_heads": "2"}, "num_key_value_heads"), ({"head_dim": 12}, "head_dim"),
-    ({"head_dim": "16"}, "head_dim"), ({"num_key_value_heads": -2}, "num_key_value_heads"), ({"head_dim": -16}, "head_dim")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"model_type": ...}, "model_type=None"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "yarn"}}, "'yarn'"),
+        ({"rope_parameters": [1]}, "rope"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": ...}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "kv heads"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads"),
+        ({"head_dim": 12}, "head_dim"),
+        ({"head_dim": "16"}, "head_dim"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads"),
+        ({"head_dim": -16}, "head_dim"),
+    ],
+)
 def test_a_config_that_is_not_supported_is_named_by_its_key(folder: Path, changes: dict[str, Any], words: str) -> None:
     change_config(folder, **changes)
     problem = problem_of(folder)
@@ -203,8 +227,12 @@ def test_an_untied_config_needs_a_head(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("vocab", [287, 100])
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path, write_teacher: Callable[..., Path], vocab: int) -> None:
-    assert f"has 288 tokens, but the model only {vocab}" in problem_of(write_teacher(tmp_path / "small", vocab_size=vocab))
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    tmp_path: Path, write_teacher: Callable[..., Path], vocab: int
+) -> None:
+    assert f"has 288 tokens, but the model only {vocab}" in problem_of(
+        write_teacher(tmp_path / "small", vocab_size=vocab)
+    )
 
 
 def test_a_token_id_beyond_the_vocabulary_is_refused_even_if_there_are_few_tokens(folder: Path) -> None:
@@ -282,8 +310,17 @@ def tiny_training(steps: int, resume_at: int | None, file: Path) -> dict[str, to
 
     def fresh() -> tuple[Any, list[torch.optim.Optimizer]]:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                tie_word_embeddings=True,
+            )
+        )
         return model, pretraining.make_optimizers(model)
 
     batches = Batches(torch.randint(0, 32, (500,), generator=torch.Generator().manual_seed(1)), 8, 4, 0)
@@ -295,7 +332,9 @@ def tiny_training(steps: int, resume_at: int | None, file: Path) -> dict[str, to
             model, optimizers = fresh()
             tensors, meta = load_tensors(file)
             assert meta == {"step": step}
-            model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if not k.startswith("optimizer")}, strict=False)
+            model.load_state_dict(
+                {k.removeprefix("model."): v for k, v in tensors.items() if not k.startswith("optimizer")}, strict=False
+            )
             restore_optimizers(optimizers, tensors)
         x = batches.at(step)
         model(x, labels=x).loss.backward()
@@ -315,17 +354,35 @@ def test_training_continues_bit_for_bit_from_a_checkpoint(tmp_path: Path, monkey
     assert any(not torch.equal(value, forgot[name]) for name, value in whole.items())
 
 
-def test_pretraining_stops_resumes_and_finishes_with_a_loadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_text: Path) -> None:
+def test_pretraining_stops_resumes_and_finishes_with_a_loadable_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_text: Path
+) -> None:
     """The real `train` on a few files with a tiny model and no compilation, interrupted twice."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     files = sorted(tiny_text.iterdir())[:12]
     modules = [(path.name, path) for path in files]
     held_out = {modules[0][0], modules[1][0]}
-    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    for name, value in {"library_modules": lambda: modules, "is_held_out": lambda n: n in held_out, "VOCAB": 300, "CONTEXT": 16, "BATCH": 4,
-                        "make_model": lambda: LlamaForCausalLM(config)}.items():
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    for name, value in {
+        "library_modules": lambda: modules,
+        "is_held_out": lambda n: n in held_out,
+        "VOCAB": 300,
+        "CONTEXT": 16,
+        "BATCH": 4,
+        "make_model": lambda: LlamaForCausalLM(config),
+    }.items():
         monkeypatch.setattr(pretraining, name, value)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     steps = []

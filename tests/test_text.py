@@ -65,7 +65,9 @@ def test_repeated_and_empty_documents_count_once_and_never(tmp_path: Path, write
     assert len(found) == len(set(found)) == 16
 
 
-def test_a_long_text_file_is_cut_into_blocks_without_loss(tmp_path: Path, generated_document: Callable[..., str]) -> None:
+def test_a_long_text_file_is_cut_into_blocks_without_loss(
+    tmp_path: Path, generated_document: Callable[..., str]
+) -> None:
     whole = "".join(generated_document(i) for i in range(20))
     (tmp_path / "book.txt").write_text(whole)
     corpus = user_corpus(tmp_path / "book.txt")
@@ -81,7 +83,9 @@ def test_a_jsonl_file_gives_one_document_per_line(tmp_path: Path, generated_docu
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
-def test_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path: Path, separator: str, generated_document: Callable[..., str]) -> None:
+def test_line_separators_inside_a_json_string_do_not_end_the_line(
+    tmp_path: Path, separator: str, generated_document: Callable[..., str]
+) -> None:
     records = [{"text": generated_document(i, 600) + f"a{separator}b"} for i in range(15)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf8")
@@ -123,7 +127,9 @@ def test_text_that_is_not_utf8_is_named_by_line(tmp_path: Path, filler: int) -> 
     assert f"{tmp_path / 'a.txt'}:3: the text must be UTF-8" in problem_of(tmp_path / "a.txt")
 
 
-def test_missing_empty_and_tiny_text_is_refused_with_the_numbers(tmp_path: Path, write_text: Callable[..., Path]) -> None:
+def test_missing_empty_and_tiny_text_is_refused_with_the_numbers(
+    tmp_path: Path, write_text: Callable[..., Path]
+) -> None:
     assert "does not exist" in problem_of(tmp_path / "nowhere")
     assert "holds no text file" in problem_of(tmp_path)
     (tmp_path / "a.txt").write_text("short")
@@ -132,7 +138,9 @@ def test_missing_empty_and_tiny_text_is_refused_with_the_numbers(tmp_path: Path,
     assert "has 7 and" in problem_of(tmp_path / "few")
 
 
-def test_a_split_too_small_to_judge_with_is_refused(tmp_path: Path, tiny_teacher: Teacher, write_text: Callable[..., Path]) -> None:
+def test_a_split_too_small_to_judge_with_is_refused(
+    tmp_path: Path, tiny_teacher: Teacher, write_text: Callable[..., Path]
+) -> None:
     corpus = user_corpus(write_text(tmp_path / "text", 60, 500))
     cut = Corpus("cut", {**corpus.splits, "search": (Document("a", "too little"),)})
     with pytest.raises(UsageError, match="the search split must have at least 512 tokens"):
@@ -159,19 +167,22 @@ def test_fingerprints_tell_splits_and_names_apart() -> None:
 
 
 def test_tokens_are_those_of_the_tokenizer_with_an_end_after_every_document(
-        tiny_teacher: Teacher, tiny_text: Path, tiny_tokens: dict[str, TokenSplit]) -> None:
+    tiny_teacher: Teacher, tiny_text: Path, tiny_tokens: dict[str, TokenSplit]
+) -> None:
     corpus = user_corpus(tiny_text)
     for split in SPLITS:
         found = tiny_tokens[split]
         assert found.names == tuple(d.name for d in corpus.splits[split])
         for i, document in enumerate(corpus.splits[split]):
-            ids = found.ids[found.offsets[i]:found.offsets[i + 1]].tolist()
+            ids = found.ids[found.offsets[i] : found.offsets[i + 1]].tolist()
             assert ids == [*tiny_teacher.tokenizer.encode(document.text, add_special_tokens=False).ids, 0]
             assert found.sizes[i] == len(document.text.encode())
         assert found.offsets[-1] == len(found.ids)
 
 
-def test_encoded_tokens_are_read_from_the_cache_and_keyed_by_content(tmp_path: Path, tiny_teacher: Teacher, tiny_text: Path, write_teacher: Callable[..., Path]) -> None:
+def test_encoded_tokens_are_read_from_the_cache_and_keyed_by_content(
+    tmp_path: Path, tiny_teacher: Teacher, tiny_text: Path, write_teacher: Callable[..., Path]
+) -> None:
     corpus = user_corpus(tiny_text)
     first = token_splits(tiny_teacher, corpus, tmp_path)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
@@ -185,8 +196,12 @@ def test_encoded_tokens_are_read_from_the_cache_and_keyed_by_content(tmp_path: P
 
 def split_of(lengths: list[int]) -> TokenSplit:
     offsets = np.cumsum([0, *lengths])
-    return TokenSplit(np.arange(1, offsets[-1] + 1, dtype=np.uint32), offsets.astype(np.int64), np.array([3 * n for n in lengths], np.int64),
-                      tuple(map(str, range(len(lengths)))))
+    return TokenSplit(
+        np.arange(1, offsets[-1] + 1, dtype=np.uint32),
+        offsets.astype(np.int64),
+        np.array([3 * n for n in lengths], np.int64),
+        tuple(map(str, range(len(lengths)))),
+    )
 
 
 def scored_positions(split: TokenSplit, length: int) -> list[tuple[int, int]]:
@@ -206,9 +221,11 @@ def test_every_target_is_counted_exactly_once_and_padding_never(lengths: list[in
     counted = []
     for row, n, d in zip(windows.ids, windows.targets, windows.cluster, strict=True):
         for column in range(1, int(n) + 1):
-            assert row[column] == row[column - 1] + 1, "a window must not cross documents or hold padding among its targets"
+            assert row[column] == row[column - 1] + 1, (
+                "a window must not cross documents or hold padding among its targets"
+            )
             counted.append((int(d), int(row[column]) - 1))  # token ids are positions + 1, padding is 0
-        assert (row[int(n) + 1:] == 0).all()
+        assert (row[int(n) + 1 :] == 0).all()
     assert sorted(counted) == scored_positions(split, length)
     assert len(set(counted)) == len(counted) == windows.total_targets
     assert windows.bytes_per_token == pytest.approx(3.0)

@@ -122,7 +122,7 @@ def fill(store: Store) -> None:
     for status in ("failed", "infeasible"):
         store.add_candidate(failed, "sampler", {})
         store.start(failed.key, "confirmed")
-        store.finish(failed.key, "confirmed", status, reason=f"the engine refused {EVIL}")  # type: ignore[arg-type]
+        store.finish(failed.key, "confirmed", status, reason=f"the engine refused {EVIL}")
     store.event("stage", f"explore begins {EVIL}")
 
 
@@ -205,7 +205,7 @@ def test_empty_study_has_a_report_and_a_picture(tmp_path: Path) -> None:
     store = new_study(tmp_path / "studies" / "empty")
     write_report(load_view(store))
     page = page_without_plotly((store.folder / "report.html").read_text())
-    assert "No recommendation yet" in page and "None is confirmed yet" in page
+    assert "No recommendation yet" in page and "None is confirmed yet" in page and "Nothing is scored yet" in page
     assert png_size(store.folder / "front.png") == (1200, 800)
     assert not list(store.folder.glob(".*.tmp"))
     store.close()
@@ -374,6 +374,33 @@ def test_an_interrupted_drain_completes_its_child(recorded: Recorded) -> None:
     assert again.info.run_id == run.info.run_id and again.info.status == "FINISHED" and again.data.tags["source"] == point.source
 
 
+def test_what_fails_in_mlflow_stays_in_the_outbox(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third run of a new study fails before it is complete: two are done, one repeats, none is recorded twice."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    store = new_study(recorded.home / "studies" / "flaky")
+    for layers in (3, 4, 5):
+        confirm(store, candidate(layers, 576, INT4), 3.0 - layers / 10, 0.1 * layers, layers)
+    flaky = Recorded(recorded.home, store, recorded.client)
+    ended, original = [], MlflowClient.set_terminated
+
+    def fail_third(self: Any, run_id: str, *args: Any) -> None:
+        ended.append(run_id)
+        if len(ended) == 3:
+            raise MlflowException("the disk is full\nand more")
+        original(self, run_id, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", fail_third)
+        assert try_drain(recorded.home, store, flaky.view) == "MlflowException: the disk is full"
+    assert [key for _, _, key in store.outbox()] == [candidate(5, 576, INT4).key]
+    assert try_drain(recorded.home, store, flaky.view) is None
+    assert store.outbox() == [] and len(flaky.runs()) == 4 and {r.info.run_id for r in flaky.runs()} >= set(ended)
+    assert all(run.info.status == "FINISHED" for run in flaky.children().values())
+    store.close()
+
+
 def test_time_that_ran_out_leaves_the_rest_in_the_outbox(recorded: Recorded) -> None:
     recorded.store.refill_outbox()
     assert MlflowSink(recorded.home).drain(recorded.store, recorded.view, within_s=0.0) == 1
@@ -433,13 +460,15 @@ def closed_port() -> int:
 
 
 def test_an_unreachable_server_is_a_problem_in_one_line(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     recorded.store.refill_outbox()
     start = time.monotonic()
-    problem = try_drain(recorded.home, recorded.store, recorded.view)
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+        problem = try_drain(recorded.home, recorded.store, recorded.view)
     assert time.monotonic() - start < 20
     assert problem is not None and "\n" not in problem and "127.0.0.1" in problem
     assert len(recorded.store.outbox()) == CONFIRMED, "nothing is lost"
+    assert try_drain(recorded.home, recorded.store, recorded.view) is None
 
 
 def test_a_damaged_database_is_a_problem_at_once(tmp_path: Path) -> None:

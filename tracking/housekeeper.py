@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from paretune.hardware_profiles.lock import MachineLock
 from paretune.search.store import Store
 from paretune.search.view import load_view
 from paretune.tracking.mlflow_sink import try_drain
@@ -24,7 +25,10 @@ class Housekeeper:
 
     def tidy(self, patience_s: float = PATIENCE_S) -> None:
         """Rewrite report.html and front.png, and start telling MLflow unless it is still being told."""
-        write_report(load_view(self.store))
+        try:
+            write_report(load_view(self.store))
+        except OSError as error:  # a full disk must not end the search from here; the store will say so itself
+            self.problem = f"the report could not be written: {error.strerror}"
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._drain, daemon=True)
             self._thread.start()
@@ -41,4 +45,5 @@ class Housekeeper:
         return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `paretune sync` when it is back"
 
     def _drain(self) -> None:
-        self.problem = try_drain(self.home, self.store, load_view(self.store))
+        with MachineLock().shared():  # a measurement waits for us, and we for it
+            self.problem = try_drain(self.home, self.store, load_view(self.store))

@@ -49,9 +49,10 @@ DRAIN_S = 60.0
 LOCK_S = 20.0
 MAX_PARAM, MAX_TAG, MAX_PARAMS = 6000, 5000, 100
 ARTIFACT = "artifact"
-# Fixed before the first import of MLflow: no telemetry, no pickle, and a server that is away is noticed in seconds.
+# Set before the first import of MLflow: no telemetry, no pickle; a server that is away is noticed in seconds, unless the
+# user says otherwise.
 FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-BOUNDS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_LOGGING_LEVEL": "WARNING"}
 
 
 def tracking_uri(home: Path) -> str:
@@ -437,7 +438,7 @@ def _digest(view: StudyView, chosen: Recommendation | None) -> str:
 
 def _client(uri: str) -> MlflowClient:
     os.environ.update(FIXED)
-    for name, value in BOUNDS.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 

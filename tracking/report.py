@@ -110,6 +110,8 @@ def _headline(view: StudyView, chosen: Recommendation | None) -> str:
 
 
 def _chart(view: StudyView) -> str:
+    if not view.rung0 and not view.confirmed:
+        return _section("Front", '<p class="quiet">Nothing is scored yet.</p>')
     figure = front_figure(view).to_html(full_html=False, include_plotlyjs=False, div_id="front", config=PLOTLY_CONFIG)
     hidden = hidden_estimates(view)
     more = f" {hidden} estimates lie outside the first view; double-click shows everything." if hidden else ""

@@ -14,6 +14,9 @@ import torch
 
 from paretune.spaces.candidate import Format, group_for
 
+# Small, because int8 kernels add and take away (128 * scale * activations): with a scale of 1 zeros come out as 1e-4.
+EMPTY_SCALE = 2.0**-20
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -61,8 +64,8 @@ def fake_quantize_activations(x: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _scales(blocks: torch.Tensor, bits: int) -> torch.Tensor:
-    """Scale per group: the entry of largest magnitude divided by -2^(bits-1); 1 where the whole group is zero."""
+    """Scale per group: the entry of largest magnitude divided by -2^(bits-1); `EMPTY_SCALE` where the whole group is zero."""
     low, high = blocks.amin(-1), blocks.amax(-1)
     extreme = torch.where(high > -low, high, low)
     scales = extreme / -float(2 ** (bits - 1))
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
+    return torch.where(scales == 0, torch.full_like(scales, EMPTY_SCALE), scales)

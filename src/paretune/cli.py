@@ -47,7 +47,9 @@ HOME = Path("mlruns")
 def main() -> None:
     """Entry point: runs a command and turns errors into one sentence and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer hands an Exit's code back instead of raising it
+        if isinstance(code, int) and code:
+            sys.exit(code)
     except ParetuneError as error:
         talk.print(
             f"[red]error:[/red] {error.problem}\n[green]remedy:[/green] {error.remedy}"
@@ -56,8 +58,6 @@ def main() -> None:
             soft_wrap=True,
         )
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:

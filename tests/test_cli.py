@@ -1,0 +1,187 @@
+"""The command line: bad input gets one clear sentence, the right exit code, and loses nothing."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from paretune import cli
+from paretune.search.store import Store
+
+TEACHER = Path(__file__).resolve().parent.parent / "teachers" / "stdlib_coder"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process: (exit code, stdout, stderr without line breaks)."""
+
+    def call(*arguments, home=tmp_path / "home"):
+        monkeypatch.setattr(sys, "argv", ["paretune", *map(str, arguments), *(["--home", str(home)] if home else [])])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return call
+
+
+@pytest.fixture
+def teacher_copy(tmp_path):
+    """The embedded teacher as a user's own folder."""
+    folder = tmp_path / "model"
+    shutil.copytree(TEACHER, folder)
+    return folder
+
+
+def test_dry_run_says_what_it_costs_and_starts_nothing(run, tmp_path):
+    code, out, _ = run("search", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["space_size"] > 100_000 and plan["expected_candidates"] > 50
+    assert plan["disk_bytes"] < plan["free_disk_bytes"]
+    assert not (tmp_path / "home" / "studies").exists()
+
+
+def test_missing_teacher_folder(run, tmp_path):
+    code, _, err = run("search", "--teacher", tmp_path / "nowhere")
+    assert code == 2 and "is not a folder" in err and "remedy" in err
+
+
+def test_half_written_teacher(run, teacher_copy):
+    weights = teacher_copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    code, _, err = run("search", "--teacher", teacher_copy)
+    assert code == 2 and "not a complete safetensors file" in err and "half-written" in err
+
+
+def test_unsupported_architecture(run, teacher_copy):
+    config = json.loads((teacher_copy / "config.json").read_text())
+    (teacher_copy / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    code, _, err = run("search", "--teacher", teacher_copy)
+    assert code == 2 and "model_type='mamba'" in err
+
+
+def test_pickle_weights(run, teacher_copy):
+    (teacher_copy / "model.safetensors").rename(teacher_copy / "pytorch_model.bin")
+    code, _, err = run("search", "--teacher", teacher_copy)
+    assert code == 2 and "can run code" in err and "save_pretrained" in err
+
+
+@pytest.mark.parametrize("text", ["", "too little text\n"])
+def test_empty_or_tiny_text(run, tmp_path, text):
+    (tmp_path / "text.txt").write_text(text)
+    code, _, err = run("search", "--data", tmp_path / "text.txt")
+    assert code == 2 and "at least 8 distinct documents" in err
+
+
+def test_typo_in_the_yaml(run, tmp_path):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("teacher: stdlib-coder\nbugdet: 9m\n")
+    code, _, err = run("search", spec)
+    assert code == 2 and "spec.yaml:2:1" in err and "'budget'" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "where"), [("budget: 9 weeks", "1:1"), ("shares: {elastik: 0.2}", "1:10"), ("sampler: tpee", "1:1"), ("seed: [1", "")]
+)
+def test_bad_values_in_the_yaml_have_a_position(run, tmp_path, line, where):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(line + "\n")
+    code, _, err = run("search", spec)
+    assert code == 2 and f"spec.yaml:{where}" in err
+
+
+def test_unknown_profile_suggests(run):
+    code, _, err = run("search", "--profile", "local-cpv")
+    assert code == 2 and "did you mean 'local-cpu'" in err
+
+
+def test_budget_too_short(run):
+    code, _, err = run("search", "--budget", "5s")
+    assert code == 2 and "at least 45 s" in err and "--budget 1m or more" in err
+
+
+def test_unknown_preset_and_bad_option(run):
+    assert run("search", "--preset", "fast")[0] == 2
+    assert run("search", "--no-such-option", home=None)[0] == 2
+    code, _, err = run("search", "--budget", "soon")
+    assert code == 2 and "such as 45m or 8h" in err
+
+
+def test_home_that_cannot_be_written(run):
+    code, _, err = run("search", home="/proc/paretune-home")
+    assert code == 5 and "cannot be written" in err and "--home" in err
+
+
+def test_full_disk_at_the_start(run, monkeypatch):
+    monkeypatch.setattr("paretune.search.run.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    code, _, err = run("search")
+    assert code == 5 and "GB of disk" in err and "free some" in err
+
+
+def test_study_that_does_not_exist(run, tmp_path):
+    code, _, err = run("status")
+    assert code == 2 and "there is no study" in err
+    Store.create(tmp_path / "home" / "studies" / "mine", {"state": "new", "spec": {}}).close()
+    for command in ("status", "front", "recommend", "report", "sync"):
+        code, _, err = run(command, "yours")
+        assert code == 2 and "no study is called 'yours'" in err and "mine" in err
+    code, _, err = run("status", "../../etc")
+    assert code == 2 and "named by its id" in err
+
+
+def test_second_search_on_a_running_study(run, tmp_path):
+    code, _, _ = run("search", "--dry-run")
+    assert code == 0
+    from paretune.search.run import create_study, prepare
+    from paretune.search.spec import make_spec
+
+    home = tmp_path / "home"
+    running = create_study(prepare(make_spec(None, "quick", {}), home), home, "mine", "x")
+    code, _, err = run("search", "--study", "mine")
+    assert code == 5 and "a search is running on the study 'mine'" in err and "pid" in err
+    code, _, err = run("search", "--study", "mine", "--seed", "7")
+    assert code == 2 and "other settings" in err
+    running.close()
+
+
+def test_empty_study_has_no_recommendation(run, tmp_path):
+    Store.create(tmp_path / "home" / "studies" / "mine", {"state": "new", "spec": {}}).close()
+    code, _, err = run("recommend")
+    assert code == 4 and "no confirmed candidate yet" in err
+    code, out, _ = run("status", "--json")
+    assert code == 0 and json.loads(out)["confirmed"] == 0
+
+
+@pytest.mark.parametrize("option", [("--max-size", "big"), ("--max-loss", "little"), ("--max-latency", "-1")])
+def test_limits_that_are_no_limits(run, tmp_path, option):
+    Store.create(tmp_path / "home" / "studies" / "mine", {"state": "new", "spec": {}}).close()
+    assert run("recommend", *option)[0] in (2, 4)
+
+
+def test_artifact_that_is_none(run, tmp_path):
+    for command in (("generate", tmp_path, "--prompt", "x"), ("measure", tmp_path)):
+        code, _, err = run(*command, home=None)
+        assert code == 2 and "is not an artifact" in err
+
+
+def test_hardware_commands(run, tmp_path):
+    code, out, _ = run("hardware", "list", "--json")
+    assert code == 0 and "local-cpu" in json.loads(out)
+    code, out, _ = run("hardware", "show", "--json")
+    shown = json.loads(out)
+    assert shown["name"] == "local-cpu" and shown["memory_bytes"] > 0
+    path = tmp_path / "home" / "profiles" / "local-cpu.yaml"
+    path.write_text(path.read_text().replace("threads: 1", "threads: 2"))
+    assert json.loads(run("hardware", "show", "--json")[1])["threads"] == 2
+    run("hardware", "detect")
+    assert json.loads(run("hardware", "show", "--json")[1])["threads"] == 1
+
+
+def test_json_is_the_only_thing_on_stdout(run):
+    for command in (("search", "--dry-run"), ("hardware", "list"), ("hardware", "show")):
+        json.loads(run(*command, "--json")[1])

@@ -1,0 +1,415 @@
+"""Quality with its intervals, the latency fit against a known law, and the lane on quiet, drifting and busy machines."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paretune.compression.export.graph import build_model, save_model
+from paretune.hardware_profiles import Infeasible, MachineLock
+from paretune.objectives import LatencyFit, Measurement, Scores, design, paired_difference, quality_measurements
+from paretune.objectives import lane as lane_module
+from paretune.objectives.lane import Lane, Nominal, median_interval
+from paretune.objectives.latency_fit import MIN_POINTS, features, params_times_bits
+from paretune.objectives.quality import sum_by_document
+from paretune.spaces import Candidate, Format, Layer, Shape, Space
+from paretune.teachers import Teacher
+
+KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
+SHAPE = Shape(6, 256, 768, 8, 4, 32, 4096)
+SPACE = Space.of(SHAPE, KERNELS)
+
+
+def scores(seed: int, shift: float = 0.0, documents: int = 20, noise: float = 0.3) -> Scores:
+    """Documents of different length and difficulty (the same for every seed), with noise of their own."""
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    targets = common.integers(50, 500, documents)
+    difficulty = common.normal(2.5, 0.6, documents)
+    nll = (difficulty + shift + own.normal(0, noise, documents) / 10) * targets
+    return Scores(tuple(f"d{i}" for i in range(documents)), tuple(nll.tolist()), tuple(targets.tolist()))
+
+
+def test_the_difference_of_identical_scores_is_exactly_zero() -> None:
+    assert paired_difference(scores(1), scores(1)) == (0.0, 0.0, 0.0)
+
+
+def test_the_paired_difference_is_the_slow_bootstrap() -> None:
+    mine, other = scores(1, 0.05), scores(2)
+    value, low, high = paired_difference(mine, other)
+    slow = sum(a - b for a, b in zip(mine.nll, other.nll, strict=True)) / sum(mine.targets)
+    assert value == pytest.approx(slow)
+    assert value == pytest.approx(mine.mean_nll - other.mean_nll)
+    generator, drawn = np.random.default_rng(123), []  # another stream: agreement within the bootstrap's own error
+    for _ in range(4000):
+        picks = generator.integers(0, 20, 20)
+        drawn.append(sum(mine.nll[i] - other.nll[i] for i in picks) / sum(mine.targets[i] for i in picks))
+    width = high - low
+    assert low == pytest.approx(float(np.quantile(drawn, 0.025)), abs=0.12 * width)
+    assert high == pytest.approx(float(np.quantile(drawn, 0.975)), abs=0.12 * width)
+    assert low < value < high
+
+
+def test_pairing_narrows_the_interval_and_intervals_cover() -> None:
+    """Documents differ far more than models do. 60 draws of a true difference of 0.02: with 95 % intervals at least 48 cover it
+    (fixed seeds; by chance fewer would happen with a probability below 1e-4 even at 90 % coverage)."""
+    _, low, high = paired_difference(scores(1, 0.02), scores(2))
+    nll = quality_measurements(scores(1, 0.02), scores(2), 3.0, "f")["nll"]
+    assert high - low < (nll.high - nll.low) / 5
+    covered = sum(
+        low <= 0.02 <= high
+        for low, high in (paired_difference(scores(2 * i, 0.02), scores(2 * i + 1))[1:] for i in range(60))
+    )
+    assert covered >= 48
+
+
+def test_different_texts_cannot_be_compared() -> None:
+    for other in (
+        replace(scores(1), documents=tuple(f"e{i}" for i in range(20))),
+        scores(1, documents=19),
+        replace(scores(1), targets=(*scores(1).targets[:-1], 7)),
+    ):
+        with pytest.raises(ValueError, match="same documents"):
+            paired_difference(scores(1), other)
+
+
+def test_quality_measurements_are_their_definitions() -> None:
+    mine = replace(
+        scores(1, 0.1), kl=tuple([2.0, 0.0] * 10), agree=tuple([30.0, 0.0] * 10), reference_targets=tuple([40, 0] * 10)
+    )
+    teacher = scores(2)
+    found = quality_measurements(mine, teacher, 3.2, "print")
+    nll = sum(mine.nll) / sum(mine.targets)
+    base = sum(teacher.nll) / sum(teacher.targets)
+    values = {
+        "nll": nll,
+        "nll_increase": nll - base,
+        "relative_loss": (nll - base) / base,
+        "perplexity": math.exp(nll),
+        "bits_per_byte": nll / math.log(2) / 3.2,
+        "kl": 20 / 400,
+        "top1_agreement": 300 / 400,
+    }
+    assert found.keys() == values.keys()
+    for name, measurement in found.items():
+        assert measurement.value == pytest.approx(values[name]), name
+        assert measurement.low <= measurement.value <= measurement.high, name
+        assert (measurement.provenance, measurement.fingerprint) == ("measured", "print")
+    assert found["kl"].samples == 400
+    assert found["nll"].samples == sum(mine.targets)
+    assert "kl" not in quality_measurements(scores(1), teacher, 3.2, "")
+    assert Scores.from_dict(mine.__dict__) == mine
+
+
+def test_documents_without_targets_change_nothing_and_one_document_has_no_interval() -> None:
+    base = scores(1)
+    padded = Scores((*base.documents, "empty"), (*base.nll, 0.0), (*base.targets, 0))
+    assert paired_difference(padded, padded) == (0.0, 0.0, 0.0)
+    assert quality_measurements(padded, padded, 3.0, "")["nll"].value == pytest.approx(base.mean_nll)
+    one = scores(1, documents=1)
+    found = quality_measurements(one, one, 3.0, "")["nll"]
+    assert found.low == found.value == found.high
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(0, 10)), max_size=20))
+def test_sums_by_document_are_the_loop(rows: list[tuple[int, float]]) -> None:
+    expected = [0.0] * 5
+    for cluster, value in rows:
+        expected[cluster] += value
+    values = np.array([v for _, v in rows], np.float64)
+    clusters = np.array([*(c for c, _ in rows), 3, 4], np.int64)  # values may cover the first windows only
+    assert sum_by_document(values, clusters, 5) == pytest.approx(expected)
+
+
+def test_measurements_survive_json_and_know_overlap() -> None:
+    a = Measurement(1.0, "ms", 0.9, 1.1, "measured", 8, "abc", "note")
+    assert Measurement.from_dict(a.to_dict()) == a
+    assert a.overlaps(replace(a, low=1.1, high=2.0)) and replace(a, low=1.1, high=2.0).overlaps(a)
+    assert not a.overlaps(replace(a, low=1.11, high=2.0))
+    exact = Measurement.exact(5, "bytes")
+    assert (exact.low, exact.high, exact.provenance) == (5, 5, "measured")
+
+
+def test_the_interval_of_a_median_against_the_slow_bootstrap() -> None:
+    values = np.random.default_rng(1).normal(10, 1, 24).tolist()
+    value, low, high = median_interval(values)
+    assert value == float(np.median(values))
+    generator = np.random.default_rng(99)
+    medians = sorted(float(np.median(generator.choice(values, 24))) for _ in range(4000))
+    assert low == pytest.approx(medians[100], abs=0.2 * (high - low))
+    assert high == pytest.approx(medians[3900], abs=0.2 * (high - low))
+    assert median_interval([3.0] * 8) == (3.0, 3.0, 3.0)
+    assert low <= value <= high
+
+
+LAW = np.array([0.05, 0.03, 1.2, 0.4, 2.0, 0.3, 0.5, 1.1, 0.35, 1.9, 0.28, 0.45, 0.02])
+
+
+def law(candidate: Candidate) -> float:
+    return float(features(candidate, SHAPE) @ LAW)
+
+
+def test_features_are_counted_by_hand() -> None:
+    attention, ffn, head = Format(8, 32, "int8"), Format(4, 32, "fp32"), Format(4, 64, "int8")
+    candidate = Candidate((Layer(320, 2, attention, ffn),) * 3, head, Format(8, 32))
+    q, kv = 2 * 2 * 32, 2 * 32
+    expected = dict.fromkeys(range(13), 0.0)
+    expected[0], expected[1], expected[12] = 1, 3, 3 * kv / 1e3
+    expected[3] = 3 * (2 * 256 * q + 2 * 256 * kv) / 1e6  # int8/int8 layers
+    expected[6] = 3 * 3 * 256 * 320 / 1e6  # int4/fp32 layers
+    expected[10] = 4096 * 256 / 1e6  # int4/int8 head
+    assert features(candidate, SHAPE).tolist() == pytest.approx(list(expected.values()))
+    assert params_times_bits(candidate, SHAPE) == pytest.approx(8 * expected[3] + 4 * expected[6] + 4 * expected[10])
+
+
+def test_the_fit_recovers_a_linear_law_and_says_predicted() -> None:
+    fit = LatencyFit("decode_ms_per_token", "ms/token", SHAPE, [(c, law(c)) for c in design(SPACE, 40)])
+    for candidate in design(SPACE, 60, seed=9):
+        predicted = fit.predict(candidate)
+        assert predicted.value == pytest.approx(law(candidate), rel=1e-3)
+        assert predicted.provenance == "predicted"
+    assert fit.error.median < 1e-3
+    assert fit.error.kendall_tau == pytest.approx(1.0)
+    assert fit.error.params_bits_tau < 0.95
+    assert fit.error.points == 40
+    assert (fit.coefficients >= 0).all()
+
+
+def test_the_error_is_held_out_and_the_interval_follows_from_it() -> None:
+    """With 10 % noise on 30 points a fit judged on its own points would look too good."""
+    noise = np.random.default_rng(3)
+    measured = [(c, law(c) * float(noise.lognormal(0, 0.1))) for c in design(SPACE, 30)]
+    fit = LatencyFit("ttft_ms", "ms", SHAPE, measured)
+    own = np.median([abs(fit.predict(c).value / v - 1) for c, v in measured])
+    assert own < fit.error.median <= fit.error.p95 <= fit.error.worst
+    assert 0.03 < fit.error.median < 0.3
+    fresh = design(SPACE, 80, seed=5)[3:]
+    inside = sum(p.low <= law(c) <= p.high for c in fresh for p in [fit.predict(c)])
+    assert inside >= 0.85 * len(fresh)
+    predicted = fit.predict(fresh[0])
+    assert predicted.low < predicted.value < predicted.high
+    assert "held-out error" in predicted.note
+
+
+def test_a_fit_of_too_few_points_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"at least {MIN_POINTS} measurements, but got {MIN_POINTS - 1}"):
+        LatencyFit("x", "ms", SHAPE, [(c, 1.0) for c in design(SPACE, 30)[: MIN_POINTS - 1]])
+
+
+@pytest.mark.parametrize("space", [SPACE, Space.of(SHAPE, ("int8/int8", "int4/int8"))], ids=["cpu", "integers only"])
+def test_the_design_holds_the_baselines_and_every_choice(space: Space) -> None:
+    found = design(space, 36)
+    assert len(found) == len({c.key for c in found}) == 36
+    assert found[: len(space.baselines())] == space.baselines()
+    assert not any(c.is_sparse for c in found)
+    assert found == design(space, 36)
+    assert found != design(space, 36, seed=1)
+    depths = Counter(len(c.layers) for c in found)
+    assert set(depths) == set(range(space.min_depth, 7))
+    assert {c.layers[0].kv_groups for c in found} == set(range(space.min_kv_groups, 5))
+    kernels = {f.kernel for c in found for f in (c.layers[0].attention_format, c.layers[0].ffn_format, c.head_format)}
+    assert kernels == set(space.kernels)
+
+
+class FakeChild:
+    """An engine that answers from a table, on a machine whose speed drifts. No processes, no clock."""
+
+    pid = os.getpid()
+    speed = staticmethod(itertools.repeat(1.0).__next__)
+
+    def __init__(self, _threads: int, decode: float = 2.0, ttft: float = 30.0) -> None:
+        self.decode, self.ttft, self.asked, self.closed = decode, ttft, [], False
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self.asked.append(request["do"])
+        if request["do"] == "time":
+            slow = FakeChild.speed()
+            return {"ttft_ms": self.ttft * slow, "step_ms": [self.decode * slow] * request["tokens"], "cpu_s": 0.0}
+        return {"peak_bytes": 1000 + 500 * ("load" in self.asked), "load_ms": 5.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeChild:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Kept:
+    """The reference's figures, as a study keeps them."""
+
+    def __init__(self, value: Nominal | None = None) -> None:
+        self.value = value
+
+    def __call__(self, new: Nominal | None) -> Nominal | None:
+        self.value = new or self.value
+        return self.value
+
+
+@pytest.fixture
+def fake_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lane]:
+    monkeypatch.setattr(lane_module, "EngineChild", FakeChild)
+    monkeypatch.setattr(lane_module, "_busy_seconds", lambda: 0.0)
+    monkeypatch.setattr(lane_module.time, "sleep", lambda _s: None)
+    monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
+    return lambda kept: Lane(tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), kept)
+
+
+def test_the_lane_multiplies_the_ratio_with_the_references_nominal(fake_lane: Callable[..., Lane]) -> None:
+    lane = fake_lane(Kept(Nominal(1.9, 31.0)))
+    result = lane.measure(Path("x.onnx"), FakeChild(1, decode=1.0, ttft=15.0))  # type: ignore[arg-type]
+    assert result.stable
+    assert result.measurements["decode_ms_per_token"].value == pytest.approx(0.95)
+    assert result.measurements["ttft_ms"].value == pytest.approx(15.5)
+    assert result.measurements["decode_ms_per_token"].provenance == "measured"
+    assert "peak_memory_bytes" not in result.measurements
+    fresh = lane.measure(Path("x.onnx")).measurements
+    assert fresh["peak_memory_bytes"].value == 500
+    assert fresh["decode_ms_per_token"].value == pytest.approx(1.9)
+
+
+def test_a_machine_that_slows_down_for_both_changes_nothing(
+    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slower by 0.05 % every turn. The candidate comes in the middle of every R C C R, so that a linear drift cancels."""
+    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
+    monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.count(1.0, 0.0005).__next__))
+    found = lane.measure(Path("x.onnx"), FakeChild(1, decode=1.0)).measurements["decode_ms_per_token"]  # type: ignore[arg-type]
+    assert found.value == pytest.approx(1.0, rel=1e-3)
+    assert found.provenance == "measured"
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.6])
+def test_a_reference_far_from_its_nominal_is_disturbed(
+    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
+    monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(factor).__next__))
+    result = lane.measure(Path("x.onnx"), FakeChild(1))  # type: ignore[arg-type]
+    assert not result.stable
+    assert {m.provenance for m in result.measurements.values()} == {"disturbed"}
+
+
+def test_the_nominal_is_learnt_only_when_the_machine_is_quiet(
+    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    lane = fake_lane(kept)
+    busy = itertools.count(0, 1000)
+    monkeypatch.setattr(lane_module, "_busy_seconds", lambda: float(next(busy)))
+    assert not lane.measure(Path("x.onnx"), FakeChild(1)).stable  # type: ignore[arg-type]
+    assert kept.value is None
+    monkeypatch.setattr(lane_module, "_busy_seconds", lambda: 0.0)
+    assert lane.measure(Path("x.onnx"), FakeChild(1)).stable  # type: ignore[arg-type]
+    assert kept.value == Nominal(2.0, 30.0)
+    lane.close()
+    assert lane.reference.closed  # type: ignore[attr-defined]
+
+
+def test_a_noisy_candidate_gets_more_rounds_and_an_interval(
+    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
+    quiet = lane.measure(Path("x.onnx"), FakeChild(1)).measurements["decode_ms_per_token"]  # type: ignore[arg-type]
+    noise = np.random.default_rng(0)
+    monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: float(noise.lognormal(0, 0.15))))
+    noisy = lane.measure(Path("x.onnx"), FakeChild(1)).measurements["decode_ms_per_token"]  # type: ignore[arg-type]
+    assert (quiet.samples, quiet.low, quiet.high) == (8, quiet.value, quiet.value)
+    assert noisy.samples == 24
+    assert noisy.low < noisy.value < noisy.high
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Teacher) -> Path:
+    path = tmp_path_factory.mktemp("lane") / "model.onnx"
+    shape = tiny_teacher.shape
+    candidate = Space.of(shape, KERNELS).baselines()[-1]
+    save_model(build_model(tiny_teacher.weights(), candidate, tiny_teacher.config, shape), path)
+    return path
+
+
+@pytest.fixture
+def lane(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lane]:
+    monkeypatch.setattr(lane_module, "RETRIES", 0)
+    monkeypatch.setattr(lane_module, "MAX_ROUNDS", 8)
+    lane = Lane(model, 1, "print", MachineLock(tmp_path / "lock"), Kept())
+    yield lane
+    lane.close()
+
+
+def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
+    """Whether it is called measured depends on what else this machine does just now; that both words agree does not."""
+    result = lane.measure(model)
+    found = result.measurements
+    assert found.keys() == {"decode_ms_per_token", "ttft_ms", "decode_p90_ms", "peak_memory_bytes", "load_ms"}
+    for name in ("decode_ms_per_token", "ttft_ms", "decode_p90_ms"):
+        assert found[name].provenance == ("measured" if result.stable else "disturbed")
+        assert 0 < found[name].low <= found[name].value <= found[name].high
+        assert found[name].fingerprint == "print"
+    assert found["peak_memory_bytes"].value > 0
+    assert found["load_ms"].value > 0
+    assert found["decode_p90_ms"].samples == 8 * 2 * lane_module.NEW_TOKENS
+
+
+def test_a_busy_machine_is_called_disturbed(lane: Lane, model: Path) -> None:
+    """Four busy processes that end by themselves, on however many cores there are."""
+    busy = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import time\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"]
+        )
+        for _ in range(max(4, 2 * (os.cpu_count() or 1)))
+    ]
+    try:
+        result = lane.measure(model)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert not result.stable
+    assert result.measurements["decode_ms_per_token"].provenance == "disturbed"
+    assert lane.nominal(None) is None, "a disturbed reference must not become the nominal"
+
+
+def test_a_broken_model_is_infeasible_before_the_machine_is_taken(
+    lane: Lane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(MachineLock, "exclusive", lambda *_: taken.append(1))
+    (tmp_path / "broken.onnx").write_text("no model")
+    with pytest.raises(Infeasible, match="broken"):
+        lane.measure(tmp_path / "broken.onnx")
+    assert not taken
+
+
+def test_timing_happens_under_the_exclusive_lock(
+    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, held, seen = fake_lane(Kept(Nominal(2.0, 30.0))), [], []
+    real = MachineLock.exclusive
+
+    @contextlib.contextmanager
+    def watched(lock: MachineLock) -> Iterator[None]:
+        with real(lock):
+            held.append(1)
+            yield
+            held.pop()
+
+    monkeypatch.setattr(MachineLock, "exclusive", watched)
+    monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: seen.append(bool(held)) or 1.0))
+    lane.measure(Path("x.onnx"), FakeChild(1))  # type: ignore[arg-type]
+    assert seen == [False] + [True] * 32, "one warm-up, then eight rounds of four turns under the lock"
