@@ -153,7 +153,11 @@ class _Rounds:
     def run(self) -> float:
         """Measure; returns how many cores others used meanwhile."""
         start, busy, own = time.monotonic(), _busy_seconds(), self._own_seconds()
-        while len(self.decode_ratios) < MIN_ROUNDS or (not self._narrow() and len(self.decode_ratios) < MAX_ROUNDS):
+        while len(self.decode_ratios) < MIN_ROUNDS or (
+            len(self.decode_ratios) < MAX_ROUNDS
+            and not self._narrow()
+            and self._foreign(start, busy, own) <= MOST_FOREIGN_CORES  # a disturbed visit will be repeated: end it early
+        ):
             turns = [self._turn(child) for child in (self.reference, self.candidate, self.candidate, self.reference)]
             r = median(turns[0]["step_ms"] + turns[3]["step_ms"])
             c = median(turns[1]["step_ms"] + turns[2]["step_ms"])
@@ -164,7 +168,11 @@ class _Rounds:
             self.reference_decode.append(r)
             self.reference_ttft.append((turns[0]["ttft_ms"] + turns[3]["ttft_ms"]) / 2)
             self.candidate_steps += turns[1]["step_ms"] + turns[2]["step_ms"]
-        elapsed = time.monotonic() - start
+        return self._foreign(start, busy, own)
+
+    def _foreign(self, start: float, busy: float, own: float) -> float:
+        """Cores that others have used since `start`, when the machine had used `busy` and we `own` CPU seconds."""
+        elapsed = max(1e-3, time.monotonic() - start)
         return max(0.0, (_busy_seconds() - busy - (self._own_seconds() - own)) / elapsed)
 
     def _turn(self, child: EngineChild) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Director:
         if baseline is not None:
             return self._hand_out("confirm", baseline)
         if self.store.meta("fit_done") is not True:
-            return self._hand_out("fit", None, {"design": self._design()})
+            return self._hand_out("fit", None, {"design": self._design(), "seconds": self._fit_seconds()})
         if self.store.meta("elastic", {}).get("done") is not True:
             return self._hand_out("elastic", None)
         return self._explore_or_confirm()
@@ -261,12 +261,24 @@ class Director:
         self.is_interrupted = True
         self.stop_reason, self.exit_code = "interrupted", 130
 
+    def _fit_seconds(self) -> float:
+        """The fit's part of the budget: what the shares leave, at least long enough for a few points."""
+        shares = self.spec.shares
+        return max(15.0, (1 - shares.elastic - shares.explore - shares.confirm) * self.budget.total_s)
+
     def _fit_came_back(self, outcome: Outcome) -> None:
         if outcome.status != "complete":
             self._give_up(f"the latency fit could not be measured: {outcome.reason}", 1)
             return
         self.store.set_meta(fit_done=True, fit_points=outcome.facts["kept"])
         self._refit()
+        if not self._fits:
+            self._give_up("the machine was too busy to measure anything for the latency fit", 5)
+        if outcome.facts.get("disturbed"):
+            self.store.event(
+                "fit",
+                f"{outcome.facts['disturbed']} of the fit's measurements were disturbed by other work; predictions are rough",
+            )
         for name, fit in self._fits.items():
             self.store.event(
                 "fit",
@@ -277,7 +289,8 @@ class Director:
 
     def _elastic_came_back(self, outcome: Outcome) -> None:
         if outcome.status != "complete":
-            self._give_up(f"the elastic student could not be trained: {outcome.reason}", 1)
+            if self.budget.left_s > 1:
+                self._give_up(f"the elastic student could not be trained: {outcome.reason}", 1)
             return
         self.store.set_meta(elastic={**outcome.facts, "done": True})
         kept = (

@@ -16,26 +16,22 @@ from paretune.compression.distill.elastic import ElasticTrainer
 from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
-from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.student import EMBEDDING, quantized_weights
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.files import write_atomically
-from paretune.objectives.lane import Lane, LaneResult
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
-from paretune.search.reference import open_lane
+from paretune.search.measuring import Measuring
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
-from paretune.spaces.candidate import Candidate, Layer
+from paretune.spaces.candidate import Candidate
 from paretune.teachers.checkpoint import load_tensors, save_tensors
 from paretune.teachers.tokens import Windows
 
 SCORE_BATCH = 16
 ELASTIC_SLICE_S = 10.0
-FIT_SLICE_S = 10.0
 REFERENCE_BYTES = 256 * 2**20
-LATENCY = ("decode_ms_per_token", "ttft_ms")
 
 
 class Evaluator:
@@ -43,7 +39,8 @@ class Evaluator:
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.space = Workspace(folder, home)
-        self._lane: Lane | None = None
+        self.measuring = Measuring(self.space)
+        self._deadline: tuple[Work, float] | None = None
         self._trainer: ElasticTrainer | None = None
 
     def run(self, work: Work) -> Outcome:
@@ -52,7 +49,7 @@ class Evaluator:
             if work.kind == "elastic":
                 return self._elastic(work)
             if work.kind == "fit":
-                return self._fit(work)
+                return self.measuring.fit(work)
             assert work.candidate is not None
             action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
             return action(work.candidate, work)
@@ -62,15 +59,22 @@ class Evaluator:
             return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
 
     def close(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
+        self.measuring.close()
 
     def _elastic(self, work: Work) -> Outcome:
         if self._trainer is None:
             self._trainer = self.space.elastic_trainer()
         trainer = self._trainer
         before = trainer.elapsed
-        progress = trainer.run(min(ELASTIC_SLICE_S, max(1.0, work.seconds_left)))
+        if self._deadline is None or self._deadline[0] is not work:
+            self._deadline = (work, time.monotonic() + work.seconds_left)
+        left = self._deadline[1] - time.monotonic()
+        if left <= 0 and not trainer.done:
+            self._trainer = None
+            return Outcome(
+                "failed", reason="the budget ended while the elastic student was trained; it will go on from there"
+            )
+        progress = trainer.run(min(ELASTIC_SLICE_S, left))
         facts = {
             "file": str(self.space.elastic_file),
             "elapsed_s": progress["elapsed_s"],
@@ -177,7 +181,7 @@ class Evaluator:
         }
         with self.space.lock.shared():
             sizes = write_artifact(folder, self.space.teacher, candidate, weights, facts)
-        lane = self._measure(candidate, folder / MODEL, fresh=True)
+        lane = self.measuring.measure(candidate, folder / MODEL)
         with self.space.lock.shared():
             scores, reference = self._score_in_engine(folder / MODEL, candidate)
         quality = quality_measurements(
@@ -248,74 +252,6 @@ class Evaluator:
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
         return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
-
-    def _fit(self, work: Work) -> Outcome:
-        """Measure the designed candidates that no kept measurement covers, for some seconds; returns everything kept so far."""
-        start = time.monotonic()
-        designed = [Candidate.from_dict(d) for d in work.options["design"]]
-        missing = [c for c in designed if not self._kept(c).exists()]
-        model = self.space.folder / "work" / "fit.onnx"
-        if missing:
-            with EngineChild(self.space.profile.threads) as child:
-                while missing and time.monotonic() - start < FIT_SLICE_S:
-                    candidate = missing.pop(0)
-                    model.parent.mkdir(parents=True, exist_ok=True)
-                    save_model(
-                        build_model(
-                            self._random_weights(candidate),
-                            candidate,
-                            self.space.teacher.config,
-                            self.space.teacher.shape,
-                        ),
-                        model,
-                    )
-                    self._measure(candidate, model, fresh=False, child=child)
-        return Outcome(done=not missing, facts={"kept": self._all_kept(), "missing": len(missing)})
-
-    def _measure(self, candidate: Candidate, model: Path, fresh: bool, child: EngineChild | None = None) -> LaneResult:
-        result = self.lane().measure(model, child)
-        if result.stable:
-            kept = {
-                "candidate": json.loads(candidate.to_json()),
-                **{name: result.measurements[name].to_dict() for name in LATENCY},
-            }
-            write_atomically(self._kept(candidate), json.dumps(kept).encode())
-        return result
-
-    def _kept(self, candidate: Candidate) -> Path:
-        """File of a kept measurement; a changed weight value hits, a changed shape, engine version, thread count or machine misses."""
-        plain = Candidate(
-            tuple(Layer(x.ffn, x.kv_groups, x.attention_format, x.ffn_format) for x in candidate.layers),
-            candidate.head_format,
-            candidate.embedding_format,
-        )
-        return self._measurement_folder() / f"{plain.key}.json"
-
-    def _measurement_folder(self) -> Path:
-        s, p = self.space.teacher.shape, self.space.profile
-        sizes = f"h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
-        return (
-            self.space.cache
-            / "measurements"
-            / f"{self.space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
-            / sizes
-        )
-
-    def _all_kept(self) -> list[dict[str, Any]]:
-        found = [json.loads(path.read_text()) for path in sorted(self._measurement_folder().glob("*.json"))]
-        return [{"candidate": d["candidate"], **{name: d[name]["value"] for name in LATENCY}} for d in found]
-
-    def _random_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
-        """Weights of the candidate's shapes from the teacher itself (values do not change the time)."""
-        from paretune.compression.prune import slice_weights
-
-        weights, order = self.space._sorted_teacher
-        return slice_weights(weights, candidate, order, self.space.teacher.shape)
-
-    def lane(self) -> Lane:
-        if self._lane is None:
-            self._lane = open_lane(self.space.cache, self.space.profile, self.space.lock)
-        return self._lane
 
 
 def _masked(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

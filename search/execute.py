@@ -46,9 +46,9 @@ def run_inline(director: Director, evaluate: Callable[[Work], Outcome]) -> None:
             raise RuntimeError("the director waits, but nothing is running")
         if isinstance(config, str):
             return
-        outcome = Outcome(done=False)
+        work, outcome = Work.from_json(config["work"]), Outcome(done=False)
         while not outcome.done:
-            outcome = evaluate(Work.from_json(config["work"]))
+            outcome = evaluate(work)
             if not outcome.done:
                 searcher.on_trial_result(trial_id, {OUTCOME: outcome.to_json()})
         searcher.on_trial_complete(trial_id, {OUTCOME: outcome.to_json()})

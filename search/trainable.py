@@ -29,14 +29,14 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
         self._evaluator = _make_evaluator()
-        self._config = config
+        self._work = Work.from_json(config["work"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._config = new_config
+        self._work = Work.from_json(new_config["work"])
         return True
 
     def step(self) -> dict[str, Any]:
-        work = Work.from_json(self._config["work"])
+        work = self._work
         faulthandler.dump_traceback_later(work.timeout_s, exit=True)
         try:
             outcome = self._evaluator.run(work)

@@ -145,7 +145,7 @@ class Workspace:
         return {name: value for name, value in tensors.items() if not name.startswith("optimizer")}, order_of(meta)
 
     @cached_property
-    def _sorted_teacher(self) -> tuple[dict[str, torch.Tensor], Importance]:
+    def sorted_teacher(self) -> tuple[dict[str, torch.Tensor], Importance]:
         if self.elastic_file.exists():
             order = self._elastic[1]
         else:

@@ -156,19 +156,31 @@ def test_what_a_library_prints_never_gets_between_the_answers(tmp_path: Path) ->
     assert done.stderr.count(b"noise") == 4
 
 
-def test_the_child_dies_with_its_parent() -> None:
-    program = "import time\nfrom paretune.engines import EngineChild\nc = EngineChild(1)\nc.ask(do='memory')\nprint(c.pid, flush=True)\ntime.sleep(60)"
+def test_the_child_dies_with_its_parent_even_if_it_is_stuck() -> None:
+    """Stopped, it cannot notice that its input has ended: only the kernel's parent-death signal ends it."""
+    program = textwrap.dedent("""
+        import time
+        from paretune.engines import EngineChild
+        child = EngineChild(1)
+        child.ask(do="memory")
+        print(child.pid, flush=True)
+        time.sleep(60)
+        """)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     assert alive(pid)
+    os.kill(pid, signal.SIGSTOP)
     parent.kill()
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 20
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(pid)
+    survived = alive(pid)
+    if survived:
+        os.kill(pid, signal.SIGKILL)
+    assert not survived
 
 
 def test_closing_ends_the_child_even_if_it_is_stuck() -> None:

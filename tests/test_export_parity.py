@@ -25,6 +25,7 @@ from paretune.engines import EngineChild
 from paretune.engines.onnxruntime_decoder import Decoder
 from paretune.hardware_profiles import Infeasible, UsageError
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
+from paretune.spaces.candidate import DENSE
 from paretune.teachers import Teacher, load_teacher
 
 Weights = dict[str, torch.Tensor]
@@ -38,7 +39,7 @@ def uniform(
     form: Format,
     head: Format | None = None,
     embedding: Format | None = None,
-    pattern: Pattern = Pattern(),
+    pattern: Pattern = DENSE,
     ffn: int = 128,
     groups: int = 2,
     depth: int = 3,

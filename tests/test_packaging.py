@@ -103,7 +103,8 @@ def test_no_folder_imports_the_command_line() -> None:
 def test_the_import_check_sees_what_it_should(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text(
-        "def f():\n    import paretune.search.store\n    from paretune import tracking\n    from paretune.spaces import Space\n    import paretunes.engines"
+        "def f():\n    import paretune.search.store\n    from paretune import tracking\n"
+        "    from paretune.spaces import Space\n    import paretunes.engines"
     )
     assert imports_of(file) == {"search", "tracking", "spaces"}
 
@@ -163,6 +164,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     pytest.importorskip("setuptools")
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
+        assert (ROOT / name).is_file(), f"pyproject.toml needs {name} to build"
         shutil.copy(ROOT / name, copy / name)
     for name in ("src", *packages()):
         shutil.copytree(
