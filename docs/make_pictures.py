@@ -97,7 +97,9 @@ def find_study(home: Path, wanted: str | None) -> Path:
 def open_browser(path: str) -> Iterator[Any]:
     """Headless Chromium through Playwright. Raises EnvironmentProblem if one of them is not installed."""
     if not Path(path).exists():
-        raise EnvironmentProblem(f"there is no browser at {path}", "apt-get install chromium, or name one with --browser")
+        raise EnvironmentProblem(
+            f"there is no browser at {path}", "apt-get install chromium, or name one with --browser"
+        )
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
@@ -135,17 +137,18 @@ def picture_mlflow(browser: Any, home: Path, study: str, out: Path) -> None:
     with serve_mlflow(home) as base:
         experiment = _ask(base, "experiments/get-by-name?experiment_name=" + EXPERIMENT)["experiment"]["experiment_id"]
         mine = f"tags.`paretune.study` = '{study}' and tags.`paretune.kind` = 'candidate'"
-        wanted = {"experiment_ids": [experiment], "filter": mine + " and tags.pareto = 'true'", "max_results": 1000}
-        front = _ask(base, "runs/search", {**wanted, "order_by": ["metrics.nll ASC"]}).get("runs", [])
+        wanted = {"experiment_ids": [experiment], "filter": mine, "max_results": 1000, "order_by": ["metrics.nll ASC"]}
+        runs = _ask(base, "runs/search", wanted).get("runs", [])
+        front = [run for run in runs if {"key": "pareto", "value": "true"} in run["data"]["tags"]]
         if not front:
             raise UsageError(f"MLflow has no front runs of {study}", f"paretune sync {study}")
-        context = browser.new_context(viewport={"width": 1500, "height": 160 + 32 * len(front) + 320})
+        context = browser.new_context(viewport={"width": 1660, "height": min(2000, 360 + 32 * len(runs))})
         context.set_default_timeout(1000 * PAGE_S)
         seeds = "".join(f"localStorage.setItem({json.dumps(k)}, {json.dumps(v)});" for k, v in SETTLED.items())
         context.add_init_script(seeds)
         page = context.new_page()
         picture_runs(page, base, experiment, mine, out / "mlflow-runs.png")
-        page.set_viewport_size({"width": 1600, "height": 1620})
+        page.set_viewport_size({"width": 1600, "height": 2000})
         picture_comparison(page, base, experiment, front[:MOST_COMPARED], out / "mlflow-compare.png")
         context.close()
 
@@ -179,7 +182,6 @@ def picture_comparison(page: Any, base: str, experiment: str, runs: list[dict[st
     for position, names in ((0, _differing(runs)), (1, METRICS)):
         for name in names:
             _choose(page, selects.nth(position), name)
-    page.get_by_role("button", name="Run details").click()
     for run in (runs[0], runs[-1]):
         page.get_by_text(run["info"]["run_name"], exact=True).first.wait_for(state="attached")
     for name in METRICS:  # in the plot and in the table of metrics below it
