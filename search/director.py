@@ -68,6 +68,7 @@ class Director:
         self._failures_in_a_row = 0
         self._rows: dict[str, CandidateRow] = {}
         self._latest: dict[tuple[str, Fidelity], Evaluation] = {}
+        self._vectors: dict[str, tuple[int, Vector]] = {}
         self._fits: dict[str, LatencyFit] = {}
         self._calibration = Calibration(space.shape, [])
         self._load()
@@ -134,37 +135,32 @@ class Director:
         )
         if pending is not None:
             return self._hand_out("rung0", pending.candidate)
-        explored, finalist = self._explored(), None
-        if (
-            left >= cost
-            and len(explored) >= min(FIRST_WAVE, self.spec.max_candidates)
-            and self._confirm_is_behind(explored)
-        ):
-            finalist = self._next_finalist(explored)
-        can_explore = len(explored) < self.spec.max_candidates and not self.store.meta("exhausted", False)
+        number, finalist = len(self.explored_keys()), None
+        most = self.spec.max_candidates
+        if left >= cost and number >= min(FIRST_WAVE, most) and (number >= most or self._confirm_is_behind()):
+            finalist = self._next_finalist()
+        can_explore = number < most and not self.store.meta("exhausted", False)
         if finalist is None and can_explore and left >= cost + self._mean_seconds("rung0", RUNG0_GUESS_S):
             return Decision("propose")
         if finalist is None and left >= cost:
-            finalist = self._next_finalist(explored)
+            finalist = self._next_finalist()
         if finalist is None:
             return self._end("all is done" if left >= cost else "the budget has ended")
         return self._hand_out("recover", self._rows[finalist].candidate, {"tokens": self._recovery_tokens()})
 
-    def _confirm_is_behind(self, explored: list[Explored]) -> bool:
+    def _confirm_is_behind(self) -> bool:
+        """Whether the next confirmation is due by the two stages' shares of the time."""
         shares = self.spec.shares
         later = self.budget.used("recover and confirm") + self._confirm_cost_s() / 2
-        return (
-            len(explored) >= self.spec.max_candidates
-            or later / shares.confirm <= self.budget.used("explore") / shares.explore
-        )
+        return later / shares.confirm <= self.budget.used("explore") / shares.explore
 
-    def _next_finalist(self, explored: list[Explored]) -> str | None:
+    def _next_finalist(self) -> str | None:
         chosen = [key for (key, fidelity) in self._latest if fidelity == "recovered"]
         if len(chosen) >= self.spec.finalists * 4:
             return None
         again = next((key for key in chosen if self._open(key, "recovered")), None)
         confirmed = [self._confirmed_vector(e) for e in self._complete("confirmed")]
-        return again or next_finalist(explored, chosen, confirmed)
+        return again or next_finalist(self._explored(), chosen, confirmed)
 
     def _recovery_tokens(self) -> int:
         """The same for every finalist of a study: what their share of the budget allows, by the speed of the elastic training."""
@@ -374,21 +370,28 @@ class Director:
 
     def vector(self, key: str) -> Vector | None:
         """Estimated objectives of an explored candidate, or None if it failed or waits."""
+        known = self._vectors.get(key)
+        if known is not None and known[0] == self.version:
+            return known[1]
         e = self._latest.get((key, "rung0"))
         if e is None or e.status != "complete" or e.scores is None:
             return None
-        known = {
-            **e.measurements,
-            **self.predictions(self._rows[key].candidate),
-            "nll": self.estimated_nll(self._rows[key].candidate, e.scores),
-        }
-        return tuple(float(known[name].value) for name in self.spec.objectives)
+        candidate = self._rows[key].candidate
+        values = {**e.measurements, **self.predictions(candidate), "nll": self.estimated_nll(candidate, e.scores)}
+        vector = tuple(float(values[name].value) for name in self.spec.objectives)
+        self._vectors[key] = (self.version, vector)
+        return vector
 
     def constraints(self, key: str) -> dict[str, float]:
         """Amount by which each limit of the spec is exceeded (feasible at or below 0), as a fraction of the limit."""
         e = self._latest[key, "rung0"]
-        known = {**e.measurements, **self.predictions(self._rows[key].candidate)}
-        return {name: known[name].value / limit - 1 for name, limit in sorted(self.spec.limits.items())}
+        assert e.scores is not None
+        candidate = self._rows[key].candidate
+        known = {**e.measurements, **self.predictions(candidate)}
+        teacher = self._teacher_nll()[1]
+        loss = self.estimated_nll(candidate, e.scores).value / teacher - 1
+        found = {name: known[name].value / limit - 1 for name, limit in sorted(self.spec.limits.items())}
+        return {"loss": loss / self.spec.loss_of_interest - 1, **found}
 
     def estimated_nll(self, candidate: Candidate, scores: Scores) -> Measurement:
         """Calibrated estimate of the confirmed NLL on the report split."""
@@ -541,6 +544,6 @@ class Director:
         found = []
         for key in self.explored_keys():
             vector = self.vector(key)
-            if vector is not None and all(v <= 0 for v in self.constraints(key).values()):
+            if vector is not None and all(v <= 0 for v in self.constraints(key).values()):  # worth confirming
                 found.append(Explored(key, self._rows[key].candidate.stratum, vector))
         return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 Vector = tuple[float, ...]
 
 
@@ -18,16 +20,20 @@ def non_dominated(points: Sequence[Vector]) -> list[int]:
 
 
 def ranks(points: Sequence[Vector]) -> list[int]:
-    """Non-dominated rank of every point, 0 for the front (Deb et al. 2002)."""
-    found = [-1] * len(points)
-    left, rank = list(range(len(points))), 0
-    while left:
-        front = [left[i] for i in non_dominated([points[i] for i in left])]
-        for i in front:
-            found[i] = rank
-        left = [i for i in left if found[i] < 0]
+    """Non-dominated rank of every point, 0 for the front (Deb et al. 2002); one n x n comparison, then peeling."""
+    if not points:
+        return []
+    values = np.array(points, dtype=float)
+    no_worse = np.all(values[:, None] <= values[None], axis=2)
+    beats = no_worse & ~no_worse.T
+    found = np.full(len(points), -1)
+    rank = 0
+    while (found < 0).any():
+        left = found < 0
+        front = left & ~beats[left].any(axis=0)
+        found[front] = rank
         rank += 1
-    return found
+    return [int(r) for r in found]
 
 
 def crowding(points: Sequence[Vector]) -> list[float]:

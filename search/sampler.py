@@ -52,7 +52,7 @@ def frozen_trial(director: Director, key: str, space: Mapping[str, BaseDistribut
         params=director.params(key),
         distributions=dict(space),
         values=[float(v) for v in vector],
-        constraints=director.constraints(key) or None,
+        constraints=director.constraints(key),
     )
 
 

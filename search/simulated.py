@@ -121,7 +121,8 @@ def loss(candidate: Candidate) -> float:
         {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] for f in (x.attention_format, x.ffn_format, candidate.head_format)
     )
     noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
-    return cut + rounding + 0.5 * x.pattern.ratio**2 + (0.002 * noise if cut + rounding + x.pattern.ratio > 0 else 0.0)
+    changed = cut + rounding + x.pattern.ratio > 0
+    return float(cut + rounding + 0.5 * x.pattern.ratio**2 + (0.002 * noise if changed else 0.0))
 
 
 def decode_ms(candidate: Candidate) -> float:

@@ -29,7 +29,11 @@ class Shares(BaseModel):
 
 
 class Spec(BaseModel):
-    """Settings of one search. Durations are like `90s`, `45m`, `8h`."""
+    """Settings of one search. Durations are like `90s`, `45m`, `8h`.
+
+    `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
+    the sampler is kept below it and finalists come from below it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,6 +48,7 @@ class Spec(BaseModel):
     limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], float] = Field(
         default_factory=dict
     )
+    loss_of_interest: float = Field(default=0.25, gt=0)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)
     fit_points: int = Field(20, ge=8, le=200)

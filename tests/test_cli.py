@@ -86,7 +86,8 @@ def test_typo_in_the_yaml(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "where"), [("budget: 9 weeks", "1:1"), ("shares: {elastik: 0.2}", "1:10"), ("sampler: tpee", "1:1"), ("seed: [1", "")]
+    ("line", "where"),
+    [("budget: 9 weeks", "1:1"), ("shares: {elastik: 0.2}", "1:10"), ("sampler: tpee", "1:1"), ("seed: [1", "")],
 )
 def test_bad_values_in_the_yaml_have_a_position(run, tmp_path, line, where):
     spec = tmp_path / "spec.yaml"
@@ -118,7 +119,9 @@ def test_home_that_cannot_be_written(run):
 
 
 def test_full_disk_at_the_start(run, monkeypatch):
-    monkeypatch.setattr("paretune.search.run.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(
+        "paretune.search.run.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    )
     code, _, err = run("search")
     assert code == 5 and "GB of disk" in err and "free some" in err
 

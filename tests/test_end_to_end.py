@@ -18,7 +18,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE
 
 def paretune(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, "-m", "paretune", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "paretune", *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
@@ -57,7 +62,15 @@ def test_nothing_on_the_front_is_dominated_by_a_baseline(view):
 
 def test_every_number_says_where_it_comes_from(view):
     for point in view.confirmed:
-        assert {"nll", "kl", "top1_agreement", "decode_ms_per_token", "ttft_ms", "peak_memory_bytes", "compressed_bytes"} <= point.measurements.keys()
+        assert {
+            "nll",
+            "kl",
+            "top1_agreement",
+            "decode_ms_per_token",
+            "ttft_ms",
+            "peak_memory_bytes",
+            "compressed_bytes",
+        } <= point.measurements.keys()
         assert all(m.provenance in ("measured", "disturbed") and m.unit for m in point.measurements.values())
         assert point.measurements["nll"].low <= point.measurements["nll"].value <= point.measurements["nll"].high
     for point in view.rung0:
@@ -72,7 +85,9 @@ def test_the_artifact_alone_generates_text(night, view, tmp_path):
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["tokens"] == 12 and made["tokens_per_second"] > 0 and len(made["text"]) > 0
-    (tmp_path / "alone" / "onnx" / "model.onnx").write_bytes(b"\0" + (tmp_path / "alone" / "onnx" / "model.onnx").read_bytes()[1:])
+    (tmp_path / "alone" / "onnx" / "model.onnx").write_bytes(
+        b"\0" + (tmp_path / "alone" / "onnx" / "model.onnx").read_bytes()[1:]
+    )
     damaged = paretune("generate", "alone", "--prompt", "x", cwd=tmp_path)
     assert damaged.returncode == 2 and "differs from its checksum" in " ".join(damaged.stderr.split())
 

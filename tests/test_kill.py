@@ -39,7 +39,12 @@ def command(tmp_path):
     def start():
         arguments = [sys.executable, "-m", "paretune", "search", "spec.yaml", "--home", "home", "--json"]
         return subprocess.Popen(
-            arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            arguments,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
     return start
@@ -101,7 +106,11 @@ def test_sigkill_at_random_moments_loses_nothing(command, tmp_path):
     assert before.items() <= after.items()
     assert [m for group in groups for m in group_members(group)] == []
     store = Store.reader(folder)
-    done = Counter(line for line in (folder / "simulated.log").read_text().splitlines() if line.split()[0] in ("rung0", "recover", "confirm"))
+    done = Counter(
+        line
+        for line in (folder / "simulated.log").read_text().splitlines()
+        if line.split()[0] in ("rung0", "recover", "confirm")
+    )
     assert sum(n - 1 for n in done.values()) <= kills, "more than the work in flight was repeated"
     assert all(e.status != "running" for e in store.evaluations())
     view = load_view(store)
@@ -109,7 +118,9 @@ def test_sigkill_at_random_moments_loses_nothing(command, tmp_path):
     for point in view.confirmed:
         artifact = store.artifact(point.key)
         assert artifact is not None and sha256(artifact / CHECKSUMS)
-    assert {p.key for p in view.front} == {view.confirmed[i].key for i in non_dominated([p.vector(view.objectives) for p in view.confirmed])}
+    assert {p.key for p in view.front} == {
+        view.confirmed[i].key for i in non_dominated([p.vector(view.objectives) for p in view.confirmed])
+    }
     assert json.loads(out)["confirmed"] == len(view.confirmed)
 
 

@@ -48,14 +48,26 @@ def scores(nll: float, noise: int = 0) -> Scores:
     """Scores whose documents differ alike for every candidate, so that paired differences are narrow, but for `noise`."""
     hard, own = random.Random(0), random.Random(noise)
     spread = 0.01 if noise else 0.0
-    per_document = tuple(TARGETS * nll * hard.uniform(0.8, 1.2) * own.uniform(1 - spread, 1 + spread) for _ in range(DOCUMENTS))
+    per_document = tuple(
+        TARGETS * nll * hard.uniform(0.8, 1.2) * own.uniform(1 - spread, 1 + spread) for _ in range(DOCUMENTS)
+    )
     names, targets = tuple(f"d{i}" for i in range(DOCUMENTS)), (TARGETS,) * DOCUMENTS
     kl, agree = (TARGETS * 0.05,) * DOCUMENTS, (TARGETS * 0.9,) * DOCUMENTS
     return Scores(names, per_document, targets, kl, agree, targets)
 
 
-def confirm(store: Store, x: Candidate, nll: float, decode: float, megabytes: float, *, source: str = "sampler",
-            disturbed: bool = False, artifact: bool = True, noise: int = 0) -> str:
+def confirm(
+    store: Store,
+    x: Candidate,
+    nll: float,
+    decode: float,
+    megabytes: float,
+    *,
+    source: str = "sampler",
+    disturbed: bool = False,
+    artifact: bool = True,
+    noise: int = 0,
+) -> str:
     """Put a confirmed candidate with its artifact and outbox row into the store."""
     store.add_candidate(x, source, {})
     store.start(x.key, "confirmed")
@@ -67,36 +79,66 @@ def confirm(store: Store, x: Candidate, nll: float, decode: float, megabytes: fl
     found = quality_measurements(mine, scores(2.0), 3.6, "machine")
     kind: Any = "disturbed" if disturbed else "measured"
     for name, value, unit in (("decode_ms_per_token", decode, "ms/token"), ("ttft_ms", 14 * decode, "ms")):
-        found[name] = Measurement(value, unit, 0.98 * value, 1.02 * value, kind, 12, "machine", "corrected by the drift")
+        found[name] = Measurement(
+            value, unit, 0.98 * value, 1.02 * value, kind, 12, "machine", "corrected by the drift"
+        )
     found["peak_memory_bytes"] = Measurement.exact(megabytes * 1.4e6, "bytes")
     found["compressed_bytes"] = Measurement.exact(megabytes * 1e6, "bytes")
     found["bytes"] = Measurement.exact(megabytes * 1.1e6, "bytes")
-    assert store.finish(x.key, "confirmed", "complete", measurements=found, scores=mine, seconds=40.0, publish=True,
-                        artifact=(folder, "0" * 64) if artifact else None)
+    assert store.finish(
+        x.key,
+        "confirmed",
+        "complete",
+        measurements=found,
+        scores=mine,
+        seconds=40.0,
+        publish=True,
+        artifact=(folder, "0" * 64) if artifact else None,
+    )
     return x.key
 
 
 def score_rung0(store: Store, x: Candidate, nll: float, decode: float, megabytes: float) -> None:
     store.add_candidate(x, "sampler", {"layers": len(x.layers)})
     store.start(x.key, "rung0")
-    store.finish(x.key, "rung0", "complete", seconds=1.0, measurements={
-        "estimated_nll": Measurement(nll, "nats/token", 0.95 * nll, 1.05 * nll, "predicted"),
-        "decode_ms_per_token": Measurement(decode, "ms/token", 0.96 * decode, 1.04 * decode, "predicted"),
-        "ttft_ms": Measurement(14 * decode, "ms", 13 * decode, 15 * decode, "predicted"),
-        "bytes": Measurement.exact(megabytes * 1.1e6, "bytes"), "compressed_bytes": Measurement.exact(megabytes * 1e6, "bytes")})
+    store.finish(
+        x.key,
+        "rung0",
+        "complete",
+        seconds=1.0,
+        measurements={
+            "estimated_nll": Measurement(nll, "nats/token", 0.95 * nll, 1.05 * nll, "predicted"),
+            "decode_ms_per_token": Measurement(decode, "ms/token", 0.96 * decode, 1.04 * decode, "predicted"),
+            "ttft_ms": Measurement(14 * decode, "ms", 13 * decode, 15 * decode, "predicted"),
+            "bytes": Measurement.exact(megabytes * 1.1e6, "bytes"),
+            "compressed_bytes": Measurement.exact(megabytes * 1e6, "bytes"),
+        },
+    )
 
 
 def new_study(folder: Path) -> Store:
     """A study with settings and nothing evaluated. Its command and failure texts try to break out of the page."""
     meta: dict[str, Any] = {
-        "state": "running", "stage": "explore", "teacher": {"name": "stdlib-coder", "parameters": 5_800_000},
-        "profile": {"name": "local-cpu", "threads": 1, "cpu": "Zen 5"}, "seed": 7, "budget_s": 7200.0, "spent_s": 4321.0,
-        "spec": {"objectives": ["nll", "decode_ms_per_token", "compressed_bytes"], "budget": "2h", "limits": {"loss": 0.1}},
-        "versions": {"torch": "2.13.0", "onnxruntime": "1.32.0"}, "machine": {"cpu": "Zen 5", "cores": 2},
+        "state": "running",
+        "stage": "explore",
+        "teacher": {"name": "stdlib-coder", "parameters": 5_800_000},
+        "profile": {"name": "local-cpu", "threads": 1, "cpu": "Zen 5"},
+        "seed": 7,
+        "budget_s": 7200.0,
+        "spent_s": 4321.0,
+        "spec": {
+            "objectives": ["nll", "decode_ms_per_token", "compressed_bytes"],
+            "budget": "2h",
+            "limits": {"loss": 0.1},
+        },
+        "versions": {"torch": "2.13.0", "onnxruntime": "1.32.0"},
+        "machine": {"cpu": "Zen 5", "cores": 2},
         "fit_error": {"decode_ms_per_token": {"median": 0.014, "worst": 0.041, "points": 30}},
-        "calibration": {"points": 6, "median_error": 0.021}, "space_size": 1.2e9,
+        "calibration": {"points": 6, "median_error": 0.021},
+        "space_size": 1.2e9,
         "command": f"paretune search --study 'night' --note {EVIL}",
-        "seconds_by_stage": {"baselines": 300.0, "elastic": 1500.0, "explore": 1400.0, "recover": 1121.0}}
+        "seconds_by_stage": {"baselines": 300.0, "elastic": 1500.0, "explore": 1400.0, "recover": 1121.0},
+    }
     return Store.create(folder, meta)
 
 
@@ -113,8 +155,12 @@ def fill(store: Store) -> None:
         decode = 0.08 + 0.28 * work * (2.4 if fmt.bits == 32 else 1)
         score_rung0(store, candidate(layers, ffn, fmt, pattern), nll, decode, 0.7 * fmt.bits * (0.2 + 0.8 * work))
     for layers, ffn, fmt, nll, decode, megabytes in (
-            (5, 576, INT4, 2.10, 0.27, 2.9), (4, 512, INT4, 2.19, 0.21, 2.2), (4, 448, INT8, 2.16, 0.22, 3.5),
-            (3, 384, INT8, 2.60, 0.24, 3.6), (2, 256, INT4, 2.75, 0.13, 1.2)):
+        (5, 576, INT4, 2.10, 0.27, 2.9),
+        (4, 512, INT4, 2.19, 0.21, 2.2),
+        (4, 448, INT8, 2.16, 0.22, 3.5),
+        (3, 384, INT8, 2.60, 0.24, 3.6),
+        (2, 256, INT4, 2.75, 0.13, 1.2),
+    ):
         confirm(store, candidate(layers, ffn, fmt), nll, decode, megabytes)
     confirm(store, candidate(4, 576, INT4), 2.1897, 0.212, 2.2, noise=1)
     confirm(store, candidate(3, 512, INT4), 2.30, 0.17, 1.9, disturbed=True)
@@ -143,7 +189,9 @@ class Recorded:
         return [run for run in found if run.data.tags["paretune.study"] == self.store.folder.name]
 
     def children(self) -> dict[str, Any]:
-        return {run.data.tags["paretune.candidate"]: run for run in self.runs() if "paretune.candidate" in run.data.tags}
+        return {
+            run.data.tags["paretune.candidate"]: run for run in self.runs() if "paretune.candidate" in run.data.tags
+        }
 
     @property
     def parent(self) -> Any:
@@ -195,9 +243,18 @@ def test_report_says_what_a_reader_needs(view: StudyView) -> None:
     assert f"★ Deploy {chosen.chosen.name} <code>{chosen.chosen.key[:8]}" in page
     for point in view.front:
         assert point.key[:8] in page and f"artifacts/{point.key}" in page
-    for wanted in ("teacher fp32", "disturbed: decode per token, TTFT; the rest measured", "tied with", "limits.loss",
-                   "decode_ms_per_token.median",
-                   "paretune search", "elastic", "30</b><span>scored at rung 0 (estimates) of 1.2e+09 possible", "1 h 12 min", "2.13.0"):
+    for wanted in (
+        "teacher fp32",
+        "disturbed: decode per token, TTFT; the rest measured",
+        "tied with",
+        "limits.loss",
+        "decode_ms_per_token.median",
+        "paretune search",
+        "elastic",
+        "30</b><span>scored at rung 0 (estimates) of 1.2e+09 possible",
+        "1 h 12 min",
+        "2.13.0",
+    ):
         assert wanted in page, wanted
 
 
@@ -239,7 +296,11 @@ def test_png_is_a_picture_with_colours(view: StudyView, tmp_path: Path) -> None:
 def test_every_point_is_drawn_once(view: StudyView) -> None:
     counts = {group.name: len(group.points) for group in groups(view)}
     assert sum(counts.values()) == len(view.rung0) + len(view.confirmed)
-    assert counts["estimated (rung 0)"] == 30 and counts["teacher, unchanged"] == 3 and counts["disturbed, not ranked"] == 1
+    assert (
+        counts["estimated (rung 0)"] == 30
+        and counts["teacher, unchanged"] == 3
+        and counts["disturbed, not ranked"] == 1
+    )
     assert counts["front, tied"] == 1 and len(view.ties) == 1
     drawn = {p.key for group in groups(view) if group.name.startswith("front") for p in group.points}
     assert drawn == {p.key for p in view.front if p.source != "baseline"}
@@ -278,8 +339,11 @@ def test_staircase_only_descends(view: StudyView) -> None:
 
 
 def test_one_hopeless_estimate_does_not_flatten_the_front(view: StudyView) -> None:
-    bad = dataclasses.replace(view.rung0[0], measurements=view.rung0[0].measurements | {
-        "estimated_nll": Measurement(50.0, "nats/token", 40.0, 60.0, "predicted")})
+    bad = dataclasses.replace(
+        view.rung0[0],
+        measurements=view.rung0[0].measurements
+        | {"estimated_nll": Measurement(50.0, "nats/token", 40.0, 60.0, "predicted")},
+    )
     shown = window(dataclasses.replace(view, rung0=(*view.rung0, bad)), "nll")
     assert shown is not None and shown[1] < 5.0 and shown[0] < 2.0
 
@@ -371,7 +435,11 @@ def test_an_interrupted_drain_completes_its_child(recorded: Recorded) -> None:
     recorded.store.refill_outbox()
     assert try_drain(recorded.home, recorded.store, recorded.view) is None
     again = recorded.children()[point.key]
-    assert again.info.run_id == run.info.run_id and again.info.status == "FINISHED" and again.data.tags["source"] == point.source
+    assert (
+        again.info.run_id == run.info.run_id
+        and again.info.status == "FINISHED"
+        and again.data.tags["source"] == point.source
+    )
 
 
 def test_what_fails_in_mlflow_stays_in_the_outbox(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,10 +561,15 @@ def test_ui_needs_a_database_and_a_free_port(recorded: Recorded, tmp_path: Path)
 
 def test_ui_serves_and_ends_with_its_workers(recorded: Recorded) -> None:
     port = closed_port()
-    code = ("import sys; from pathlib import Path; from paretune.tracking.ui import serve_ui; "
-            "sys.exit(serve_ui(Path(sys.argv[1]), int(sys.argv[2])))")
-    process = subprocess.Popen([sys.executable, "-c", code, str(recorded.home), str(port)],
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    code = (
+        "import sys; from pathlib import Path; from paretune.tracking.ui import serve_ui; "
+        "sys.exit(serve_ui(Path(sys.argv[1]), int(sys.argv[2])))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(recorded.home), str(port)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     try:
         assert answers(port, 90)
         process.terminate()

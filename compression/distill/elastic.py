@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from paretune.compression.distill.loss import distillation_loss
+from paretune.compression.distill.loss import SoftLabels, distillation_loss
 from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.prune import Importance, importance, layer_statistics, slice_weights, sort_by_importance
 from paretune.compression.student import Network
@@ -129,7 +129,7 @@ class ElasticTrainer:
         generator = torch.Generator().manual_seed(self.recipe.seed * 7_919 + self.step_count)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                target = self.network(self.shape.layers)(self.teacher_weights, ids)
+                target = SoftLabels(self.network(self.shape.layers)(self.teacher_weights, ids))
             losses = []
             for candidate in self._students(generator):
                 logits = self.network(len(candidate.layers))(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from paretune.compression.distill.loss import distillation_loss
+from paretune.compression.distill.loss import SoftLabels, distillation_loss
 from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.student import Network, quantized_weights
 from paretune.spaces.candidate import Candidate
@@ -65,7 +65,7 @@ def recover(
         with machine(), torch.autocast("cpu", torch.bfloat16):
             ids = batches.at(step)
             with torch.no_grad():
-                target = networks(depth)(teacher_weights, ids)
+                target = SoftLabels(networks(depth)(teacher_weights, ids))
             masked = {name: value * masks[name] if name in masks else value for name, value in parameters.items()}
             if qat:
                 with network.activations(candidate):

@@ -53,7 +53,8 @@ def write_artifact(
         save_model(model, temporary / MODEL)
         _write_tokenizer(teacher, temporary / "onnx")
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
-        _write_hugging_face(temporary / "hf", teacher, candidate, weights)
+        if len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1:  # what a standard config can express
+            _write_hugging_face(temporary / "hf", teacher, candidate, weights)
         sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
         describe_artifact(
             temporary,

@@ -1,7 +1,7 @@
 """Structural pruning as prefixes: sort every width once by activation importance, then a student is a slice.
 
-FFN neurons are ranked by the mean activation magnitude at the input of down_proj, KV groups by that at o_proj (Minitron,
-arXiv 2407.14679), layers by block influence (ShortGPT, arXiv 2403.03853), the first and the last layer always kept.
+FFN neurons are ranked by the L2 norm of their activations at the input of down_proj, KV groups by that at o_proj (as in
+Minitron, arXiv 2407.14679), layers by block influence (ShortGPT, arXiv 2403.03853), the first and the last layer always kept.
 Sorting permutes rows and columns together, so the sorted model computes what the model computed.
 """
 

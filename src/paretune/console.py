@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from paretune.objectives.measurement import Measurement
     from paretune.search.view import Point, StudyView
 
-talk = Console(stderr=True, highlight=False)
+talk = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
 STAGES = {
     "baselines": "confirming the baselines",
     "fit": "measuring for the latency fit",
@@ -72,7 +72,7 @@ def front_table(view: StudyView, title: str = "") -> Table:
         table.add_row(
             point.name,
             point.key[:8],
-            show(m.get("nll")),
+            f"{m['nll'].value:.3f}",
             show(m.get("relative_loss"), "%"),
             show(m.get("decode_ms_per_token")),
             show(m.get("ttft_ms")),
@@ -113,7 +113,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        talk.print(f"[dim]{duration(time.monotonic() - self.start):>7}[/dim]  {text}")
+        talk.print(f"[dim]{duration(time.monotonic() - self.start):>7}[/dim]  {text}", soft_wrap=True)
 
     def update(self, doing: str, every_s: float = 15.0) -> None:
         """What is going on; in a log at most every `every_s` seconds."""
