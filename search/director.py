@@ -390,8 +390,10 @@ class Director:
         known = {**e.measurements, **self.predictions(candidate)}
         teacher = self._teacher_nll()[1]
         loss = self.estimated_nll(candidate, e.scores).value / teacher - 1
-        found = {name: known[name].value / limit - 1 for name, limit in sorted(self.spec.limits.items())}
-        return {"loss": loss / self.spec.loss_of_interest - 1, **found}
+        found = {"loss": loss / self.spec.loss_of_interest - 1}
+        for name, limit in sorted(self.spec.limits.items()):
+            found[name] = known[name].value / limit - 1
+        return found
 
     def estimated_nll(self, candidate: Candidate, scores: Scores) -> Measurement:
         """Calibrated estimate of the confirmed NLL on the report split."""

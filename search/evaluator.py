@@ -245,7 +245,8 @@ class Evaluator:
         with EngineChild(space.profile.cores) as child:
             child.ask(do="load", path=str(model), threads=space.profile.cores)
             child.ask(timeout_s=3600.0, do="score", **request)
-        extra = {} if is_teacher else {name: np.load(out[name]) for name in ("kl", "agree")}
+        itself = {"kl": np.zeros(m), "agree": windows.targets[:m]}
+        extra = itself if is_teacher else {name: np.load(out[name]) for name in ("kl", "agree")}
         scores = _scores(windows, names, np.load(out["nll"]), m, **extra)
         for path in out.values():
             Path(path).unlink(missing_ok=True)

@@ -9,9 +9,8 @@ from typing import Any
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune import slice_weights
-from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.files import write_atomically
-from paretune.objectives.lane import Lane, LaneResult
+from paretune.objectives.lane import Lane, LaneResult, Pair
 from paretune.search.reference import open_lane
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
@@ -38,12 +37,11 @@ class Measuring:
         return self._lane
 
     def close(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
+        """Nothing is held between visits."""
 
-    def measure(self, candidate: Candidate, model: Path, child: EngineChild | None = None) -> LaneResult:
-        """One visit to the lane; `child` reuses an engine."""
-        result = self.lane().measure(model, child)
+    def measure(self, candidate: Candidate, model: Path, pair: Pair | None = None) -> LaneResult:
+        """Several visits with fresh processes, or one with the children of `pair`."""
+        result = self.lane().measure(model) if pair is None else self.lane().quick(model, pair)
         if result.stable:
             found = {name: result.measurements[name].to_dict() for name in LATENCY}
             kept = {"candidate": json.loads(candidate.to_json()), **found}
@@ -61,9 +59,9 @@ class Measuring:
             self._rough, self._deadline = [], time.monotonic() + min(work.options["seconds"], work.seconds_left)
         start = time.monotonic()
         if self._missing:
-            with EngineChild(self.space.profile.threads) as child:
+            with self.lane().pair() as pair:
                 while self._missing and time.monotonic() < min(start + SLICE_S, self._deadline):
-                    self._measure_random(self._missing.pop(0), child)
+                    self._measure_random(self._missing.pop(0), pair)
         if self._missing and time.monotonic() < self._deadline:
             return Outcome(done=False, facts={"missing": len(self._missing)})
         kept = self.all_kept()
@@ -71,7 +69,7 @@ class Measuring:
         skipped, self._missing = len(self._missing), None
         return Outcome(facts={"kept": kept + disturbed, "missing": skipped, "disturbed": len(disturbed)})
 
-    def _measure_random(self, candidate: Candidate, child: EngineChild) -> None:
+    def _measure_random(self, candidate: Candidate, pair: Pair) -> None:
         """Measure a candidate with the sorted teacher's weights: values do not change the time."""
         weights, order = self.space.sorted_teacher
         shape = self.space.teacher.shape
@@ -81,7 +79,7 @@ class Measuring:
             slice_weights(weights, candidate, order, shape), candidate, self.space.teacher.config, shape
         )
         save_model(graph, model)
-        result = self.measure(candidate, model, child)
+        result = self.measure(candidate, model, pair)
         if not result.stable:
             found = {name: result.measurements[name].value for name in LATENCY}
             self._rough.append({"candidate": json.loads(candidate.to_json()), **found})

@@ -104,6 +104,8 @@ def point_dict(point: Point) -> dict[str, Any]:
 def _among(view: StudyView, feasible: Sequence[Point], bounds: dict[str, float]) -> str:
     if not bounds:
         return f"of the {len(view.front)} front members"
+    if len(feasible) == 1:
+        return f"because it is the only one of {len(view.front)} front members within the limits"
     return f"of the {len(feasible)} front members (of {len(view.front)}) within the limits"
 
 

@@ -98,11 +98,7 @@ def remeasure(artifact: Path, profile_name: str, home: Path) -> Remeasured:
 
     facts = check_artifact(artifact)
     profile = load_profile(profile_name, home)
-    lane = open_lane(home / "cache", profile, MachineLock())
-    try:
-        found = lane.measure((artifact / MODEL).resolve()).measurements
-    finally:
-        lane.close()
+    found = open_lane(home / "cache", profile, MachineLock()).measure((artifact / MODEL).resolve()).measurements
     kept = (
         {name: Measurement.from_dict(data) for name, data in facts.get("measurements", {}).items()}
         if facts.get("profile") == profile.name

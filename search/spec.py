@@ -51,7 +51,7 @@ class Spec(BaseModel):
     loss_of_interest: float = Field(default=0.25, gt=0)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)
-    fit_points: int = Field(20, ge=8, le=200)
+    fit_points: int = Field(24, ge=8, le=200)
     max_candidates: int = Field(2000, ge=1)
     finalists: int = Field(16, ge=1)
     shares: Shares = Shares()
@@ -100,6 +100,10 @@ def make_spec(file: Path | None, preset: str | None, options: dict[str, Any]) ->
     if file is not None:
         merged |= load_model(file, Spec).model_dump(exclude_unset=True)
     merged |= {name: value for name, value in options.items() if value is not None}
+    for name in ("teacher", "data"):  # the same search from another directory is the same search
+        value = merged.get(name)
+        if isinstance(value, str) and Path(value).exists():
+            merged[name] = str(Path(value).resolve())
     try:
         return Spec.model_validate(merged)
     except ValidationError as error:

@@ -32,7 +32,8 @@ def night(tmp_path_factory, tiny_teacher_dir, tiny_text):
     """A finished search: (working directory, its JSON)."""
     folder = tmp_path_factory.mktemp("night")
     (folder / "spec.yaml").write_text(
-        f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 110s\nfit_points: 12\nfinalists: 4\nmax_candidates: 45\nshares: {{elastic: 0.1}}\n"
+        f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 110s\n"
+        "fit_points: 12\nfinalists: 4\nmax_candidates: 45\nshares: {elastic: 0.1}\n"
     )
     done = paretune("search", "spec.yaml", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -53,7 +53,7 @@ def command(tmp_path):
 def group_members(group):
     """Processes of the search's own process group that still live (a zombie waits for init, it does not live)."""
     found = []
-    for path in filter(str.isdigit, os.listdir("/proc")):
+    for path in (p.name for p in Path("/proc").glob("[0-9]*")):
         try:
             state = Path(f"/proc/{path}/stat").read_text().rsplit(")", 1)[1].split()[0]
             if os.getpgid(int(path)) == group and state != "Z":

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +23,8 @@ from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles import Infeasible, MachineLock
 from paretune.objectives import LatencyFit, Measurement, Scores, design, paired_difference, quality_measurements
 from paretune.objectives import lane as lane_module
-from paretune.objectives.lane import Lane, Nominal, median_interval
+from paretune.objectives import turns as turns_module
+from paretune.objectives.lane import Lane, Nominal, moderated_interval
 from paretune.objectives.latency_fit import MIN_POINTS, features, params_times_bits
 from paretune.objectives.quality import sum_by_document
 from paretune.spaces import Candidate, Format, Layer, Shape, Space
@@ -143,18 +144,6 @@ def test_measurements_survive_json_and_know_overlap() -> None:
     assert (exact.low, exact.high, exact.provenance) == (5, 5, "measured")
 
 
-def test_the_interval_of_a_median_against_the_slow_bootstrap() -> None:
-    values = np.random.default_rng(1).normal(10, 1, 24).tolist()
-    value, low, high = median_interval(values)
-    assert value == float(np.median(values))
-    generator = np.random.default_rng(99)
-    medians = sorted(float(np.median(generator.choice(values, 24))) for _ in range(4000))
-    assert low == pytest.approx(medians[100], abs=0.2 * (high - low))
-    assert high == pytest.approx(medians[3900], abs=0.2 * (high - low))
-    assert median_interval([3.0] * 8) == (3.0, 3.0, 3.0)
-    assert low <= value <= high
-
-
 LAW = np.array([0.05, 0.03, 1.2, 0.4, 2.0, 0.3, 0.5, 1.1, 0.35, 1.9, 0.28, 0.45, 0.02])
 
 
@@ -229,25 +218,25 @@ class FakeChild:
 
     pid = os.getpid()
     speed = staticmethod(itertools.repeat(1.0).__next__)
+    table: ClassVar = {"reference.onnx": (2.0, 30.0), "x.onnx": (1.0, 15.0)}
 
-    def __init__(self, _threads: int, decode: float = 2.0, ttft: float = 30.0) -> None:
-        self.decode, self.ttft, self.asked, self.closed = decode, ttft, [], False
+    def __init__(self, _threads: int, pinned: bool = False) -> None:
+        self.pinned, self.loaded = pinned, ""
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        self.asked.append(request["do"])
+        if request["do"] == "load":
+            self.loaded = Path(request["path"]).name
         if request["do"] == "time":
             slow = FakeChild.speed()
-            return {"ttft_ms": self.ttft * slow, "step_ms": [self.decode * slow] * request["tokens"], "cpu_s": 0.0}
-        return {"peak_bytes": 1000 + 500 * ("load" in self.asked), "load_ms": 5.0}
-
-    def close(self) -> None:
-        self.closed = True
+            decode, ttft = self.table[self.loaded]
+            return {"ttft_ms": ttft * slow, "step_ms": [decode * slow] * request["tokens"], "cpu_s": 0.0}
+        return {"peak_bytes": 1000 + 500 * bool(self.loaded), "load_ms": 5.0}
 
     def __enter__(self) -> FakeChild:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Nothing to end."""
 
 
 class Kept:
@@ -264,23 +253,19 @@ class Kept:
 @pytest.fixture
 def fake_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lane]:
     monkeypatch.setattr(lane_module, "EngineChild", FakeChild)
-    monkeypatch.setattr(lane_module, "_busy_seconds", lambda: 0.0)
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda: 0.0)
     monkeypatch.setattr(lane_module.time, "sleep", lambda _s: None)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
     return lambda kept: Lane(tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), kept)
 
 
 def test_the_lane_multiplies_the_ratio_with_the_references_nominal(fake_lane: Callable[..., Lane]) -> None:
-    lane = fake_lane(Kept(Nominal(1.9, 31.0)))
-    result = lane.measure(Path("x.onnx"), FakeChild(1, decode=1.0, ttft=15.0))  # type: ignore[arg-type]
+    result = fake_lane(Kept(Nominal(1.9, 31.0))).measure(Path("x.onnx"))
     assert result.stable
     assert result.measurements["decode_ms_per_token"].value == pytest.approx(0.95)
     assert result.measurements["ttft_ms"].value == pytest.approx(15.5)
     assert result.measurements["decode_ms_per_token"].provenance == "measured"
-    assert "peak_memory_bytes" not in result.measurements
-    fresh = lane.measure(Path("x.onnx")).measurements
-    assert fresh["peak_memory_bytes"].value == 500
-    assert fresh["decode_ms_per_token"].value == pytest.approx(1.9)
+    assert result.measurements["peak_memory_bytes"].value == 500
 
 
 def test_a_machine_that_slows_down_for_both_changes_nothing(
@@ -289,7 +274,7 @@ def test_a_machine_that_slows_down_for_both_changes_nothing(
     """Slower by 0.05 % every turn. The candidate comes in the middle of every R C C R, so that a linear drift cancels."""
     lane = fake_lane(Kept(Nominal(2.0, 30.0)))
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.count(1.0, 0.0005).__next__))
-    found = lane.measure(Path("x.onnx"), FakeChild(1, decode=1.0)).measurements["decode_ms_per_token"]  # type: ignore[arg-type]
+    found = lane.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
     assert found.value == pytest.approx(1.0, rel=1e-3)
     assert found.provenance == "measured"
 
@@ -300,9 +285,11 @@ def test_a_reference_far_from_its_nominal_is_disturbed(
 ) -> None:
     lane = fake_lane(Kept(Nominal(2.0, 30.0)))
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(factor).__next__))
-    result = lane.measure(Path("x.onnx"), FakeChild(1))  # type: ignore[arg-type]
+    result = lane.measure(Path("x.onnx"))
     assert not result.stable
-    assert {m.provenance for m in result.measurements.values()} == {"disturbed"}
+    assert {result.measurements[n].provenance for n in ("decode_ms_per_token", "ttft_ms", "decode_p90_ms")} == {
+        "disturbed"
+    }
 
 
 def test_the_nominal_is_learnt_only_when_the_machine_is_quiet(
@@ -311,27 +298,47 @@ def test_the_nominal_is_learnt_only_when_the_machine_is_quiet(
     kept = Kept()
     lane = fake_lane(kept)
     busy = itertools.count(0, 1000)
-    monkeypatch.setattr(lane_module, "_busy_seconds", lambda: float(next(busy)))
-    assert not lane.measure(Path("x.onnx"), FakeChild(1)).stable  # type: ignore[arg-type]
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda: float(next(busy)))
+    assert not lane.measure(Path("x.onnx")).stable
     assert kept.value is None
-    monkeypatch.setattr(lane_module, "_busy_seconds", lambda: 0.0)
-    assert lane.measure(Path("x.onnx"), FakeChild(1)).stable  # type: ignore[arg-type]
-    assert kept.value == Nominal(2.0, 30.0)
-    lane.close()
-    assert lane.reference.closed  # type: ignore[attr-defined]
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda: 0.0)
+    assert lane.measure(Path("x.onnx")).stable
+    assert kept.value == Nominal(2.0, 30.0, lane_module.LEAST_SPREAD, lane_module.LEAST_SPREAD)
 
 
-def test_a_noisy_candidate_gets_more_rounds_and_an_interval(
+def test_processes_that_differ_widen_the_interval(
     fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lane = fake_lane(Kept(Nominal(2.0, 30.0)))
-    quiet = lane.measure(Path("x.onnx"), FakeChild(1)).measurements["decode_ms_per_token"]  # type: ignore[arg-type]
+    quiet = lane.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
     noise = np.random.default_rng(0)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: float(noise.lognormal(0, 0.15))))
-    noisy = lane.measure(Path("x.onnx"), FakeChild(1)).measurements["decode_ms_per_token"]  # type: ignore[arg-type]
-    assert (quiet.samples, quiet.low, quiet.high) == (8, quiet.value, quiet.value)
-    assert noisy.samples == 24
-    assert noisy.low < noisy.value < noisy.high
+    noisy = lane.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
+    assert quiet.samples == lane_module.VISITS * turns_module.ROUNDS
+    assert quiet.low < quiet.value < quiet.high, "the machine's own spread is always in the interval"
+    assert noisy.high - noisy.low > 3 * (quiet.high - quiet.low)
+
+
+def test_the_moderated_interval_is_students_when_the_prior_has_no_weight() -> None:
+    """Against scipy's own t interval; and with a prior of the same spread it is narrower."""
+    from scipy import stats
+
+    values = [1.0, 1.04, 0.97, 1.01]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert moderated_interval(values, 0.5, prior_df=0) == pytest.approx((np.mean(values), low, high))
+    spread = float(np.std(values, ddof=1) / np.mean(values))
+    _, narrow_low, narrow_high = moderated_interval(values, spread, prior_df=20)
+    assert low < narrow_low < narrow_high < high
+
+
+def test_one_visit_reuses_a_pair(fake_lane: Callable[..., Lane]) -> None:
+    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
+    with lane.pair() as pair:
+        found = lane.quick(Path("x.onnx"), pair).measurements
+        again = lane.quick(Path("reference.onnx"), pair).measurements
+    assert found["decode_ms_per_token"].value == pytest.approx(1.0)
+    assert again["decode_ms_per_token"].value == pytest.approx(2.0)
+    assert pair.reference.pinned and pair.candidate.pinned  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -344,12 +351,10 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Teacher) -> Pa
 
 
 @pytest.fixture
-def lane(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lane]:
-    monkeypatch.setattr(lane_module, "RETRIES", 0)
-    monkeypatch.setattr(lane_module, "MAX_ROUNDS", 8)
-    lane = Lane(model, 1, "print", MachineLock(tmp_path / "lock"), Kept())
-    yield lane
-    lane.close()
+def lane(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lane:
+    for name, value in (("RETRIES", 0), ("VISITS", 2), ("NOMINAL_VISITS", 2)):
+        monkeypatch.setattr(lane_module, name, value)
+    return Lane(model, 1, "print", MachineLock(tmp_path / "lock"), Kept())
 
 
 def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
@@ -363,7 +368,7 @@ def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
         assert found[name].fingerprint == "print"
     assert found["peak_memory_bytes"].value > 0
     assert found["load_ms"].value > 0
-    assert found["decode_p90_ms"].samples == 8 * 2 * lane_module.NEW_TOKENS
+    assert found["decode_p90_ms"].samples >= 2 * 4 * 2 * turns_module.NEW_TOKENS
 
 
 def test_a_busy_machine_is_called_disturbed(lane: Lane, model: Path) -> None:
@@ -411,5 +416,6 @@ def test_timing_happens_under_the_exclusive_lock(
 
     monkeypatch.setattr(MachineLock, "exclusive", watched)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: seen.append(bool(held)) or 1.0))
-    lane.measure(Path("x.onnx"), FakeChild(1))  # type: ignore[arg-type]
-    assert seen == [False] + [True] * 32, "one warm-up, then eight rounds of four turns under the lock"
+    with lane.pair() as pair:
+        lane.quick(Path("x.onnx"), pair)
+    assert seen == [False, False] + [True] * 32, "a warm-up each, then eight rounds of four turns under the lock"

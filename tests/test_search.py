@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 
+from paretune.hardware_profiles import NothingFeasible, UsageError
+from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.budget import Budget
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
@@ -20,8 +22,6 @@ from paretune.search.store import Store
 from paretune.search.tune_search import JointSearch
 from paretune.search.view import load_view, tied
 from paretune.search.work import Outcome, Work
-from paretune.hardware_profiles import NothingFeasible, UsageError
-from paretune.hardware_profiles.profile import detected_profile
 from paretune.spaces.space import Space
 from paretune.teachers import load_teacher
 
@@ -119,7 +119,7 @@ def test_recommendations_keep_limits_and_say_why(finished):
     assert all(p.measurements["decode_ms_per_token"].value > limit for p in better)
     fastest = recommend(view, Limits(loss=0.01)).chosen
     assert fastest.measurements["relative_loss"].value <= 0.01
-    with pytest.raises(NothingFeasible, match="nearest is .*decode_ms_per_token is"):
+    with pytest.raises(NothingFeasible, match=r"nearest is .*decode_ms_per_token is"):
         recommend(view, Limits(latency_ms=1e-6))
     with pytest.raises(UsageError, match="must be positive"):
         recommend(view, Limits(latency_ms=-1.0))

@@ -57,7 +57,7 @@ def test_an_evaluation_that_kills_its_process_is_given_up(tmp_path):
 
 def test_second_writer_is_refused_and_reader_is_not(tmp_path):
     store = new_store(tmp_path)
-    with pytest.raises(EnvironmentProblem, match="running on the study 'one'.*pid"):
+    with pytest.raises(EnvironmentProblem, match=r"running on the study 'one'.*pid"):
         Store.open_study(tmp_path / "one")
     assert Store.reader(tmp_path / "one").meta("state") == "new"
     store.close()

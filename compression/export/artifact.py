@@ -197,6 +197,7 @@ def _write_hugging_face(
         folder / "model.safetensors",
         {"format": "pt"},
     )
+    (folder / "model.safetensors").chmod(0o644)
     _write_tokenizer(teacher, folder)
 
 

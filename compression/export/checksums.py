@@ -31,9 +31,10 @@ def check_artifact(folder: Path) -> dict[str, Any]:
             )
         if not path.is_file() or sha256(path) != digest:
             raise UsageError(f"{path} is missing or differs from its checksum", "copy the artifact again")
-    for path in (folder / MODEL, folder / FACTS):
+    present = {path for path in folder.rglob("*") if path.is_file() and path != sums}
+    for path in sorted({folder / MODEL, folder / FACTS} | present):
         if path not in listed:
-            raise UsageError(f"{sums} does not vouch for {path}", "copy the artifact again")
+            raise UsageError(f"{sums} does not vouch for {path}", "copy the artifact again, and put nothing into it")
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
     return facts
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def search(
     spec_file: Annotated[
-        Path | None, typer.Argument(metavar="[SPEC.yaml]", help="Settings; options override them.")
+        Path | None, typer.Argument(metavar="SPEC.yaml", help="Settings; options override them.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
     teacher: Annotated[
@@ -123,8 +124,8 @@ def search(
     from paretune.search.spec import make_spec
 
     options = {
-        "teacher": _absolute_teacher(teacher),
-        "data": str(Path(data).resolve()) if data else None,
+        "teacher": teacher,
+        "data": data,
         "field": field,
         "profile": profile,
         "budget": budget,
@@ -196,8 +197,8 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bo
         for sentence in found.why:
             talk.print(f"  · {sentence}", soft_wrap=True)
         artifact = view.folder / "artifacts" / found.chosen.key
-        talk.print(f'  paretune generate {_short(artifact)} --prompt "def "', soft_wrap=True, markup=False)
-    talk.print(f"report: {_short(view.folder / 'report.html')}   MLflow: paretune ui", soft_wrap=True)
+        talk.print(f'  {_program()} generate {_short(artifact)} --prompt "def "', soft_wrap=True, markup=False)
+    talk.print(f"report: {_short(view.folder / 'report.html')}   MLflow: {_program()} ui", soft_wrap=True)
     if left:
         talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
     if code == 3:
@@ -347,7 +348,9 @@ def measure(
 
 
 @app.command()
-def ui(home: Home = HOME, port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
+def ui(
+    home: Home = HOME, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000
+) -> None:
     """Open the MLflow UI on this home: one worker, loopback only."""
     from paretune.tracking.ui import serve_ui
 
@@ -377,7 +380,9 @@ def hardware_list(home: Home = HOME, json: Json = False) -> None:
 
 
 @hardware.command("show")
-def hardware_show(name: Annotated[str, typer.Argument()] = "local-cpu", home: Home = HOME, json: Json = False) -> None:
+def hardware_show(
+    name: Annotated[str, typer.Argument(help="Name or YAML file.")] = "local-cpu", home: Home = HOME, json: Json = False
+) -> None:
     """A profile as YAML."""
     from paretune.hardware_profiles.profile import load_profile
     from paretune.hardware_profiles.yaml_file import dump_model
@@ -469,8 +474,9 @@ def _folder(study: str | None, home: Path) -> Path:
     return found[-1].parent
 
 
-def _absolute_teacher(teacher: str | None) -> str | None:
-    return str(Path(teacher).resolve()) if teacher and Path(teacher).is_dir() else teacher
+def _program() -> str:
+    """How this shell would call us again."""
+    return "paretune" if shutil.which("paretune") else str(_short(Path(sys.argv[0]).absolute()))
 
 
 def _bytes(text: str | None, option: str) -> float | None:
