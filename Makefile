@@ -36,6 +36,8 @@ bench: install
 	$(BIN)/python benchmarks/run.py $(NAME)
 
 docs: install
+	@$(PIP) install -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_pictures.py
 
 clean:

@@ -132,7 +132,7 @@ class Evaluator:
         masks = self.space.masks(candidate, dense)
         before = _masked(dense, masks)
         space = self.space
-        batch = space.elastic_recipe.batch
+        batch = space.batch_within_memory(RecoveryRecipe.batch)
         recipe = RecoveryRecipe(work.options["tokens"], context=space.window, batch=batch, seed=space.spec.seed + 1)
         deadline = time.monotonic() + work.seconds_left
         after, facts = recover(

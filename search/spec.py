@@ -24,8 +24,8 @@ class Shares(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     elastic: float = Field(default=0.25, ge=0, le=0.9, description="elastic student")
-    explore: float = Field(default=0.30, gt=0, le=0.9, description="rung-0 candidates")
-    confirm: float = Field(default=0.35, gt=0, le=0.9, description="recovery and confirmation")
+    explore: float = Field(default=0.26, gt=0, le=0.9, description="rung-0 candidates")
+    confirm: float = Field(default=0.40, gt=0, le=0.9, description="recovery and confirmation")
 
 
 class Spec(BaseModel):
@@ -53,7 +53,7 @@ class Spec(BaseModel):
     report_tokens: int = Field(40_000, ge=256)
     fit_points: int = Field(24, ge=8, le=200)
     max_candidates: int = Field(2000, ge=1)
-    finalists: int = Field(16, ge=1)
+    finalists: int = Field(9, ge=1)
     shares: Shares = Shares()
 
     @field_validator("budget")

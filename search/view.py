@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,10 +59,18 @@ class Point:
         return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {x.attention_format.name}/{x.ffn_format.name}{sparse}"
 
     def value(self, objective: str) -> Measurement:
-        """The measurement of an objective; a rung-0 point answers `nll` with its estimate."""
-        if self.kind == "rung0" and objective == "nll":
+        """The measurement of an objective. A rung-0 point answers `nll` with its estimate, a confirmed one with the interval
+        of its paired difference to the teacher: how hard the text is says nothing about which of two models is better."""
+        if objective == "nll" and self.kind == "rung0":
             return self.measurements["estimated_nll"]
-        return self.measurements[objective]
+        found = self.measurements[objective]
+        increase = self.measurements.get("nll_increase")
+        if objective != "nll" or increase is None:
+            return found
+        shift = found.value - increase.value
+        return replace(
+            found, low=increase.low + shift, high=increase.high + shift, note="interval paired with the teacher"
+        )
 
     def vector(self, objectives: Sequence[str]) -> Vector:
         return tuple(self.value(name).value for name in objectives)

@@ -109,14 +109,15 @@ class Workspace:
             self._networks[depth] = Network(self.teacher.config, self.teacher.shape, depth)
         return self._networks[depth]
 
+    def batch_within_memory(self, wanted: int) -> int:
+        """`wanted` windows, or fewer where the logits of a batch would pass 16M numbers."""
+        return max(1, min(wanted, 2**24 // (self.window * self.teacher.shape.vocab)))
+
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
         seconds = round(self.spec.budget_s * self.spec.shares.elastic, 1)
         return ElasticRecipe(
-            seconds,
-            context=self.window,
-            batch=max(1, min(16, 2**24 // (self.window * self.teacher.shape.vocab))),
-            seed=self.spec.seed,
+            seconds, context=self.window, batch=self.batch_within_memory(ElasticRecipe.batch), seed=self.spec.seed
         )
 
     @cached_property

@@ -130,7 +130,7 @@ def proposals(store):
 
 
 def test_an_interrupted_search_proposes_what_the_uninterrupted_one_does(tmp_path):
-    ready = make_ready(budget="200s")
+    ready = make_ready(budget="260s")
     whole = create_study(ready, tmp_path / "a", "s", "x")
     simulate(ready, whole, tmp_path / "a")
     broken = create_study(ready, tmp_path / "b", "s", "x")

@@ -118,6 +118,8 @@ def measurement(point: Point, name: str) -> Measurement | None:
     """A point's measurement, None where this fidelity has none (a rung-0 point has no peak memory)."""
     if name == "nll" and point.kind == "rung0":
         return point.measurements.get("estimated_nll")
+    if name == "nll" and "nll" in point.measurements:
+        return point.value("nll")  # its interval is the paired one
     return point.measurements.get(name)
 
 

@@ -100,7 +100,7 @@ def _headline(view: StudyView, chosen: Recommendation | None) -> str:
     point = chosen.chosen
     reasons = "".join(f"<li>{escape(text)}</li>" for text in chosen.why)
     price = f"<li>runner-up: {escape(chosen.price)}</li>" if chosen.price else ""
-    title = f"<h2>★ Deploy {escape(point.name)} <code>{point.key[:8]}</code></h2>"
+    title = f"<h2>★ Recommended: {escape(point.name)} <code>{point.key[:8]}</code></h2>"
     note = (
         '<p class="quiet">Measured unless a number says otherwise. Chosen without limits of yours: give '
         "<code>paretune recommend</code> a limit to get the best within it.</p>"
@@ -116,7 +116,8 @@ def _chart(view: StudyView) -> str:
     hidden = hidden_estimates(view)
     more = f" {hidden} estimates lie outside the first view; double-click shows everything." if hidden else ""
     note = (
-        '<p class="quiet">Solid: confirmed, measured, with 95 % intervals. Hollow: predicted at rung 0, before '
+        '<p class="quiet">Solid: confirmed, measured, with 95 % intervals (of the NLL: paired with the teacher). '
+        "Hollow: predicted at rung 0, before "
         f"recovery. The menu changes the axes.{more}</p>"
     )
     without = "<noscript><p>The chart needs JavaScript; front.png beside this page shows the same.</p></noscript>"

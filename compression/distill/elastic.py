@@ -46,9 +46,9 @@ class ElasticRecipe:
 
     seconds: float
     context: int = 256
-    batch: int = 16
-    muon_lr: float = 0.006
-    adamw_lr: float = 1e-3
+    batch: int = 6
+    muon_lr: float = 0.004
+    adamw_lr: float = 7e-4
     ce_weight: float = 0.0
     smallest_share: float = 0.1
     seed: int = 0

@@ -23,9 +23,9 @@ class RecoveryRecipe:
 
     tokens: int
     context: int = 256
-    batch: int = 16
-    muon_lr: float = 0.005
-    adamw_lr: float = 5e-4
+    batch: int = 4
+    muon_lr: float = 0.007
+    adamw_lr: float = 7e-4
     ce_weight: float = 0.1
     qat: str = "auto"
     seed: int = 1
@@ -74,7 +74,7 @@ def recover(
                 logits = network(masked, ids)
             loss = distillation_loss(logits, target, ids, recipe.ce_weight)
             torch.autograd.backward(loss)
-            optimizers.step(decay(step, step / steps))
+            optimizers.step(decay(step, step / steps, max(1, min(10, steps // 6))))
         done, loss_value = done + 1, loss.item()
     found = {
         name: (value.detach() * masks[name] if name in masks else value.detach()) for name, value in parameters.items()
