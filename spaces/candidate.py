@@ -30,6 +30,16 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.kv_heads
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, a tied embedding counted once."""
+        layer = (
+            2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+            + 3 * self.hidden * self.ffn
+            + 2 * self.hidden
+        )
+        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
 
 @dataclass(frozen=True)
 class Format:

@@ -49,9 +49,7 @@ class Teacher:
     @property
     def parameters(self) -> int:
         """Number of parameters, a tied embedding counted once."""
-        s = self.shape
-        layer = 2 * s.hidden * s.head_dim * (s.heads + s.kv_heads) + 3 * s.hidden * s.ffn + 2 * s.hidden
-        return s.layers * layer + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+        return self.shape.parameters
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors as float32 under their Hugging Face names; a tied head is not repeated. Raises UsageError on NaN."""

@@ -187,6 +187,19 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path):
     assert "no space left" in store.meta("ended")
 
 
+class NoTeacher(SimulatedEvaluator):
+    def run(self, work):
+        return Outcome("infeasible", reason="op Y is unknown") if work.kind == "confirm" else super().run(work)
+
+
+def test_a_teacher_that_cannot_run_ends_the_search_with_its_reason(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=NoTeacher)
+    assert code == 4 and sum(done.values()) == 1
+    assert "the teacher itself could not be confirmed: op Y is unknown" in store.meta("ended")
+
+
 def test_limits_of_the_spec_become_constraints(tmp_path):
     ready = make_ready(limits={"decode_ms_per_token": 1.5})
     store = create_study(ready, tmp_path, "s", "x")
