@@ -152,8 +152,24 @@ class Director:
         if finalist is None and left >= cost:
             finalist = self._next_finalist()
         if finalist is None:
+            again = self._disturbed()
+            if again is not None and left >= self._typical_seconds("confirmed", self._scale * CONFIRM_GUESS_S):
+                recovered = self._latest.get((again, "recovered"))
+                return self._hand_out(
+                    "confirm", self._rows[again].candidate, {"recovered": recovered.facts} if recovered else {}
+                )
             return self._end("all is done" if left >= cost else "the budget has ended")
         return self._hand_out("recover", self._rows[finalist].candidate, {"tokens": self._recovery_tokens()})
+
+    def _disturbed(self) -> str | None:
+        """A confirmed candidate whose latency was disturbed, baselines first: what is left of the budget measures it again."""
+        for key in self._rows:
+            e = self._latest.get((key, "confirmed"))
+            if e is None or e.status != "complete" or e.attempt >= MAX_ATTEMPTS:
+                continue
+            if e.measurements["decode_ms_per_token"].provenance == "disturbed":
+                return key
+        return None
 
     def _confirm_is_behind(self) -> bool:
         """Whether the next confirmation is due by the two stages' shares of the time."""

@@ -171,10 +171,11 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
                 point = view.point(data["key"])
                 if point is not None:
                     m = point.measurements
-                    progress.say(
-                        f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, {m['decode_ms_per_token'].value:.3f} ms/token, "
-                        f"{m['compressed_bytes'].value / 1e6:.2f} MB"
-                    )
+                doubt = " [yellow](disturbed)[/yellow]" if m["decode_ms_per_token"].provenance == "disturbed" else ""
+                progress.say(
+                    f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, "
+                    f"{m['decode_ms_per_token'].value:.3f} ms/token{doubt}, {m['compressed_bytes'].value / 1e6:.2f} MB"
+                )
 
         try:
             code = run_study(store, ready, home, notify, address)
