@@ -165,17 +165,7 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
             handle(progress, kind, data)
             if kind == "confirmed" and data["status"] == "complete":
                 keeper.tidy()
-                view = load_view(store)
-                progress.confirmed = len(view.confirmed)
-                progress.saw_front(view)
-                point = view.point(data["key"])
-                if point is not None:
-                    m = point.measurements
-                doubt = " [yellow](disturbed)[/yellow]" if m["decode_ms_per_token"].provenance == "disturbed" else ""
-                progress.say(
-                    f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, "
-                    f"{m['decode_ms_per_token'].value:.3f} ms/token{doubt}, {m['compressed_bytes'].value / 1e6:.2f} MB"
-                )
+                progress.saw_confirmation(load_view(store), data["key"])
 
         try:
             code = run_study(store, ready, home, notify, address)
