@@ -15,7 +15,10 @@ Score = Literal["magnitude", "wanda"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads."""
+    """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads.
+
+    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has.
+    """
 
     layers: int
     hidden: int
@@ -25,6 +28,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool = True
+    family: str = "llama"
 
     @property
     def heads_per_group(self) -> int:

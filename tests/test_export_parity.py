@@ -105,8 +105,16 @@ def untied(tmp_path_factory: pytest.TempPathFactory, write_teacher: Callable[...
     )
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def teacher(request: pytest.FixtureRequest, tiny_teacher: Teacher) -> Teacher:
+@pytest.fixture(scope="module", params=["tied", "untied", "qwen2", "qwen3"])
+def teacher(
+    request: pytest.FixtureRequest,
+    tiny_teacher: Teacher,
+    write_teacher: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Teacher:
+    """A Mistral has the graph of a Llama; test_families.py holds every family against transformers."""
+    if request.param in ("qwen2", "qwen3"):
+        return load_teacher(str(write_teacher(tmp_path_factory.mktemp("model") / "model", family=request.param)))
     found: Teacher = tiny_teacher if request.param == "tied" else request.getfixturevalue("untied")
     return found
 
