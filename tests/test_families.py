@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paretune.compression.distill import ElasticRecipe, ElasticTrainer
+from paretune.compression.distill import ElasticRecipe, ElasticTrainer, RecoveryRecipe, recover
 from paretune.compression.export.artifact import genai_config, write_artifact
 from paretune.compression.prune import Importance, slice_weights
 from paretune.compression.student import EMBEDDING, Network
 from paretune.hardware_profiles import UsageError
-from paretune.spaces import Candidate, Layer, Space
+from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers import Teacher, load_teacher
 from paretune.teachers.families import COMMON, FAMILIES
 from paretune.teachers.teacher import expected_tensors
@@ -304,7 +304,8 @@ def test_layers_of_different_widths_have_no_standard_folder_and_the_card_says_so
 
 
 def test_every_tensor_of_a_family_learns(teacher: Teacher, tmp_path: Path) -> None:
-    """Two steps of the elastic training move every tensor, and the bf16 pass of the search stays finite and close."""
+    """A few steps of the elastic training and of recovery under 4-bit rounding move every tensor, and the bf16 pass of the
+    search stays close to float32."""
     tokens = torch.randint(1, 288, (4000,), generator=torch.Generator().manual_seed(0)).numpy()
     space = Space.of(teacher.shape, ("fp32/fp32", "int4/fp32"))
     recipe = ElasticRecipe(seconds=100.0, context=32, batch=4)
@@ -317,6 +318,14 @@ def test_every_tensor_of_a_family_learns(teacher: Teacher, tmp_path: Path) -> No
         assert torch.isfinite(value).all(), name
         assert not torch.equal(value, before[name]), name
     network, weights = Network(teacher.config, teacher.shape, 3), teacher.weights()
+    form = Format(4, 32, "int8")
+    candidate = Candidate((Layer(teacher.shape.ffn, teacher.shape.kv_heads, form, form),) * 3, form, form)
+    schedule = RecoveryRecipe(tokens=384, context=32, batch=4)
+    recovered, facts = recover(weights, weights, {}, candidate, lambda _: network, 3, tokens, schedule)
+    assert facts["qat"] == 1.0
+    for name, value in recovered.items():
+        assert torch.isfinite(value).all(), name
+        assert not torch.equal(value, weights[name]), name
     with torch.no_grad():
         exact = network(weights, calibration)
         with torch.autocast("cpu", torch.bfloat16):
