@@ -266,7 +266,10 @@ def hugging_face(toy: Toy) -> Figure:
 
 PROPERTIES: dict[str, tuple[str, Callable[[Toy], Figure]]] = {
     "fp32": ("graph against transformers, float32 weights", parity(FP32)),
-    "int4/fp32": ("the same, int4 weights in groups of 32, embedding and head included", parity(INT4)),
+    "int4/fp32": (
+        "the same, int4 weights in groups of 32 (16 where hidden is 144), embedding and head included",
+        parity(INT4),
+    ),
     "int8/int8": ("int8 weights and int8 activations, median over positions", rounded_parity(8)),
     "int4/int8": ("int4 weights and int8 activations, median over positions", rounded_parity(4)),
     "sort": ("transformers before and after the importance sort", sorting),
