@@ -37,6 +37,7 @@ CODE = (
     "prune/structure.py",
     "prune/statistics.py",
     "student.py",
+    "../teachers/families.py",
 )
 
 
