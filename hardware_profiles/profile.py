@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from paretune.hardware_profiles.detect import detect_local
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
@@ -41,6 +41,15 @@ class Profile(BaseModel):
     )
     sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
     source: str
+
+    @field_validator("weight_formats")
+    @classmethod
+    def _has_the_teachers_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "fp32/fp32" not in value:
+            raise ValueError(
+                "fp32/fp32 must be among the weight formats, because the fp32 teacher is what all is compared with"
+            )
+        return value
 
 
 def local_profile(home: Path) -> Profile:

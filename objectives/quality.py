@@ -59,9 +59,9 @@ def quality_measurements(
     """nll, nll_increase and relative_loss against the teacher, perplexity, bits_per_byte, and where scored kl and top1_agreement."""
     targets = np.array(scores.targets, np.float64)
     n, documents = int(targets.sum()), sum(1 for t in scores.targets if t)
-    note = f"95 % interval over {documents} documents"
 
-    def made(triple: tuple[float, float, float], unit: str, samples: int = n) -> Measurement:
+    def made(triple: tuple[float, float, float], unit: str, samples: int = n, over: int = documents) -> Measurement:
+        note = f"95 % interval over {over} documents"
         return Measurement(triple[0], unit, triple[1], triple[2], "measured", samples, fingerprint, note)
 
     nll = _ratio_interval(np.array(scores.nll), targets)

@@ -7,6 +7,7 @@ resuming is asking again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable
@@ -95,9 +96,9 @@ class Director:
             return self._hand_out("elastic", None)
         return self._explore_or_confirm()
 
-    def register(self, candidate: Candidate, source: str, params: dict[str, Any]) -> Work | None:
+    def register(self, candidate: Candidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
         """Take a proposal: rung-0 work, or None if the store already has this candidate."""
-        if not self.store.add_candidate(candidate, source, params):
+        if not self.store.add_candidate(candidate, source, params, **meta):
             return None
         self._rows[candidate.key] = CandidateRow(candidate.key, len(self._rows), source, candidate, params)
         return self._hand_out("rung0", candidate).work
@@ -129,12 +130,7 @@ class Director:
                 "confirm", self._rows[waiting].candidate, {"recovered": self._latest[waiting, "recovered"].facts}
             )
         pending = next(
-            (
-                row
-                for row in self._rows.values()
-                if row.source != "baseline" and self._open(row.key, "rung0") and (row.key, "rung0") in self._latest
-            ),
-            None,
+            (row for row in self._rows.values() if row.source != "baseline" and self._open(row.key, "rung0")), None
         )
         if pending is not None:
             return self._hand_out("rung0", pending.candidate)
@@ -331,7 +327,7 @@ class Director:
         measurements = dict(outcome.measurements)
         if fidelity == "rung0" and outcome.status == "complete":
             measurements |= self.predictions(candidate)
-        status: Any = "failed" if outcome.status == "fatal" else outcome.status
+        status: Any = "lost" if outcome.status == "fatal" else outcome.status
         artifact = (
             None if outcome.artifact is None else (self.store.folder / "artifacts" / candidate.key, outcome.artifact[1])
         )
@@ -436,7 +432,7 @@ class Director:
         """Calibrated estimate of the confirmed NLL on the report split."""
         search, report = self._teacher_nll()
         value = report + self._calibration.estimate(candidate, scores.mean_nll - search)
-        spread = 2 * (self._calibration.error if self._calibration.pairs else 0.1)
+        spread = 2.9 * (self._calibration.error if self._calibration.pairs else 0.1)
         return Measurement(
             value,
             "nats/token",
@@ -502,13 +498,23 @@ class Director:
     def _load(self) -> None:
         self._rows = {row.key: row for row in self.store.candidates()}
         for e in self.store.evaluations():
-            self._latest[e.key, e.fidelity] = e
+            self._keep(e)
+        first = self.space.baselines()[0].key
+        if (first, "confirmed") in self._latest:
+            self._require_teacher(first, self._latest[first, "confirmed"].reason)
         if self.store.meta("fit_done") is True:
             self._refit()
         self._calibrate()
 
     def _refresh(self, key: str, fidelity: Fidelity) -> None:
-        self._latest[key, fidelity] = [e for e in self.store.evaluations_of(key) if e.fidelity == fidelity][-1]
+        self._keep([e for e in self.store.evaluations_of(key) if e.fidelity == fidelity][-1])
+
+    def _keep(self, e: Evaluation) -> None:
+        """Remember an evaluation, but never in place of a complete one by an attempt to repeat it that failed."""
+        known = self._latest.get((e.key, e.fidelity))
+        if known is not None and known.status == "complete" and e.status != "complete":
+            e = dataclasses.replace(known, attempt=e.attempt)
+        self._latest[e.key, e.fidelity] = e
 
     def _complete(self, fidelity: Fidelity) -> list[Evaluation]:
         return [e for (_, f), e in self._latest.items() if f == fidelity and e.status == "complete"]

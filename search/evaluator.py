@@ -184,6 +184,8 @@ class Evaluator:
         lane = self.measuring.measure(candidate, folder / MODEL)
         with self.space.lock.shared():
             scores, reference = self._score_in_engine(folder / MODEL, candidate)
+        if not all(np.isfinite(scores.nll)):
+            raise Infeasible("the NLL in the engine is not finite", "")
         quality = quality_measurements(
             scores, reference, self.space.report_windows.bytes_per_token, self.space.fingerprint
         )

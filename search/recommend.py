@@ -70,7 +70,8 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
             "the study has no confirmed candidate yet",
             "wait for the first confirmation, or search with a larger budget",
         )
-    bounds = limits.active()
+    spec_limits: dict[str, float] = (view.meta.get("spec") or {}).get("limits") or {}
+    bounds = {**{n: v for n, v in spec_limits.items() if n in LABELS}, **limits.active()}
     feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
     if not feasible:
         raise _nearest(view, bounds)
@@ -117,9 +118,8 @@ def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
     best = [min(p.value(name).value for p in view.front) for name in view.objectives]
 
     def balance(point: Point) -> float:
-        vector = point.vector(view.objectives)
-        quality = vector[0] / best[0]
-        return float(quality**10 + sum(v / b for v, b in zip(vector[1:], best[1:], strict=True)))
+        ratios = {name: v / b for name, v, b in zip(view.objectives, point.vector(view.objectives), best, strict=True)}
+        return float(ratios.pop("nll") ** 10 + sum(ratios.values()))
 
     return balance, "the best balance"
 

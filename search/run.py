@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from typing import Any
 from paretune import __version__
 from paretune.hardware_profiles import (
     EnvironmentProblem,
+    ParetuneError,
     UsageError,
     detect_local,
     fingerprint,
@@ -46,6 +50,7 @@ PACKAGES = (
     "numpy",
     "sqlalchemy",
 )
+STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 MIN_BUDGET_S = 45.0
 AFFORDABLE = 0.05
 ARTIFACT_COPIES = 2.5
@@ -80,6 +85,20 @@ class Ready:
     profile: Profile
     space: Space
     plan: Plan
+    text: str = ""
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits over everything that must not change inside a study: settings, teacher, text, profile, machine, versions."""
+        parts = (
+            self.spec.digest(),
+            self.teacher.digest,
+            self.text,
+            self.profile.model_dump_json(),
+            fingerprint(),
+            __version__,
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def prepare(spec: Spec, home: Path) -> Ready:
@@ -125,19 +144,21 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the search needs about {plan.disk_bytes / 1e9:.1f} GB of disk, but {home} has {plan.free_disk_bytes / 1e9:.1f} GB free",
             "free some, or choose another disk with --home",
         )
-    return Ready(spec, teacher, profile, space, plan)
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
 
 
 def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
     """A new study folder with its settings."""
     folder = home / "studies" / study
     text = "standard library of the running Python" if ready.spec.data is None else ready.spec.data
+    if not (folder / "study.db").exists():
+        _write_setup(ready, folder)
     store = Store.create(
         folder,
         {
             "state": "new",
             "spec": ready.spec.model_dump(mode="json"),
-            "spec_digest": ready.spec.digest(),
+            "identity": ready.identity,
             "profile": ready.profile.model_dump(mode="json"),
             "seed": ready.spec.seed,
             "teacher": {
@@ -145,7 +166,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
                 "digest": ready.teacher.digest,
                 "parameters": ready.teacher.parameters,
             },
-            "corpus": {"source": text},
+            "corpus": {"source": text, "fingerprint": ready.text},
             "budget_s": ready.spec.budget_s,
             "space_size": ready.plan.space_size,
             "machine": {**detect_local().__dict__, "fingerprint": fingerprint()},
@@ -159,49 +180,70 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
             "notes": list(ready.plan.notes),
         },
     )
+    return store
+
+
+def _write_setup(ready: Ready, folder: Path) -> None:
+    """What workers read; written before the database, so that a study that exists is complete."""
     setup = {
         "spec": ready.spec.model_dump(mode="json"),
         "profile": ready.profile.model_dump(mode="json"),
         "mild": ready.space.mild,
     }
-    write_atomically(folder / "setup.json", json.dumps(setup, indent=1).encode())
-    return store
+    try:
+        write_atomically(folder / "setup.json", json.dumps(setup, indent=1).encode())
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the study folder {folder} cannot be written: {error.strerror}",
+            "free the disk or choose a folder with --home",
+        ) from None
 
 
-def find_study(home: Path, spec: Spec, wanted: str | None) -> tuple[str, bool]:
-    """(study id, whether it exists and can go on). The same settings again continue an unfinished study, else a new id is made.
+def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]:
+    """(study id, whether it exists and can go on). The same search again continues an unfinished study, else a new id is made.
 
-    Raises UsageError if the wanted study is complete or has other settings.
+    Raises UsageError if the wanted study has an impossible name, is complete, or is another search (other settings, teacher,
+    text, profile or machine).
     """
     folder = home / "studies"
     if wanted is not None:
+        if not STUDY_NAME.match(wanted):
+            raise UsageError(
+                f"a study's name has letters, digits, '.', '_' and '-' only, but got {wanted!r}",
+                "choose another --study",
+            )
         if not (folder / wanted / "study.db").exists():
             return wanted, False
-        store = Store.reader(folder / wanted)
-        digest, state = store.meta("spec_digest"), store.meta("state")
-        store.close()
-        if digest != spec.digest():
-            raise UsageError(
-                f"the study {wanted!r} was started with other settings",
-                "use the same settings to continue it, or another --study name",
-            )
+        identity, state = _identity(folder / wanted)
         if state == "complete":
             raise UsageError(
                 f"the study {wanted!r} is complete",
                 f"look at it with `paretune report {wanted}`, or use another --study name",
             )
+        if identity != ready.identity:
+            raise UsageError(
+                f"the study {wanted!r} was started with other settings, or the teacher, text, profile or machine has changed since",
+                "use what it was started with, or another --study name",
+            )
         return wanted, True
     for path in sorted(folder.glob("*/study.db"), key=lambda p: p.stat().st_mtime, reverse=True):
-        store = Store.reader(path.parent)
-        digest, state = store.meta("spec_digest"), store.meta("state")
-        store.close()
-        if digest == spec.digest() and state != "complete":
-            return path.parent.name, True
-    base = f"{Path(spec.teacher).name}-{datetime.date.today():%m%d}".lower()
+        with contextlib.suppress(ParetuneError):  # a damaged study must not block a new one
+            identity, state = _identity(path.parent)
+            if identity == ready.identity and state != "complete":
+                return path.parent.name, True
+    base = f"{re.sub('[^a-z0-9-]+', '-', Path(ready.spec.teacher).name.lower())}-{datetime.date.today():%m%d}"
     number = 1
     while (folder / f"{base}-{number}").exists():
         number += 1
     return f"{base}-{number}", False
+
+
+def _identity(folder: Path) -> tuple[str | None, str | None]:
+    store = Store.reader(folder)
+    try:
+        return store.meta("identity"), store.meta("state")
+    finally:
+        store.close()
 
 
 def run_study(
@@ -226,11 +268,13 @@ def run_study(
     try:
         execute(director, store.folder, home, ready.profile.cores, launches, address)
     except BaseException:
-        store.set_meta(state="interrupted", spent_s=budget.elapsed_s)
+        with contextlib.suppress(Exception):  # a full disk must not hide what happened
+            store.set_meta(state="interrupted", spent_s=budget.elapsed_s)
         raise
     code = _ending(director, store)
+    finished = code in (0, 3)  # everything else can be mended, and the same command goes on
     store.set_meta(
-        state="interrupted" if code == 130 else "complete",
+        state="complete" if finished else "interrupted",
         spent_s=budget.elapsed_s,
         exit_code=code,
         ended=director.stop_reason,
@@ -245,8 +289,8 @@ def _ending(director: Director, store: Store) -> int:
         return director.exit_code
     if not store.evaluations("confirmed", "complete"):
         return 4
-    recovered = store.evaluations("recovered", "complete")
-    return 0 if recovered else 3
+    baselines = {row.key for row in store.candidates() if row.source == "baseline"}
+    return 0 if any(e.key not in baselines for e in store.evaluations("confirmed", "complete")) else 3
 
 
 def training_tokens_per_parameter(spec: Spec, teacher: Teacher, profile: Profile) -> float:

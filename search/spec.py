@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.yaml_file import load_model
 
 Objective = Literal["nll", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"]
+Positive = Annotated[float, Field(gt=0)]
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
 UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -26,6 +27,14 @@ class Shares(BaseModel):
     elastic: float = Field(default=0.25, ge=0, le=0.9, description="elastic student")
     explore: float = Field(default=0.28, gt=0, le=0.9, description="rung-0 candidates")
     confirm: float = Field(default=0.38, gt=0, le=0.9, description="recovery and confirmation")
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> Shares:
+        if self.elastic + self.explore + self.confirm > 0.99:
+            raise ValueError(
+                "elastic + explore + confirm must leave something for baselines and latency fit (at most 0.99)"
+            )
+        return self
 
 
 class Spec(BaseModel):
@@ -45,7 +54,7 @@ class Spec(BaseModel):
     sampler: Literal["tpe", "nsga2"] = "tpe"
     seed: int = 0
     objectives: tuple[Objective, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
-    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], float] = Field(
+    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], Positive] = Field(
         default_factory=dict
     )
     loss_of_interest: float = Field(default=0.25, gt=0)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
@@ -183,13 +184,16 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(sa.insert(meta_table).prefix_with("OR REPLACE"), rows)
 
-    def add_candidate(self, candidate: Candidate, source: str, params: Mapping[str, Any]) -> bool:
-        """Record a proposal; False if this candidate is known."""
+    def add_candidate(self, candidate: Candidate, source: str, params: Mapping[str, Any], **meta: Any) -> bool:
+        """Record a proposal, with `meta` in the same transaction; False if this candidate is known."""
         with self._engine.begin() as connection:
             if connection.execute(
                 sa.select(candidate_table.c.key).where(candidate_table.c.key == candidate.key)
             ).first():
                 return False
+            for name, value in meta.items():
+                row = {"name": name, "value": json.dumps(value)}
+                connection.execute(sa.insert(meta_table).prefix_with("OR REPLACE").values(**row))
             number = connection.execute(
                 sa.select(sa.func.coalesce(sa.func.max(candidate_table.c.number), -1) + 1)
             ).scalar_one()
@@ -372,7 +376,7 @@ def _evaluation(row: Any) -> Evaluation:
 
 def _engine(folder: Path, mode: str) -> sa.Engine:
     engine = sa.create_engine(
-        f"sqlite:///file:{folder.resolve() / 'study.db'}?mode={mode}&uri=true",
+        f"sqlite:///file:{quote(str(folder.resolve() / 'study.db'))}?mode={mode}&uri=true",
         connect_args={"check_same_thread": False},
     )
 

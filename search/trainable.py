@@ -6,6 +6,7 @@ trial as failed and starts a fresh worker.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import sys
@@ -18,6 +19,7 @@ from ray import tune
 from paretune.search.tune_search import OUTCOME
 from paretune.search.work import Outcome, Work
 
+UNUSABLE_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 FOLDER, HOME, EVALUATOR = "PARETUNE_STUDY_FOLDER", "PARETUNE_STUDY_HOME", "PARETUNE_EVALUATOR"
 
 
@@ -40,6 +42,16 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         faulthandler.dump_traceback_later(work.timeout_s, exit=True)
         try:
             outcome = self._evaluator.run(work)
+        except OSError as error:
+            if error.errno not in UNUSABLE_DISK:
+                traceback.print_exc()
+                outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
+            else:
+                outcome = Outcome(
+                    "fatal",
+                    reason=f"{error.strerror}: {error.filename}; free the disk, then run the same command",
+                    exit_code=5,
+                )
         except MemoryError:
             outcome = Outcome("infeasible", reason="out of memory")
         except Exception as error:

@@ -23,6 +23,7 @@ from paretune.search.work import Outcome, Work
 
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
+GRACE_S = 25.0
 
 
 class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
@@ -97,7 +98,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         for _ in range(MOST_DUPLICATES):
             params = self._ask(trial_id)
             candidate = self.director.space.decode(params)
-            work = self.director.register(candidate, "sampler", params)
+            work = self.director.register(candidate, "sampler", params, asked=self._asked)
             if work is not None:
                 return work
             self._tell(trial_id, candidate.key)
@@ -119,11 +120,12 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
 
     def _ask(self, trial_id: str) -> dict[str, Any]:
         sampler = make_sampler(self.director.spec.sampler, stable_seed(self.director.spec.seed, self._asked))
+        if self._built >= 0 and self.director.spec.sampler == "nsga2":
+            self._built = self.director.version  # its generations live in the study: rebuilt at a launch only
         if self._built != self.director.version:
             self._ot_study, self._built = rebuild(self.director, sampler, self._distributions), self.director.version
         self._ot_study.sampler = sampler
         self._asked += 1
-        self.director.store.set_meta(asked=self._asked)
         params: dict[str, Any] = super().suggest(trial_id)
         return params
 
@@ -131,7 +133,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         """Tell Optuna what the store knows of the candidate that a trial proposed."""
         trial = self._ot_trials.pop(trial_id, None)
         vector = self.director.vector(key)
-        if self._built != self.director.version:
+        if self._built != self.director.version and self.director.spec.sampler != "nsga2":
             return  # the study will be rebuilt with this value before the next ask
         if trial is None:
             self._ot_study.add_trial(frozen_trial(self.director, key, self._distributions))
@@ -143,7 +145,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
 
 
 class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]
-    """Ends Tune when a signal asked for it; everything else ends through the searcher."""
+    """Ends Tune when a signal asked for it, or when a worker that should have ended itself is stuck past the budget."""
 
     def __init__(self, director: Director) -> None:
         self.director = director
@@ -152,7 +154,8 @@ class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]
         return False
 
     def stop_all(self) -> bool:
-        return self.director.is_interrupted
+        budget = self.director.budget
+        return self.director.is_interrupted or budget.elapsed_s > budget.total_s + GRACE_S
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, ("rebuilt from the store",)

@@ -164,7 +164,7 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     """
     usable = [p for p in points if all(p.value(name).provenance != "disturbed" for name in objectives)]
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
-    chosen.sort(key=lambda p: p.vector(objectives))
+    chosen.sort(key=lambda p: (p.value("nll").value, p.vector(objectives)))
     ties: dict[str, str] = {}
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:

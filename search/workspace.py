@@ -10,6 +10,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ from paretune.teachers import (
     token_splits,
     user_corpus,
 )
-from paretune.teachers.checkpoint import load_tensors
+from paretune.teachers.checkpoint import load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 
 WINDOW = 256
 CALIBRATION_TOKENS = 4000
 KEPT_STRUCTURES = 24
+GOLDEN = 0.6180339887498949
 
 
 def read_corpus(spec: Spec) -> Corpus:
@@ -93,7 +95,10 @@ class Workspace:
 
     @cached_property
     def report_windows(self) -> Windows:
-        return self.tokens["report"].windows(self.window, self.spec.report_tokens)
+        """In an order whose every beginning is spread over all documents: KL is taken over the first windows only."""
+        found = self.tokens["report"].windows(self.window, self.spec.report_tokens)
+        order = np.argsort(np.arange(len(found.ids)) * GOLDEN % 1.0, kind="stable")
+        return replace(found, ids=found.ids[order], targets=found.targets[order], cluster=found.cluster[order])
 
     @property
     def window(self) -> int:
@@ -148,7 +153,7 @@ class Workspace:
     @cached_property
     def sorted_teacher(self) -> tuple[dict[str, torch.Tensor], Importance]:
         if self.elastic_file.exists():
-            order = self._elastic[1]
+            order = order_of(read_meta(self.elastic_file))  # the weights may still be in training
         else:
             order = importance(
                 layer_statistics(self.network(self.teacher.shape.layers), self.teacher_weights, self.calibration_ids),

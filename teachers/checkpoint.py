@@ -40,6 +40,13 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The `meta` of a file of `save_tensors`, without its tensors."""
+    with safe_open(path, "pt") as file:
+        meta: dict[str, Any] = json.loads((file.metadata() or {}).get("meta", "{}"))
+        return meta
+
+
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """The optimizers' state as flat named tensors: `optimizer.parameter.field`."""
     flat = {}

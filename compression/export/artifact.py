@@ -17,7 +17,7 @@ import torch
 import zstandard
 
 from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
-from paretune.compression.export.graph import build_model, save_model
+from paretune.compression.export.graph import INLINE_LIMIT_BYTES, build_model, save_model, weight_bytes
 from paretune.compression.student import EMBEDDING, HEAD, quantized_weights, student_config, student_family
 from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Candidate, Shape
@@ -77,8 +77,11 @@ def write_artifact(
                 "hugging_face": uniform,
             },
         )
-        shutil.rmtree(folder, ignore_errors=True)
+        older = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():  # a complete artifact stays complete until the new one has its place
+            folder.replace(older)
         temporary.replace(folder)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sizes
@@ -97,8 +100,12 @@ def compressed_bytes(
     weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
 ) -> ArtifactFacts:
     """The sizes an artifact of this candidate would have, without writing it."""
-    data = build_model(weights, candidate, config, shape).SerializeToString()
-    return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
+    model = build_model(weights, candidate, config, shape)
+    if weight_bytes(model) < INLINE_LIMIT_BYTES:
+        data = model.SerializeToString()
+        return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
+    parts = [len(zstandard.compress(tensor.raw_data, ZSTD_LEVEL)) for tensor in model.graph.initializer]
+    return ArtifactFacts(weight_bytes(model), sum(parts))
 
 
 def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:

@@ -72,10 +72,15 @@ def build_model(
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write the model, weights inside the file while protobuf's 2 GB limit allows, else in `<name>.data` beside it."""
-    if model.ByteSize() < INLINE_LIMIT_BYTES:
+    if weight_bytes(model) < INLINE_LIMIT_BYTES:  # ByteSize() itself fails above 2 GB
         path.write_bytes(model.SerializeToString())
     else:
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of all initializers."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
 class _Graph:

@@ -81,6 +81,13 @@ def _usage_or_bug(error: Exception) -> None:
             soft_wrap=True,
         )
         sys.exit(5)
+    if type(error).__module__.startswith("sqlalchemy") and type(error).__name__ == "OperationalError":
+        reason = str(getattr(error, "orig", error))
+        talk.print(f"[red]error:[/red] the study's database cannot be written: {reason}", soft_wrap=True)
+        talk.print(
+            "[green]remedy:[/green] free or mend the disk, then run the same command again: it goes on", soft_wrap=True
+        )
+        sys.exit(5)
     talk.print_exception()
     talk.print("[red]this is a bug in paretune[/red]; the study, if one ran, can be continued with the same command")
     sys.exit(1)
@@ -147,7 +154,7 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
     from paretune.search.view import load_view
     from paretune.tracking.housekeeper import Housekeeper
 
-    name, exists = find_study(home, ready.spec, wanted)
+    name, exists = find_study(home, ready, wanted)
     command = "paretune " + shlex.join(sys.argv[1:])
     store = Store.open_study(home / "studies" / name) if exists else create_study(ready, home, name, command)
     talk.print(
