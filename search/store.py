@@ -6,12 +6,12 @@ when the process died is marked lost and becomes due again.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -352,11 +352,6 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(sa.update(outbox_table).values(done=0))
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
-            yield connection
-
 
 def _evaluation(row: Any) -> Evaluation:
     scores = json.loads(row.scores)
@@ -375,10 +370,12 @@ def _evaluation(row: Any) -> Evaluation:
 
 
 def _engine(folder: Path, mode: str) -> sa.Engine:
-    engine = sa.create_engine(
-        f"sqlite:///file:{quote(str(folder.resolve() / 'study.db'))}?mode={mode}&uri=true",
-        connect_args={"check_same_thread": False},
-    )
+    address = f"file:{quote(str(folder.resolve() / 'study.db'))}?mode={mode}"
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(address, uri=True, check_same_thread=False)
+
+    engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.QueuePool)
 
     def configure(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -200,6 +200,3 @@ def _decode(path: Path) -> str:
         ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "check the permissions") from None
-
-
-Encode = Callable[[str], list[int]]

@@ -16,11 +16,11 @@ from paretune.search.execute import run_inline
 from paretune.search.finalists import Explored, next_finalist
 from paretune.search.front import dominates
 from paretune.search.recommend import Limits, recommend
-from paretune.search.run import Plan, Ready, create_study, run_study
+from paretune.search.run import Plan, Ready, create_study, find_study, run_study
 from paretune.search.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.spec import Spec, make_spec, seconds
 from paretune.search.store import Store
-from paretune.search.tune_search import JointSearch
+from paretune.search.tune_search import Interrupt, JointSearch
 from paretune.search.view import load_view, tied
 from paretune.search.work import Outcome, Work
 from paretune.spaces.space import Space
@@ -318,3 +318,133 @@ def test_ties_are_paired_by_document(finished):
 def test_a_whole_simulated_search_is_quick(finished):
     """Not a timing: guards that the simulation never sleeps."""
     assert math.isfinite(time.monotonic()) and finished[5] > 100
+
+
+class FullDisk(SimulatedEvaluator):
+    """The disk is full during the first recovery."""
+
+    def run(self, work):
+        if work.kind == "recover" and not (self.folder / "mended").exists():
+            return Outcome("fatal", reason="No space left on device", exit_code=5)
+        return super().run(work)
+
+
+def test_a_full_disk_ends_resumable_and_loses_no_finalist(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    code, _, _ = simulate(ready, store, tmp_path, evaluator_class=FullDisk)
+    assert code == 5 and store.meta("state") == "interrupted"
+    assert not store.evaluations("recovered", "failed"), "what the disk did is not the candidate's fault"
+    store.close()
+    name, exists = find_study(tmp_path, ready, None)
+    assert (name, exists) == ("s", True)
+    (tmp_path / "studies" / "s" / "mended").touch()
+    store = Store.open_study(tmp_path / "studies" / "s")
+    assert simulate(ready, store, tmp_path, evaluator_class=FullDisk)[0] == 0
+
+
+class Fragile(SimulatedEvaluator):
+    """Every second try of a confirmation fails, the first one is disturbed."""
+
+    def run(self, work):
+        outcome = super().run(work)
+        if work.kind != "confirm":
+            return outcome
+        if (self.folder / "simulated.log").read_text().count(f"confirm {work.candidate.key}") > 1:
+            return Outcome("failed", reason="the machine is gone")
+        m = dataclasses.replace(outcome.measurements["decode_ms_per_token"], provenance="disturbed")
+        return dataclasses.replace(outcome, measurements={**outcome.measurements, "decode_ms_per_token": m})
+
+
+def test_a_failed_remeasurement_takes_nothing_away(tmp_path):
+    ready = make_ready(max_candidates=45, finalists=1, budget="600s")
+    store = create_study(ready, tmp_path, "s", "x")
+    simulate(ready, store, tmp_path, evaluator_class=Fragile)
+    assert store.meta("ended") != "the teacher itself could not be confirmed: the machine is gone"
+    assert len(load_view(store).confirmed) >= 3
+
+
+def test_a_study_is_continued_only_by_the_same_search(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    store.close()
+    assert find_study(tmp_path, ready, "s") == ("s", True)
+    changed = dataclasses.replace(ready, teacher=dataclasses.replace(ready.teacher, digest="other weights"))
+    with pytest.raises(UsageError, match="teacher, text, profile or machine has changed"):
+        find_study(tmp_path, changed, "s")
+    assert find_study(tmp_path, changed, None)[1] is False
+    assert find_study(tmp_path, dataclasses.replace(ready, text="other text"), None)[1] is False
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "", ".hidden", "a#b", "x" * 200])
+def test_study_names_cannot_leave_the_home(tmp_path, name):
+    with pytest.raises(UsageError, match="letters, digits"):
+        find_study(tmp_path, make_ready(), name)
+
+
+def test_a_damaged_study_does_not_block_a_new_one(tmp_path):
+    (tmp_path / "studies" / "torn").mkdir(parents=True)
+    (tmp_path / "studies" / "torn" / "study.db").write_bytes(b"")
+    assert find_study(tmp_path, make_ready(), None)[1] is False
+
+
+def test_odd_characters_in_the_home_stay_in_the_home(tmp_path):
+    home = tmp_path / "a#b ?c%41"
+    store = create_study(make_ready(), home, "s", "x")
+    store.close()
+    assert (home / "studies" / "s" / "study.db").stat().st_size > 0
+    assert Store.reader(home / "studies" / "s").meta("study") == "s"
+
+
+def test_the_driver_ends_what_a_stuck_worker_would_keep_alive(tmp_path):
+    ready, clock = make_ready(), VirtualClock()
+    store = create_study(ready, tmp_path, "s", "x")
+    director = Director(store, ready.spec, ready.space, Budget(100.0, clock=clock))
+    stopper = Interrupt(director)
+    assert not stopper.stop_all()
+    clock.now = 110.0
+    assert not stopper.stop_all(), "the worker has some seconds to end by itself"
+    clock.now = 130.0
+    assert stopper.stop_all()
+
+
+def test_nsga2_really_breeds(tmp_path):
+    ready = make_ready(sampler="nsga2", budget="400s")
+    store = create_study(ready, tmp_path, "s", "x")
+    seen = {}
+
+    class Watched(JointSearch):
+        def _tell(self, trial_id, key):
+            super()._tell(trial_id, key)
+            seen["study"] = self._ot_study
+
+    import paretune.search.tune_search as module
+
+    original, module.JointSearch = module.JointSearch, Watched
+    try:
+        simulate(ready, store, tmp_path)
+    finally:
+        module.JointSearch = original
+    generations = {v for t in seen["study"].trials for n, v in t.system_attrs.items() if n.endswith("generation")}
+    assert max(generations) >= 2
+
+
+def test_the_balance_does_not_depend_on_the_order_of_objectives(finished):
+    view = load_view(finished[2])
+    turned = dataclasses.replace(view, objectives=("compressed_bytes", "nll", "decode_ms_per_token"))
+    assert recommend(turned, Limits()).chosen.key == recommend(view, Limits()).chosen.key
+
+
+def test_the_specs_limits_bind_the_recommendation(finished):
+    view = load_view(finished[2])
+    limit = sorted(p.measurements["decode_ms_per_token"].value for p in view.front)[1]
+    limited = dataclasses.replace(view, meta={**view.meta, "spec": {"limits": {"decode_ms_per_token": limit}}})
+    assert recommend(limited, Limits()).chosen.measurements["decode_ms_per_token"].value <= limit
+
+
+@pytest.mark.parametrize(
+    "bad", [{"limits": {"bytes": 0}}, {"shares": {"explore": 0.9}}, {"objectives": ["nll", "nll"]}]
+)
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(UsageError):
+        make_spec(None, "quick", bad)
