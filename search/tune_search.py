@@ -100,6 +100,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             work = self.director.register(candidate, "sampler", params)
             if work is not None:
                 return work
+            self._built = -1  # forget the duplicate: the store has no second row of it, nor has a study that is resumed
             self._tell(trial_id, candidate.key)
         return self._random_proposal()
 
