@@ -118,7 +118,8 @@ def loss(candidate: Candidate) -> float:
         + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
     )
     rounding = sum(
-        {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] for f in (x.attention_format, x.ffn_format, candidate.head_format)
+        {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] * (0.7 if f.algorithm == "gptq" else 1.0)
+        for f in (x.attention_format, x.ffn_format, candidate.head_format)
     )
     noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
     changed = cut + rounding + x.pattern.ratio > 0

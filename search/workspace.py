@@ -6,10 +6,11 @@ the study folder and the home can be one. Weights are memory-mapped by path; non
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
 from paretune.compression.distill.elastic import ElasticRecipe, ElasticTrainer, elastic_key, order_of
 from paretune.compression.prune import (
     Importance,
@@ -27,8 +29,9 @@ from paretune.compression.prune import (
     slice_weights,
     sort_by_importance,
 )
-from paretune.compression.student import ATTENTION, FFN, Network
+from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
+from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
@@ -55,6 +58,15 @@ KEPT_STRUCTURES = 24
 def read_corpus(spec: Spec) -> Corpus:
     """The text that a spec names. Raises UsageError."""
     return library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
+
+
+@contextlib.contextmanager
+def _infeasible_when_impossible() -> Iterator[None]:
+    """A second-order method that meets infinite inputs or a width that fits no pattern rules out the candidate, not the study."""
+    try:
+        yield
+    except ValueError as error:
+        raise Infeasible(f"the calibrated method cannot be computed: {error}", "") from error
 
 
 class Workspace:
@@ -163,22 +175,36 @@ class Workspace:
         weights, order = self._elastic
         return slice_weights(weights, candidate, order, self.teacher.shape)
 
-    def masks(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Masks of the layers' matrices by their patterns; empty for a dense candidate."""
+    def sparsify(
+        self, candidate: Candidate, dense: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The `dense` weights with zeros by the layers' patterns, and the masks (none for a dense candidate).
+
+        SparseGPT also moves what it keeps. Raises Infeasible where it cannot be computed.
+        """
+        weights, masks = dict(dense), dict[str, torch.Tensor]()
         if not candidate.is_sparse:
-            return {}
-        statistics = (
-            self._layer_statistics(candidate, weights)
-            if any(x.pattern.score == "wanda" for x in candidate.layers)
-            else None
-        )
-        found = {}
+            return weights, masks
+        network = self.network(len(candidate.layers))
+        with _infeasible_when_impossible():
+            second_order = sparsegpt_weights(network, dense, candidate, self.calibration_ids)
+        wanda = any(x.pattern.score == "wanda" for x in candidate.layers)
+        statistics = self._layer_statistics(candidate, dense) if wanda else None
         for i, layer in enumerate(candidate.layers):
             for name in (*ATTENTION, *FFN):
                 full = f"model.layers.{i}.{name}.weight"
-                norms = None if statistics is None else statistics[i].input_norms[name]
-                found[full] = mask_for(weights[full], layer.pattern, norms)
-        return found
+                if full in second_order:
+                    masks[full], weights[full] = second_order[full]
+                else:
+                    norms = None if statistics is None else statistics[i].input_norms[name]
+                    masks[full] = mask_for(dense[full], layer.pattern, norms)
+                    weights[full] = dense[full] * masks[full]
+        return weights, masks
+
+    def codes(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Codes:
+        """Codes by GPTQ of the matrices that want them, from the weights as they are now (masked, recovered or not)."""
+        with _infeasible_when_impossible():
+            return gptq_codes(self.network(len(candidate.layers)), weights, candidate, self.calibration_ids)
 
     def _layer_statistics(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> list[LayerStatistics]:
         key = candidate.structure_key

@@ -387,6 +387,7 @@ def _candidate_params(point: Point) -> dict[str, str]:
         "sparsity": joined(layer.pattern.ratio for layer in x.layers),
         "attention": joined(layer.attention_format.name for layer in x.layers),
         "ffn_precision": joined(layer.ffn_format.name for layer in x.layers),
+        "quantizer": "gptq" if x.uses_gptq else "rtn",
         "head": x.head_format.name,
         "embedding": x.embedding_format.name,
         "group_size": joined(sorted(sizes)),

@@ -18,7 +18,7 @@ import zstandard
 
 from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.graph import build_model, save_model
-from paretune.compression.student import EMBEDDING, HEAD, quantized_weights, student_config
+from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, quantized_weights, student_config
 from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.teacher import Teacher
@@ -36,9 +36,16 @@ class ArtifactFacts:
 
 
 def write_artifact(
-    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    teacher: Teacher,
+    candidate: Candidate,
+    weights: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any],
+    codes: Codes = NO_CODES,
 ) -> ArtifactFacts:
     """Write the artifact of `candidate` with `weights` (masked, unquantized). `facts` go into paretune.json.
+
+    `codes` holds those of the matrices whose format says "gptq".
 
     Raises Infeasible if the graph cannot be built; an older folder of the same name is replaced.
     """
@@ -47,14 +54,14 @@ def write_artifact(
     (temporary / "onnx").mkdir(parents=True)
     try:
         try:
-            model = build_model(weights, candidate, teacher.config, teacher.shape)
+            model = build_model(weights, candidate, teacher.config, teacher.shape, codes)
         except (ValueError, KeyError, RuntimeError) as error:
             raise Infeasible(f"the graph cannot be built: {error}", "") from error
         save_model(model, temporary / MODEL)
         _write_tokenizer(teacher, temporary / "onnx")
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
         if len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1:  # what a standard config can express
-            _write_hugging_face(temporary / "hf", teacher, candidate, weights)
+            _write_hugging_face(temporary / "hf", teacher, candidate, weights, codes)
         sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
         describe_artifact(
             temporary,
@@ -85,10 +92,14 @@ def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def compressed_bytes(
-    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
+    weights: Mapping[str, torch.Tensor],
+    candidate: Candidate,
+    config: Mapping[str, Any],
+    shape: Shape,
+    codes: Codes = NO_CODES,
 ) -> ArtifactFacts:
     """The sizes an artifact of this candidate would have, without writing it."""
-    data = build_model(weights, candidate, config, shape).SerializeToString()
+    data = build_model(weights, candidate, config, shape, codes).SerializeToString()
     return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
 
 
@@ -179,12 +190,12 @@ def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
 
 
 def _write_hugging_face(
-    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor]
+    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes
 ) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    effective = quantized_weights(weights, candidate)
+    effective = quantized_weights(weights, candidate, codes)
     tied = HEAD not in weights and torch.equal(effective[HEAD], effective[EMBEDDING])
     if tied:
         del effective[HEAD]

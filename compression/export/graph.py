@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from onnx import TensorProto, helper
 
 from paretune.compression.quantize.grid import Quantized, quantize
-from paretune.compression.student import EMBEDDING, HEAD
+from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of
 from paretune.spaces.candidate import Candidate, Format, Shape
 
 OPSET, IR_VERSION = 21, 10
@@ -32,39 +33,45 @@ Array = npt.NDArray[Any]
 
 
 def build_model(
-    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
+    weights: Mapping[str, torch.Tensor],
+    candidate: Candidate,
+    config: Mapping[str, Any],
+    shape: Shape,
+    codes: Codes = NO_CODES,
 ) -> onnx.ModelProto:
     """The decoder of `candidate` with `weights` (unquantized, already masked; Hugging Face names, [out, in]).
+
+    `codes` holds those of the matrices whose format says "gptq". Raises ValueError if some are missing.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, past + sequence] (int64), past_key_values.<i>.key/.value
     [batch, kv_heads, past, head_dim]. Outputs: logits [batch, sequence, vocab], present.<i>.key/.value.
     """
-    graph = _Graph(float(config.get("rms_norm_eps", 1e-6)))
+    graph = _Graph(float(config.get("rms_norm_eps", 1e-6)), weights, codes)
     graph.lengths()
     graph.rotary(config, shape)
-    stream = graph.embedding_and_head(weights, candidate)
+    stream = graph.embedding_and_head(candidate)
     residual = ""
     for i, layer in enumerate(candidate.layers):
         prefix, path = f"model.layers.{i}.", f"/model/layers.{i}"
         normed, residual = graph.norm(
             weights[f"{prefix}input_layernorm.weight"], f"{path}/input_layernorm", stream, residual
         )
-        qkv = torch.cat([weights[f"{prefix}self_attn.{p}_proj.weight"] for p in "qkv"])
-        packed = graph.matmul(qkv, layer.attention_format, f"{path}/attn/qkv_proj", normed)
+        qkv = [f"{prefix}self_attn.{p}_proj.weight" for p in "qkv"]
+        packed = graph.product(qkv, layer.attention_format, f"{path}/attn/qkv_proj", normed)
         attended = graph.attention(i, packed, layer.kv_groups, shape)
-        stream = graph.matmul(
-            weights[f"{prefix}self_attn.o_proj.weight"], layer.attention_format, f"{path}/attn/o_proj", attended
-        )
+        o = [f"{prefix}self_attn.o_proj.weight"]
+        stream = graph.product(o, layer.attention_format, f"{path}/attn/o_proj", attended)
         normed, residual = graph.norm(
             weights[f"{prefix}post_attention_layernorm.weight"], f"{path}/post_attention_layernorm", stream, residual
         )
-        gate = graph.matmul(weights[f"{prefix}mlp.gate_proj.weight"], layer.ffn_format, f"{path}/mlp/gate_proj", normed)
-        up = graph.matmul(weights[f"{prefix}mlp.up_proj.weight"], layer.ffn_format, f"{path}/mlp/up_proj", normed)
+        gate, up = (
+            graph.product([f"{prefix}mlp.{p}_proj.weight"], layer.ffn_format, f"{path}/mlp/{p}_proj", normed)
+            for p in ("gate", "up")
+        )
         gated = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{path}/mlp/sigmoid")], f"{path}/mlp/silu")
         product = graph.node("Mul", [gated, up], f"{path}/mlp/product")
-        stream = graph.matmul(
-            weights[f"{prefix}mlp.down_proj.weight"], layer.ffn_format, f"{path}/mlp/down_proj", product
-        )
+        down = [f"{prefix}mlp.down_proj.weight"]
+        stream = graph.product(down, layer.ffn_format, f"{path}/mlp/down_proj", product)
     normed, _ = graph.norm(weights["model.norm.weight"], "/model/norm", stream, residual)
     graph.head(candidate.head_format, normed)
     return graph.finish(candidate, shape)
@@ -81,7 +88,10 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 class _Graph:
     """Collects nodes and initializers; every method returns the name of the value it makes."""
 
-    def __init__(self, epsilon: float) -> None:
+    def __init__(
+        self, epsilon: float, weights: Mapping[str, torch.Tensor] = MappingProxyType({}), codes: Codes = NO_CODES
+    ) -> None:
+        self.weights, self.codes = weights, codes
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.epsilon = epsilon
@@ -157,8 +167,18 @@ class _Graph:
         )
         return outputs[0], outputs[3]
 
+    def product(self, names: list[str], form: Format, name: str, stream: str) -> str:
+        """stream @ W.T with the rows of the weights `names`, one below the other, and their own codes."""
+        parts = {n: self.weights[n] for n in names}
+        if form.bits == 32:
+            return self.matmul(torch.cat(list(parts.values())), form, name, stream)
+        codes = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
+        scales = torch.cat([q.scales for q in codes])
+        whole = Quantized(torch.cat([q.codes for q in codes]), scales, form.bits, codes[0].group_size)
+        return self.matmul_nbits(self.packed(whole, f"{name}.weight"), whole.codes.shape, form, name, stream)
+
     def matmul(self, weight: torch.Tensor, form: Format, name: str, stream: str) -> str:
-        """stream @ weight.T with the weight [N, K] in `form`."""
+        """stream @ weight.T with the weight [N, K] in `form`, rounded to nearest."""
         if form.bits == 32:
             return self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
         return self.matmul_nbits(
@@ -217,13 +237,14 @@ class _Graph:
             rotary_interleaved=0,
         )
 
-    def embedding_and_head(self, weights: Mapping[str, torch.Tensor], candidate: Candidate) -> str:
+    def embedding_and_head(self, candidate: Candidate) -> str:
         """Make both tables, one of them where embedding and head are tied and have one format; returns the embedded tokens."""
-        embedding, form = weights[EMBEDDING], candidate.embedding_format
-        head = weights.get(HEAD, embedding)
-        shared = HEAD not in weights and (form.bits, form.group_size) == (
+        embedding, form = self.weights[EMBEDDING], candidate.embedding_format
+        head = self.weights.get(HEAD, embedding)
+        shared = HEAD not in self.weights and (form.bits, form.group_size, "rtn") == (
             candidate.head_format.bits,
             candidate.head_format.group_size,
+            candidate.head_format.algorithm,
         )
         if form.bits == 32:
             table = self.constant("embedding", embedding.float())
@@ -250,7 +271,7 @@ class _Graph:
             self.head_inputs = (
                 ["embedding", "embedding.scales"]
                 if shared
-                else self.packed(quantize(head, candidate.head_format), "lm_head")
+                else self.packed(codes_of(HEAD, head, candidate.head_format, self.codes), "lm_head")
             )
         return stream
 
