@@ -31,6 +31,9 @@ RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
 PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "block")
 SCORES: tuple[Score, ...] = ("magnitude", "wanda", "sparsegpt")
 QUANTIZERS: tuple[Algorithm, ...] = ("rtn", "gptq")
+# Layers times the cube of the widest input: beyond this (about 200M parameters) GPTQ and SparseGPT take longer than all the
+# rest of a rung-0 evaluation may.
+MOST_SECOND_ORDER = 3e11
 WIDTH_LEVELS = 12
 WIDTH_STEP = 64
 
@@ -90,6 +93,20 @@ class Space:
         """Ascending group sizes that divide the hidden width; a narrow or odd one has fewer than `GROUP_SIZES`."""
         return tuple(sorted({group_for(size, self.shape.hidden) for size in GROUP_SIZES}))
 
+    @property
+    def has_second_order(self) -> bool:
+        """Whether the teacher is small enough for GPTQ and SparseGPT, whose cost grows with the cube of a matrix's inputs."""
+        return self.shape.layers * max(self.shape.hidden, self.shape.ffn) ** 3 <= MOST_SECOND_ORDER
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return SCORES if self.has_second_order else tuple(s for s in SCORES if s != "sparsegpt")
+
+    @property
+    def quantizers(self) -> tuple[Algorithm, ...]:
+        """What can find the codes of a 4-bit matrix."""
+        return QUANTIZERS if self.has_second_order else ("rtn",)
+
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.bits) - 1
@@ -99,7 +116,7 @@ class Space:
             "kv_groups": ("int", (self.min_kv_groups, self.shape.kv_heads)),
             "pattern": ("categorical", PATTERNS),
             "ratio": ("int", (0, len(RATIOS) - 1)),
-            "score": ("categorical", SCORES),
+            "score": ("categorical", self.scores),
             "attention_bits": ("int", (0, top)),
             "ffn_bits": ("int", (0, top)),
             "head_bits": ("int", (0, top)),
@@ -108,8 +125,8 @@ class Space:
         }
         if {"int4/int8", "int4/fp32"} <= set(self.kernels):
             found["int4_activation"] = ("categorical", ("int8", "fp32"))
-        if 4 in self.bits:
-            found["quantizer"] = ("categorical", QUANTIZERS)
+        if 4 in self.bits and len(self.quantizers) > 1:
+            found["quantizer"] = ("categorical", self.quantizers)
         return found
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
@@ -190,13 +207,13 @@ class Space:
             len(self.group_sizes),
             2 if "int4_activation" in self.distributions() else 1,
         )
-        patterns = 1 + len(SCORES) + 2 * len(SCORES) * len(RATIOS)
+        patterns = 1 + len(self.scores) + 2 * len(self.scores) * len(RATIOS)
         precisions = 0
         for combination in itertools.product(bits, repeat=4):
             quantized = any(b != 32 for b in combination)
             shared = self.shape.tied and combination[2] == combination[3]
             calibrated = 4 in (combination[:2] if shared else combination[:3])
-            variants = (groups if quantized else 1) * (len(QUANTIZERS) if calibrated else 1)
+            variants = (groups if quantized else 1) * (len(self.quantizers) if calibrated else 1)
             precisions += variants * (activations if 4 in combination[:3] else 1)
         sizes = (
             (self.shape.layers - self.min_depth + 1)

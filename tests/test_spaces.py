@@ -232,6 +232,17 @@ def test_keys_of_candidates_without_gptq_are_those_of_version_0_1() -> None:
     assert candidate.key == "f85fc0e4794d4445"
 
 
+def test_second_order_methods_are_left_out_where_they_take_minutes() -> None:
+    assert all(Space.of(SHAPES[name], KERNELS).has_second_order for name in SHAPES if name != "llama")
+    smol = Shape(30, 576, 1536, 9, 3, 64, 49152)  # SmolLM2-135M
+    assert Space.of(smol, KERNELS).has_second_order
+    large = Space.of(SHAPES["llama"], KERNELS)
+    assert "quantizer" not in large.distributions()
+    assert large.distributions()["score"] == ("categorical", ("magnitude", "wanda"))
+    with pytest.raises(ValueError, match="outside this space"):
+        large.encode(replace(large.baselines()[-1], head_format=Format(4, 64, "int8", "gptq")).canonical(large.shape))
+
+
 def test_only_four_bit_matrices_are_proposed_with_gptq() -> None:
     found = every_candidate(SMALL[0]).values()
     assert any(c.uses_gptq for c in found)
@@ -248,6 +259,7 @@ SMALL = [
     Space(Shape(2, 48, 96, 3, 3, 16, 100), ("fp32/fp32", "int8/int8"), 2, 64, 3),
     Space(Shape(1, 128, 32, 2, 2, 16, 100), ALL_KERNELS, 1, 32, 2),
     Space(Shape(1, 128, 32, 2, 2, 16, 100, tied=False), ALL_KERNELS, 1, 32, 2),
+    Space(Shape(1, 9600, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2),  # too wide for second-order methods
 ]
 
 
