@@ -298,6 +298,29 @@ def test_codes_found_by_gptq_are_those_that_ship(candidate: Candidate, teacher: 
         assert worst(shipped, other) > 10 * BAR, f"the control {name!r} passed"
 
 
+def test_gptq_with_rounded_activations_ships_as_it_is_searched(
+    teacher: Teacher, child: EngineChild, tmp_path: Path, ids: np.ndarray
+) -> None:
+    """Positions are counted, see the test of rounded activations above."""
+    candidate = uniform(Format(4, 32, "int8", "gptq"), embedding=INT8)
+    shipping = Shipping(child, tmp_path, ids.reshape(16, 6))
+    weights, codes = calibrated(teacher, candidate)
+    shipped = shipping.logits(weights, candidate, teacher, codes)
+    bar = BAR * max(1.0, float(shipped.abs().max()) / 10)
+
+    def agreement(other: torch.Tensor) -> float:
+        return float(((shipped - other).abs().amax(-1) <= bar).float().mean())
+
+    network = Network(teacher.config, teacher.shape, 3)
+    with torch.no_grad():
+        exact = network(quantized_weights(weights, candidate, codes), torch.from_numpy(shipping.ids))
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids, codes=codes)) >= 0.9
+    assert agreement(exact) <= 0.1, "the control without rounded activations passed"
+    assert agreement(torch_logits(weights, to_nearest(candidate), teacher, shipping.ids)) <= 0.1
+    moved = one_code_moved(codes)
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids, codes=moved)) <= 0.1
+
+
 def test_gptq_cannot_ship_without_its_codes_or_with_others(teacher: Teacher) -> None:
     candidate = CALIBRATED["groups of 64"]
     weights, codes = calibrated(teacher, candidate)
