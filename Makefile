@@ -38,6 +38,7 @@ bench: install
 docs: install
 	@$(PIP) install -c constraints.txt -e ".[docs]" --no-build-isolation
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_pictures.py
 
 clean:

@@ -1,7 +1,7 @@
 """A student in torch: the family's own Hugging Face module on the meta device, called with any set of weights.
 
-Nothing of the forward pass is ours: `torch.func.functional_call` runs transformers' LlamaForCausalLM with the tensors it
-is given, so prefix slices of one weight set, masked and fake-quantized ones all go the same way (DESIGN of whittle,
+Nothing of the forward pass is ours: `torch.func.functional_call` runs transformers' own class with the tensors it is
+given, so prefix slices of one weight set, masked and fake-quantized ones all go the same way (DESIGN of whittle,
 MatFormer arXiv 2310.07707). Per-layer widths follow from the tensors' shapes.
 """
 
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from paretune.compression.quantize.grid import Quantized, fake_quantize, fake_quantize_activations, quantize
-from paretune.spaces.candidate import Candidate, Format, Shape, group_for
+from paretune.spaces.candidate import Candidate, Format, Layer, Shape, group_for
+from paretune.teachers.families import Family, standard_family
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -28,15 +29,18 @@ Codes = Mapping[str, Quantized]
 NO_CODES: Codes = MappingProxyType({})
 
 
-def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape) -> Any:
-    """A Hugging Face config of the candidate's (layer-uniform) sizes.
+def student_family(candidate: Candidate, shape: Shape) -> Family:
+    """The family of the student's standard config: the teacher's, except where transformers refuses the number of heads.
 
-    A LlamaConfig, except where transformers refuses one because the hidden size is no multiple of the number of heads
-    (KV groups were cut): then a MistralConfig without sliding window, which is the same network.
+    It refuses a Llama whose hidden size is no multiple of it (KV groups were cut); a Mistral without sliding window is the
+    same network.
     """
-    from transformers import LlamaConfig, MistralConfig
+    return standard_family(shape, candidate.layers[0].kv_groups * shape.heads_per_group)
 
-    first = candidate.layers[0]
+
+def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape) -> Any:
+    """A Hugging Face config of the candidate's (layer-uniform) sizes, of the class that `student_family` names."""
+    first, family = candidate.layers[0], student_family(candidate, shape)
     changed = {
         **config,
         "num_hidden_layers": len(candidate.layers),
@@ -47,9 +51,7 @@ def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape
     }
     for key in ("dtype", "torch_dtype", "architectures", "transformers_version", "model_type", "layer_types"):
         changed.pop(key, None)
-    if shape.hidden % changed["num_attention_heads"]:
-        return MistralConfig(**changed, sliding_window=None)
-    return LlamaConfig(**changed)
+    return family.config_class(**{**changed, **family.full_attention})
 
 
 class Network:
@@ -59,11 +61,10 @@ class Network:
     """
 
     def __init__(self, config: Mapping[str, Any], shape: Shape, depth: int) -> None:
-        from transformers import LlamaForCausalLM
-
-        template = student_config(config, _plain(shape, depth), shape)
+        plain = plain_candidate(shape, depth)
+        template = student_config(config, plain, shape)
         with torch.device("meta"):
-            self.module = LlamaForCausalLM(template)
+            self.module = student_family(plain, shape).model_class(template)
         self.module.model.rotary_emb = type(self.module.model.rotary_emb)(copy.deepcopy(template))
         self.module.eval()
         for parameter in self.module.parameters():
@@ -150,9 +151,8 @@ def codes_of(name: str, weight: torch.Tensor, form: Format, codes: Codes) -> Qua
     return found
 
 
-def _plain(shape: Shape, depth: int) -> Candidate:
-    from paretune.spaces.candidate import Layer
-
+def plain_candidate(shape: Shape, depth: int) -> Candidate:
+    """`depth` layers of the teacher's own widths, unquantized."""
     return Candidate((Layer(shape.ffn, shape.kv_heads),) * depth)
 
 

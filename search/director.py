@@ -8,6 +8,7 @@ resuming is asking again.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +29,8 @@ from paretune.spaces.space import Space
 MAX_ATTEMPTS = 3
 FIRST_WAVE = 40
 MOST_FAILURES_IN_A_ROW = 8
-CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0
+CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0  # of a model of REFERENCE_PARAMETERS on two cores
+REFERENCE_PARAMETERS = 5.8e6
 STAGE = {
     "fit": "latency fit",
     "elastic": "elastic student",
@@ -65,6 +67,7 @@ class Director:
         self.exit_code = 0
         self.is_interrupted = False
         self.version = 0
+        self._scale = max(1.0, space.shape.parameters / REFERENCE_PARAMETERS)
         self._failures_in_a_row = 0
         self._rows: dict[str, CandidateRow] = {}
         self._latest: dict[tuple[str, Fidelity], Evaluation] = {}
@@ -120,7 +123,7 @@ class Director:
         )
         left, cost = self.budget.left_s, self._confirm_cost_s()
         if waiting is not None:
-            if left < self._mean_seconds("confirmed", CONFIRM_GUESS_S):
+            if left < self._typical_seconds("confirmed", self._scale * CONFIRM_GUESS_S):
                 return self._end("the budget has ended")
             return self._hand_out(
                 "confirm", self._rows[waiting].candidate, {"recovered": self._latest[waiting, "recovered"].facts}
@@ -140,13 +143,33 @@ class Director:
         if left >= cost and number >= min(FIRST_WAVE, most) and (number >= most or self._confirm_is_behind()):
             finalist = self._next_finalist()
         can_explore = number < most and not self.store.meta("exhausted", False)
-        if finalist is None and can_explore and left >= cost + self._mean_seconds("rung0", RUNG0_GUESS_S):
+        if (
+            finalist is None
+            and can_explore
+            and left >= cost + self._typical_seconds("rung0", self._scale * RUNG0_GUESS_S)
+        ):
             return Decision("propose")
         if finalist is None and left >= cost:
             finalist = self._next_finalist()
         if finalist is None:
+            again = self._disturbed()
+            if again is not None and left >= self._typical_seconds("confirmed", self._scale * CONFIRM_GUESS_S):
+                recovered = self._latest.get((again, "recovered"))
+                return self._hand_out(
+                    "confirm", self._rows[again].candidate, {"recovered": recovered.facts} if recovered else {}
+                )
             return self._end("all is done" if left >= cost else "the budget has ended")
         return self._hand_out("recover", self._rows[finalist].candidate, {"tokens": self._recovery_tokens()})
+
+    def _disturbed(self) -> str | None:
+        """A confirmed candidate whose latency was disturbed, baselines first: what is left of the budget measures it again."""
+        for key in self._rows:
+            e = self._latest.get((key, "confirmed"))
+            if e is None or e.status != "complete" or e.attempt >= MAX_ATTEMPTS:
+                continue
+            if e.measurements["decode_ms_per_token"].provenance == "disturbed":
+                return key
+        return None
 
     def _confirm_is_behind(self) -> bool:
         """Whether the next confirmation is due by the two stages' shares of the time."""
@@ -173,7 +196,10 @@ class Director:
                 (self.budget.left_s + self.budget.used("explore")) * shares.confirm / (shares.confirm + shares.explore)
             )
             each = max(
-                2.0, share / self.spec.finalists - self._mean_seconds("confirmed", CONFIRM_GUESS_S) - 2 * RUNG0_GUESS_S
+                2.0,
+                share / self.spec.finalists
+                - self._typical_seconds("confirmed", self._scale * CONFIRM_GUESS_S)
+                - 2 * self._scale * RUNG0_GUESS_S,
             )
             step = elastic.get("batch_tokens", 4096)
             tokens = max(4, round(each * rate / step)) * step
@@ -183,16 +209,16 @@ class Director:
     def _confirm_cost_s(self) -> float:
         elastic = self.store.meta("elastic", {})
         rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
-        guess = self._recovery_tokens() / rate + 2 * RUNG0_GUESS_S
-        return 1.15 * (self._mean_seconds("recovered", guess) + self._mean_seconds("confirmed", CONFIRM_GUESS_S))
-
-    def _mean_seconds(self, fidelity: Fidelity, guess: float) -> float:
-        seconds = [e.seconds for e in self._complete(fidelity)]
-        return (
-            max(seconds[-5:])
-            if seconds and fidelity != "rung0"
-            else (sum(seconds) / len(seconds) if seconds else guess)
+        guess = self._recovery_tokens() / rate + 2 * self._scale * RUNG0_GUESS_S
+        return 1.15 * (
+            self._typical_seconds("recovered", guess)
+            + self._typical_seconds("confirmed", self._scale * CONFIRM_GUESS_S)
         )
+
+    def _typical_seconds(self, fidelity: Fidelity, guess: float) -> float:
+        """Median of the last few; the first baseline also opens the lane and loads everything, and is no guide."""
+        seconds = [e.seconds for e in self._complete(fidelity)]
+        return statistics.median(seconds[-5:]) if seconds else guess
 
     def _hand_out(
         self,
@@ -201,7 +227,9 @@ class Director:
         options: dict[str, Any] | None = None,
     ) -> Decision:
         left = self.budget.left_s
-        timeout = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0}.get(kind, left + 60.0)
+        timeout = self._scale * {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0}.get(
+            kind, left + 60.0
+        )
         work = Work(kind, candidate, left, min(timeout, left + 20.0), options or {})
         if candidate is not None:
             self.store.start(candidate.key, FIDELITY[kind])
@@ -249,6 +277,7 @@ class Director:
                 work.candidate.key, fidelity, "failed" if final else "lost", reason=reason, seconds=seconds
             )
             self._refresh(work.candidate.key, fidelity)
+            self._require_teacher(work.candidate.key, reason)
         self._watch_failures(Outcome("failed", reason=reason))
         self.notify("lost", {"kind": work.kind, "reason": reason})
 
@@ -319,6 +348,7 @@ class Director:
             artifact=artifact,
         )
         self._refresh(candidate.key, fidelity)
+        self._require_teacher(candidate.key, outcome.reason)
         if fidelity == "confirmed" and status == "complete":
             self._learn(candidate, measurements)
         elif fidelity == "rung0" and status == "complete":
@@ -339,6 +369,13 @@ class Director:
             self._refit()
         self._calibrate()
         self._write_estimates(list(self._rows))
+
+    def _require_teacher(self, key: str, reason: str) -> None:
+        """Nothing can be judged without the fp32 teacher: if it cannot be confirmed, the search ends."""
+        if key == self.space.baselines()[0].key and self.stop_reason is None:
+            e = self._latest[key, "confirmed"]
+            if e.status in ("failed", "infeasible"):
+                self._give_up(f"the teacher itself could not be confirmed: {reason}", 4)
 
     def _watch_failures(self, outcome: Outcome) -> None:
         self._failures_in_a_row = 0 if outcome.status == "complete" else self._failures_in_a_row + 1

@@ -102,7 +102,7 @@ class Measuring:
     def _folder(self) -> Path:
         s, p = self.space.teacher.shape, self.space.profile
         engine = f"{self.space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
-        sizes = f"h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
+        sizes = f"{s.family}-h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
         return self.space.cache / "measurements" / engine / sizes
 
 

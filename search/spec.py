@@ -24,8 +24,8 @@ class Shares(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     elastic: float = Field(default=0.25, ge=0, le=0.9, description="elastic student")
-    explore: float = Field(default=0.26, gt=0, le=0.9, description="rung-0 candidates")
-    confirm: float = Field(default=0.40, gt=0, le=0.9, description="recovery and confirmation")
+    explore: float = Field(default=0.28, gt=0, le=0.9, description="rung-0 candidates")
+    confirm: float = Field(default=0.38, gt=0, le=0.9, description="recovery and confirmation")
 
 
 class Spec(BaseModel):

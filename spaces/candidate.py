@@ -20,7 +20,10 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Shape:
-    """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads."""
+    """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads.
+
+    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has.
+    """
 
     layers: int
     hidden: int
@@ -30,10 +33,21 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool = True
+    family: str = "llama"
 
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, a tied embedding counted once; biases and q/k norms, well below 1 %, are left out."""
+        layer = (
+            2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+            + 3 * self.hidden * self.ffn
+            + 2 * self.hidden
+        )
+        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Models to start from and their text: the embedded `stdlib-coder` and any Hugging Face folder of the Llama family."""
+"""Models to start from and their text: the embedded `stdlib-coder` and any Hugging Face folder of a family in families.py."""
 
 from paretune.teachers.teacher import EMBEDDED, Teacher, load_teacher
 from paretune.teachers.text import SPLITS, Corpus, Document, Split, library_corpus, user_corpus

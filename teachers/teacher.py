@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from paretune.hardware_profiles.errors import UsageError
 from paretune.spaces.candidate import Shape
+from paretune.teachers.families import FAMILIES, axis_sizes, family_of
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "stdlib-coder"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent / "stdlib_coder"
-FAMILIES = {"llama": "LlamaForCausalLM"}
 STATIC_ROPE = {"default", "linear", "llama3"}
-NEEDED_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+NEEDED_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+)
 MIN_HEADER_BYTES = 10
+# Tensors of a layer that change what it computes; leftover buffers such as rotary_emb.inv_freq do no harm.
+COMPUTING = (".bias", "norm.weight")
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,12 @@ class Teacher:
     @property
     def context(self) -> int:
         """Longest sequence in tokens."""
-        return int(self.config.get("max_position_embeddings", 2048))
+        return int(self.config["max_position_embeddings"])
 
     @property
     def parameters(self) -> int:
         """Number of parameters, a tied embedding counted once."""
-        s = self.shape
-        layer = 2 * s.hidden * s.head_dim * (s.heads + s.kv_heads) + 3 * s.hidden * s.ffn + 2 * s.hidden
-        return s.layers * layer + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+        return sum(math.prod(size) for size in expected_tensors(self.shape).values())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors as float32 under their Hugging Face names; a tied head is not repeated. Raises UsageError on NaN."""
@@ -103,6 +111,7 @@ def load_teacher(name_or_folder: str) -> Teacher:
 def _check(name: str, folder: Path) -> Teacher:
     config = read_config(folder / "config.json")
     shape = shape_of(config, folder / "config.json")
+    _check_window(config, folder / "config.json")
     files = _weight_files(folder)
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
@@ -138,7 +147,10 @@ def _vocabulary_size(teacher: Teacher) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json of a supported family without the keys that could name code. Raises UsageError."""
+    """A config.json of a supported family without the keys that could name code, and with the family's defaults.
+
+    Raises UsageError.
+    """
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
@@ -147,19 +159,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} is not readable JSON: {error}", "copy the folder again, it may be half-written"
         ) from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(family, str) or family not in FAMILIES:
+    name = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UsageError(
-            f"the model family must be one of {sorted(FAMILIES)}, but {path} says model_type={family!r}",
+            f"the model family must be one of {sorted(FAMILIES)}, but {path} says model_type={name!r}",
             "choose a supported checkpoint",
         )
+    config = {**FAMILIES[name].defaults, **config}
     for key in ("auto_map", "trust_remote_code", "_name_or_path"):
         config.pop(key, None)
     for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("quantization_config", None)):
         if config.get(key, wanted) not in (wanted, None):
             raise UsageError(
                 f"{path}: {key} must be {wanted}, but is {config[key]!r}",
-                "choose an unquantized checkpoint without biases",
+                "choose an unquantized checkpoint with no biases but those that are standard in its family",
             )
     if config.get("hidden_act", "silu") != "silu":
         raise UsageError(
@@ -171,7 +184,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: rope_type must be one of {sorted(STATIC_ROPE)}, but is {kind!r}", "choose a supported checkpoint"
         )
-    return dict(config)
+    return config
+
+
+def _check_window(config: dict[str, Any], where: Path) -> None:
+    """Refuse attention that looks back less far than the context: the exported graph always looks back to the start."""
+    if "sliding_window" not in FAMILIES[config["model_type"]].defaults or not config.get("use_sliding_window", True):
+        return
+    window, context = config["sliding_window"], config["max_position_embeddings"]
+    if window is not None and (not isinstance(window, int) or window < context):
+        raise UsageError(
+            f"{where}: sliding_window must be null or at least max_position_embeddings, but got sliding_window={window!r}, "
+            f"max_position_embeddings={context}",
+            "choose a checkpoint with full attention, or lower max_position_embeddings to the window in a copy of "
+            "config.json: within that context the window has no effect",
+        )
 
 
 def shape_of(config: dict[str, Any], where: Path) -> Shape:
@@ -206,28 +233,17 @@ def shape_of(config: dict[str, Any], where: Path) -> Shape:
         head_dim,
         config["vocab_size"],
         bool(config.get("tie_word_embeddings", False)),
+        config["model_type"],
     )
 
 
 def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensor names of a Llama of this shape, with their shapes [out, in]."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    """Hugging Face tensor names of a model of this shape and family, with their shapes [out, in]."""
+    sizes = axis_sizes(shape, shape.ffn, shape.kv_heads)
+    layer = {name: tuple(sizes[axis] for axis in axes) for name, axes in family_of(shape).layer_tensors.items()}
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
     for i in range(shape.layers):
-        found |= {
-            f"model.layers.{i}.{name}.weight": size
-            for name, size in (
-                ("input_layernorm", (shape.hidden,)),
-                ("self_attn.q_proj", (q, shape.hidden)),
-                ("self_attn.k_proj", (kv, shape.hidden)),
-                ("self_attn.v_proj", (kv, shape.hidden)),
-                ("self_attn.o_proj", (shape.hidden, q)),
-                ("post_attention_layernorm", (shape.hidden,)),
-                ("mlp.gate_proj", (shape.ffn, shape.hidden)),
-                ("mlp.up_proj", (shape.ffn, shape.hidden)),
-                ("mlp.down_proj", (shape.hidden, shape.ffn)),
-            )
-        }
+        found |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
     found["model.norm.weight"] = (shape.hidden,)
     if not shape.tied:
         found["lm_head.weight"] = (shape.vocab, shape.hidden)
@@ -250,7 +266,15 @@ def _check_tensors(files: list[Path], shape: Shape) -> None:
             raise UsageError(
                 f"{file} is not a complete safetensors file: {error}", "copy the folder again, it may be half-written"
             ) from None
-    for name, size in expected_tensors(shape).items():
+    expected = expected_tensors(shape)
+    for name in sorted(actual.keys() - expected.keys()):
+        own = name.split(".", 3)[-1] in family_of(shape).layer_tensors  # of a layer beyond num_hidden_layers
+        if name.startswith("model.layers.") and name.endswith(COMPUTING) and not own:
+            raise UsageError(
+                f"a {shape.family} has no tensor {name}, but {files[0].parent} holds one",
+                "use the matching config.json",
+            )
+    for name, size in expected.items():
         if name not in actual:
             raise UsageError(f"{files[0].parent} lacks the tensor {name}", "use a complete checkpoint")
         if actual[name] != size:

@@ -1,4 +1,4 @@
-"""Shared pieces of the suite: a tiny random Llama with a tokenizer of its own, generated text, and the lock's folder."""
+"""Shared pieces of the suite: a tiny random model with a tokenizer of its own, generated text, and the lock's folder."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ TINY = {
     "pad_token_id": 0,
     "tie_word_embeddings": True,
     "initializer_range": 0.15,
+}
+FAMILY_CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None, "tie_word_embeddings": False},
+    "qwen2": {"head_dim": ...},  # its configs have none
+    "qwen3": {"head_dim": 32},
 }
 WORDS = [
     "the",
@@ -103,19 +109,23 @@ def _document(seed: int, words: int = 500) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_teacher(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama of TINY with `changes`, as a Hugging Face folder with a byte-level BPE tokenizer of 288 tokens."""
+def _write_teacher(folder: Path, seed: int = 0, family: str = "llama", **changes: Any) -> Path:
+    """A random model of TINY with `changes` (... drops a key), as a Hugging Face folder with a byte-level BPE tokenizer of
+    288 tokens."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+    settings = {**TINY, **FAMILY_CHANGES[family], **changes}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{key: value for key, value in settings.items() if value is not ...})
+    )
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms: ones would hide a forgotten or swapped norm
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # ones and zeros would hide a forgotten or swapped norm or bias
+                parameter.copy_((0 if name.endswith("bias") else 1) + 0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
@@ -144,7 +154,8 @@ def generated_document() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def write_teacher() -> Callable[..., Path]:
-    """`write_teacher(folder, seed=0, **config)`: a random Llama like the tiny teacher, changed as the caller says."""
+    """`write_teacher(folder, seed=0, family="llama", **config)`: a random model like the tiny teacher, changed as the caller
+    says."""
     return _write_teacher
 
 

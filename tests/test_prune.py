@@ -251,8 +251,15 @@ def shuffled(shape: Shape, seed: int) -> Importance:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_word_embeddings": False, "head_dim": 32}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}],
-    ids=["grouped", "untied, wide heads", "multi-head", "multi-query"],
+    [
+        {},
+        {"tie_word_embeddings": False, "head_dim": 32},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"family": "qwen2", "num_key_value_heads": 4},
+        {"family": "qwen3"},
+    ],
+    ids=["grouped", "untied, wide heads", "multi-head", "multi-query", "biases", "q/k norms"],
 )
 def test_sorting_leaves_the_logits_unchanged(
     tmp_path: Path, write_teacher: Callable[..., Path], changes: dict[str, object], ids: torch.Tensor

@@ -1,5 +1,6 @@
 """The whole search on the simulated evaluator: policy, calibration, resuming, determinism; no Ray processes."""
 
+import dataclasses
 import math
 import time
 from collections import Counter
@@ -185,6 +186,45 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path):
     code, done, _ = simulate(ready, store, tmp_path, evaluator_class=Broken)
     assert code == 4 and done["rung0"] < 20
     assert "no space left" in store.meta("ended")
+
+
+class Noisy(SimulatedEvaluator):
+    """The first confirmation of every second candidate falls on a busy moment."""
+
+    def run(self, work):
+        outcome = super().run(work)
+        if work.kind == "confirm" and int(work.candidate.key[0], 16) % 2:
+            seen = (self.folder / "simulated.log").read_text().count(f"confirm {work.candidate.key}")
+            if seen == 1:
+                m = outcome.measurements["decode_ms_per_token"]
+                disturbed = dataclasses.replace(m, provenance="disturbed", value=9.0)
+                return dataclasses.replace(
+                    outcome, measurements={**outcome.measurements, "decode_ms_per_token": disturbed}
+                )
+        return outcome
+
+
+def test_disturbed_latencies_are_measured_again_with_what_time_is_left(tmp_path):
+    ready = make_ready(max_candidates=50, finalists=2, budget="600s")
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=Noisy)
+    view = load_view(store)
+    assert code == 0 and done["confirm"] > len(view.confirmed), "the simulation disturbed nothing"
+    assert {p.measurements["decode_ms_per_token"].provenance for p in view.confirmed} == {"measured"}
+    assert len({p.key for p in view.confirmed}) == len(view.confirmed)
+
+
+class NoTeacher(SimulatedEvaluator):
+    def run(self, work):
+        return Outcome("infeasible", reason="op Y is unknown") if work.kind == "confirm" else super().run(work)
+
+
+def test_a_teacher_that_cannot_run_ends_the_search_with_its_reason(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=NoTeacher)
+    assert code == 4 and sum(done.values()) == 1
+    assert "the teacher itself could not be confirmed: op Y is unknown" in store.meta("ended")
 
 
 def test_limits_of_the_spec_become_constraints(tmp_path):

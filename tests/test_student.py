@@ -30,6 +30,9 @@ VARIANTS = {
     },
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
     "large epsilon": {"rms_norm_eps": 0.3},
+    "Mistral": {"family": "mistral"},
+    "Qwen2": {"family": "qwen2", "tie_word_embeddings": False},
+    "Qwen3, large epsilon": {"family": "qwen3", "rms_norm_eps": 0.3},
 }
 
 

@@ -38,6 +38,7 @@ CODE = (
     "prune/structure.py",
     "prune/statistics.py",
     "student.py",
+    "../teachers/families.py",
 )
 
 
@@ -112,6 +113,8 @@ class ElasticTrainer:
 
     def run(self, seconds: float) -> dict[str, float]:
         """Train for about `seconds` (or until done), checkpointing on the way; returns progress."""
+        if self.done:  # kept from an earlier search: the file stays as it is
+            return self._progress()
         start = mark = saved = time.monotonic()
         while not self.done and mark - start < seconds:
             with self.machine():
@@ -122,6 +125,9 @@ class ElasticTrainer:
                 self.save()
                 saved = now
         self.save()
+        return self._progress()
+
+    def _progress(self) -> dict[str, float]:
         return {"elapsed_s": self.elapsed, "tokens": float(self.tokens), "loss": self.loss}
 
     def step(self) -> None:

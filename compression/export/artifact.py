@@ -18,12 +18,26 @@ import zstandard
 
 from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.graph import build_model, save_model
-from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, quantized_weights, student_config
+from paretune.compression.student import (
+    EMBEDDING,
+    HEAD,
+    NO_CODES,
+    Codes,
+    quantized_weights,
+    student_config,
+    student_family,
+)
 from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Candidate, Shape
+from paretune.teachers.families import family_of
 from paretune.teachers.teacher import Teacher
 
 ZSTD_LEVEL = 3
+HUGGING_FACE = """`hf/` is the same student as a Hugging Face folder; its float32 weights are what the engine computes
+with, except that int8 activations are not simulated there."""
+NO_HUGGING_FACE = (
+    "There is no `hf/` folder, because no standard Hugging Face config expresses layers of different widths."
+)
 TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json")
 
 
@@ -60,7 +74,9 @@ def write_artifact(
         save_model(model, temporary / MODEL)
         _write_tokenizer(teacher, temporary / "onnx")
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
-        if len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1:  # what a standard config can express
+        # what a standard config can express
+        uniform = len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1
+        if uniform:
             _write_hugging_face(temporary / "hf", teacher, candidate, weights, codes)
         sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
         describe_artifact(
@@ -73,6 +89,7 @@ def write_artifact(
                 "teacher_digest": teacher.digest,
                 "bytes": sizes.bytes,
                 "compressed_bytes": sizes.compressed_bytes,
+                "hugging_face": uniform,
             },
         )
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +133,7 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
             "eos_token_id": end,
             "pad_token_id": end,
             "context_length": teacher.context,
-            "type": "llama",
+            "type": family_of(shape).name,
             "vocab_size": shape.vocab,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
@@ -171,8 +188,8 @@ def card(facts: Mapping[str, Any]) -> str:
 - recovery: {facts.get("recovery_text", "none, the teacher weights themselves")}
 
 `onnx/` runs in ONNX Runtime and onnxruntime-genai: `paretune generate . --prompt "def "`.
-`hf/` is the same student as a Hugging Face folder; its float32 weights are what the engine computes with, except that
-int8 activations are not simulated there. `SHA256SUMS` is verified whenever paretune loads this folder.
+{HUGGING_FACE if facts.get("hugging_face", True) else NO_HUGGING_FACE}
+`SHA256SUMS` is verified whenever paretune loads this folder.
 """
 
 
@@ -200,7 +217,7 @@ def _write_hugging_face(
     if tied:
         del effective[HEAD]
     config = student_config(teacher.config, candidate, teacher.shape).to_dict()
-    architecture = "MistralForCausalLM" if config["model_type"] == "mistral" else "LlamaForCausalLM"
+    architecture = student_family(candidate, teacher.shape).architecture
     config |= {"tie_word_embeddings": tied, "architectures": [architecture], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     save_file(

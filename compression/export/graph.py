@@ -1,10 +1,11 @@
 """The ONNX graph of a student, written node by node with its weights in the engine's own quantized form.
 
 The interface and node choice follow the graphs of the onnxruntime-genai builder (packed QKV into GroupQueryAttention with
-rotary embedding inside, SkipSimplifiedLayerNormalization), so its runtime streams text from the file; a test holds the two
-against each other. Written here because every layer carries its own widths and formats, and because a graph with weights
-takes milliseconds. Quantized matrices are MatMulNBits (half the load time of DequantizeLinear, which ONNX Runtime would
-fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format.
+rotary embedding inside, SkipSimplifiedLayerNormalization), so its runtime streams text from the file; a test holds what it
+streams against transformers. Written here because every layer carries its own widths and formats, and because a graph with
+weights takes milliseconds. Quantized matrices are MatMulNBits (half the load time of DequantizeLinear, which ONNX Runtime would
+fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format. Norms
+of q and k come between the packed matrix and GroupQueryAttention: its own inputs for them have no CPU kernel.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 from onnx import TensorProto, helper
 
 from paretune.compression.quantize.grid import Quantized, quantize
-from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of
-from paretune.spaces.candidate import Candidate, Format, Shape
+from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of, plain_candidate, student_config
+from paretune.spaces.candidate import Candidate, Format, Layer, Shape
+from paretune.teachers.families import family_of
 
 OPSET, IR_VERSION = 21, 10
 INLINE_LIMIT_BYTES = 1_500_000_000
@@ -56,9 +58,7 @@ def build_model(
         normed, residual = graph.norm(
             weights[f"{prefix}input_layernorm.weight"], f"{path}/input_layernorm", stream, residual
         )
-        qkv = [f"{prefix}self_attn.{p}_proj.weight" for p in "qkv"]
-        packed = graph.product(qkv, layer.attention_format, f"{path}/attn/qkv_proj", normed)
-        attended = graph.attention(i, packed, layer.kv_groups, shape)
+        attended = graph.attention(i, graph.heads(i, layer, shape, normed), layer, shape)
         o = [f"{prefix}self_attn.o_proj.weight"]
         stream = graph.product(o, layer.attention_format, f"{path}/attn/o_proj", attended)
         normed, residual = graph.norm(
@@ -136,14 +136,9 @@ class _Graph:
 
     def rotary(self, config: Mapping[str, Any], shape: Shape) -> None:
         """cos/sin tables [positions, head_dim / 2] from transformers' own rotary module, so every static rope type is right."""
-        from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        rope = LlamaRotaryEmbedding(
-            LlamaConfig(
-                **{k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
-            )
-        )
+        rope = LlamaRotaryEmbedding(student_config(config, plain_candidate(shape, shape.layers), shape))
         positions = torch.arange(int(config.get("max_position_embeddings", 2048)), dtype=torch.float32)
         angles = torch.outer(positions, rope.inv_freq.float())
         self.constant("cos_cache", angles.cos() * rope.attention_scaling)
@@ -167,23 +162,34 @@ class _Graph:
         )
         return outputs[0], outputs[3]
 
-    def product(self, names: list[str], form: Format, name: str, stream: str) -> str:
-        """stream @ W.T with the rows of the weights `names`, one below the other, and their own codes."""
+    def product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None = None) -> str:
+        """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes."""
         parts = {n: self.weights[n] for n in names}
-        if form.bits == 32:
-            return self.matmul(torch.cat(list(parts.values())), form, name, stream)
-        codes = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
-        scales = torch.cat([q.scales for q in codes])
-        whole = Quantized(torch.cat([q.codes for q in codes]), scales, form.bits, codes[0].group_size)
-        return self.matmul_nbits(self.packed(whole, f"{name}.weight"), whole.codes.shape, form, name, stream)
+        weight, whole = torch.cat(list(parts.values())), None
+        if form.bits != 32:
+            codes = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
+            scales = torch.cat([q.scales for q in codes])
+            whole = Quantized(torch.cat([q.codes for q in codes]), scales, form.bits, codes[0].group_size)
+        return self.matmul(weight, form, name, stream, bias, whole)
 
-    def matmul(self, weight: torch.Tensor, form: Format, name: str, stream: str) -> str:
-        """stream @ weight.T with the weight [N, K] in `form`, rounded to nearest."""
+    def matmul(
+        self,
+        weight: torch.Tensor,
+        form: Format,
+        name: str,
+        stream: str,
+        bias: torch.Tensor | None = None,
+        codes: Quantized | None = None,
+    ) -> str:
+        """stream @ weight.T + bias with the weight [N, K] in `form`, rounded to nearest unless `codes` are given."""
         if form.bits == 32:
-            return self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
-        return self.matmul_nbits(
-            self.packed(quantize(weight, form), f"{name}.weight"), weight.shape, form, name, stream
-        )
+            product = self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
+        else:
+            tables = self.packed(quantize(weight, form) if codes is None else codes, f"{name}.weight")
+            product = self.matmul_nbits(tables, weight.shape, form, name, stream)
+        if bias is None:
+            return product
+        return self.node("Add", [product, self.constant(f"{name}.bias", bias.float())], f"{name}/add")
 
     def packed(self, q: Quantized, name: str) -> list[str]:
         return [self.constant(name, pack(q)), self.constant(f"{name}.scales", q.scales)]
@@ -211,12 +217,36 @@ class _Graph:
             accuracy_level=ACCURACY_LEVEL[form.activation],
         )
 
-    def attention(self, i: int, packed: str, kv_heads: int, shape: Shape) -> str:
+    def heads(self, i: int, layer: Layer, shape: Shape, normed: str) -> list[str]:
+        """Query, key and value of GroupQueryAttention: one packed matrix, split only where heads are normed one by one."""
+        family, prefix, path = family_of(shape), f"model.layers.{i}.self_attn.", f"/model/layers.{i}/attn"
+        bias = torch.cat([self.weights[f"{prefix}{p}_proj.bias"] for p in "qkv"]) if family.qkv_bias else None
+        names = [f"{prefix}{p}_proj.weight" for p in "qkv"]
+        packed = self.product(names, layer.attention_format, f"{path}/qkv_proj", normed, bias)
+        if not family.qk_norm:
+            return [packed, "", ""]
+        kv = layer.kv_groups * shape.head_dim
+        widths = [kv * shape.heads_per_group, kv, kv]
+        q, k, v = (f"{path}/split/{p}" for p in "qkv")
+        table = self.constant(f"{path}/split.widths", np.array(widths, np.int64))
+        self.node("Split", [packed, table], f"{path}/split", [q, k, v], axis=-1)
+        return [
+            self.head_norm(self.weights[f"{prefix}q_norm.weight"], f"{path}/q_norm", q, widths[0]),
+            self.head_norm(self.weights[f"{prefix}k_norm.weight"], f"{path}/k_norm", k, widths[1]),
+            v,
+        ]
+
+    def head_norm(self, weight: torch.Tensor, name: str, stream: str, width: int) -> str:
+        """RMS norm over every head of stream [batch, length, width], `weight` [head_dim] shared by all."""
+        one_head = self.constant("one_head", np.array([0, -1, weight.shape[0]], np.int64))
+        all_heads = self.constant(f"{name}.heads", np.array([0, -1, width], np.int64))
+        normed, _ = self.norm(weight, name, self.node("Reshape", [stream, one_head], f"{name}/split"), "")
+        return self.node("Reshape", [normed, all_heads], f"{name}/join")
+
+    def attention(self, i: int, qkv: list[str], layer: Layer, shape: Shape) -> str:
         path = f"/model/layers.{i}/attn/gqa"
         inputs = [
-            packed,
-            "",
-            "",
+            *qkv,
             f"past_key_values.{i}.key",
             f"past_key_values.{i}.value",
             "seqlens_k",
@@ -230,8 +260,8 @@ class _Graph:
             path,
             [f"{path}/output", f"present.{i}.key", f"present.{i}.value"],
             MICROSOFT,
-            num_heads=kv_heads * shape.heads_per_group,
-            kv_num_heads=kv_heads,
+            num_heads=layer.kv_groups * shape.heads_per_group,
+            kv_num_heads=layer.kv_groups,
             scale=shape.head_dim**-0.5,
             do_rotary=1,
             rotary_interleaved=0,

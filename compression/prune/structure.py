@@ -14,6 +14,7 @@ import torch
 
 from paretune.compression.prune.statistics import LayerStatistics
 from paretune.spaces.candidate import Candidate, Shape
+from paretune.teachers.families import CUT_AXES, Axis, axis_sizes, family_of
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,16 @@ def sort_by_importance(weights: Mapping[str, torch.Tensor], order: Importance, s
     """The same model with FFN neurons and KV groups in the order of importance."""
     found = dict(weights)
     for i in range(shape.layers):
-        layer = f"model.layers.{i}."
-        neurons = torch.tensor(order.ffn[i])
-        q = _rows(order.groups[i], shape.heads_per_group * shape.head_dim)
-        kv = _rows(order.groups[i], shape.head_dim)
-        for name, rows in (
-            ("mlp.gate_proj", neurons),
-            ("mlp.up_proj", neurons),
-            ("self_attn.q_proj", q),
-            ("self_attn.k_proj", kv),
-            ("self_attn.v_proj", kv),
-        ):
-            found[f"{layer}{name}.weight"] = weights[f"{layer}{name}.weight"][rows].contiguous()
-        for name, columns in (("mlp.down_proj", neurons), ("self_attn.o_proj", q)):
-            found[f"{layer}{name}.weight"] = weights[f"{layer}{name}.weight"][:, columns].contiguous()
+        rows: dict[Axis, torch.Tensor] = {
+            "ffn": torch.tensor(order.ffn[i]),
+            "query": _rows(order.groups[i], shape.heads_per_group * shape.head_dim),
+            "kv": _rows(order.groups[i], shape.head_dim),
+        }
+        for name, axes in family_of(shape).layer_tensors.items():
+            full = f"model.layers.{i}.{name}"
+            for dimension, axis in enumerate(axes):
+                if axis in rows:
+                    found[full] = found[full].index_select(dimension, rows[axis])
     return found
 
 
@@ -73,24 +70,16 @@ def slice_weights(
         for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
         if name in weights
     }
+    tensors = family_of(shape).layer_tensors
     for new, old in enumerate(order.kept_layers(len(candidate.layers))):
         widths = candidate.layers[new]
-        q, kv = widths.kv_groups * shape.heads_per_group * shape.head_dim, widths.kv_groups * shape.head_dim
-        rows = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": kv,
-            "self_attn.v_proj": kv,
-            "mlp.gate_proj": widths.ffn,
-            "mlp.up_proj": widths.ffn,
-        }
-        columns = {"self_attn.o_proj": q, "mlp.down_proj": widths.ffn}
-        for name in (*rows, *columns, "input_layernorm", "post_attention_layernorm"):
-            value = weights[f"model.layers.{old}.{name}.weight"]
-            if name in rows:
-                value = value[: rows[name]]
-            elif name in columns:
-                value = value[:, : columns[name]]
-            found[f"model.layers.{new}.{name}.weight"] = value
+        sizes = axis_sizes(shape, widths.ffn, widths.kv_groups)
+        for name, axes in tensors.items():
+            value = weights[f"model.layers.{old}.{name}"]
+            for dimension, axis in enumerate(axes):
+                if axis in CUT_AXES:
+                    value = value.narrow(dimension, 0, sizes[axis])
+            found[f"model.layers.{new}.{name}"] = value
     return found
 
 

@@ -101,7 +101,7 @@ def search(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder of the Llama family.")
+        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3).")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
@@ -165,16 +165,7 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
             handle(progress, kind, data)
             if kind == "confirmed" and data["status"] == "complete":
                 keeper.tidy()
-                view = load_view(store)
-                progress.confirmed = len(view.confirmed)
-                progress.saw_front(view)
-                point = view.point(data["key"])
-                if point is not None:
-                    m = point.measurements
-                    progress.say(
-                        f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, {m['decode_ms_per_token'].value:.3f} ms/token, "
-                        f"{m['compressed_bytes'].value / 1e6:.2f} MB"
-                    )
+                progress.saw_confirmation(load_view(store), data["key"])
 
         try:
             code = run_study(store, ready, home, notify, address)

@@ -126,13 +126,22 @@ class Progress:
             self._last_line = time.monotonic()
             self.say(text)
 
-    def saw_front(self, view: StudyView) -> None:
-        """Keep the size of the front (ties count once) and the fastest member within 3 % loss."""
+    def saw_confirmation(self, view: StudyView, key: str) -> None:
+        """Say what was confirmed; keep the size of the front (ties count once) and the fastest member within 3 % loss."""
+        self.confirmed = len(view.confirmed)
         self.front_size = len(view.front) - len(view.ties)
         near = [p for p in view.front if p.measurements["relative_loss"].value <= 0.03]
         if near:
             fastest: Point = min(near, key=lambda p: p.measurements["decode_ms_per_token"].value)
             self.best = f"{fastest.measurements['decode_ms_per_token'].value:.3f} ms/token at {fastest.measurements['relative_loss'].value:+.1%}"
+        point = view.point(key)
+        if point is not None:
+            m = point.measurements
+            doubt = " [yellow](disturbed)[/yellow]" if m["decode_ms_per_token"].provenance == "disturbed" else ""
+            self.say(
+                f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, "
+                f"{m['decode_ms_per_token'].value:.3f} ms/token{doubt}, {m['compressed_bytes'].value / 1e6:.2f} MB"
+            )
 
 
 def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
