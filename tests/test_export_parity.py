@@ -307,6 +307,18 @@ def test_codes_found_by_gptq_are_those_that_ship(candidate: Candidate, teacher: 
         assert worst(shipped, other) > 10 * BAR, f"the control {name!r} passed"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_gptq_ships_beside_the_biases_and_head_norms_of_other_families(
+    family: str, write_teacher: Callable[..., Path], shipping: Shipping, tmp_path: Path
+) -> None:
+    other = load_teacher(str(write_teacher(tmp_path / "model", 3, family=family)))
+    for candidate in (CALIBRATED["everything"], CALIBRATED["attention only, smaller"]):
+        weights, codes = calibrated(other, candidate)
+        shipped = shipping.logits(weights, candidate, other, codes)
+        assert worst(shipped, torch_logits(weights, candidate, other, shipping.ids, codes=codes)) <= BAR
+        assert worst(shipped, torch_logits(weights, to_nearest(candidate), other, shipping.ids)) > 10 * BAR
+
+
 def test_gptq_with_rounded_activations_ships_as_it_is_searched(
     teacher: Teacher, child: EngineChild, tmp_path: Path, ids: np.ndarray
 ) -> None:
