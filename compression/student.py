@@ -10,18 +10,23 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from paretune.compression.quantize.grid import fake_quantize, fake_quantize_activations
+from paretune.compression.quantize.grid import Quantized, fake_quantize, fake_quantize_activations, quantize
 from paretune.spaces.candidate import Candidate, Format, Layer, Shape, group_for
 from paretune.teachers.families import Family, standard_family
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Codes that were found by more than rounding (GPTQ), by weight name.
+Codes = Mapping[str, Quantized]
+NO_CODES: Codes = MappingProxyType({})
 
 
 def student_family(candidate: Candidate, shape: Shape) -> Family:
@@ -99,16 +104,50 @@ class Network:
                 handle.remove()
 
 
-def quantized_weights(weights: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[str, torch.Tensor]:
-    """Fake-quantized weights of a student, head and embedding as tensors of their own."""
+def matmul_formats(candidate: Candidate) -> dict[str, Format]:
+    """The format of every matrix that is multiplied by, by weight name: all but the embedding."""
+    found = {
+        f"model.layers.{i}.{name}.weight": form
+        for i, layer in enumerate(candidate.layers)
+        for names, form in ((ATTENTION, layer.attention_format), (FFN, layer.ffn_format))
+        for name in names
+    }
+    return found | {HEAD: candidate.head_format}
+
+
+def quantized_weights(
+    weights: Mapping[str, torch.Tensor], candidate: Candidate, codes: Codes = NO_CODES
+) -> dict[str, torch.Tensor]:
+    """Fake-quantized weights of a student, head and embedding as tensors of their own.
+
+    `codes` are those of the matrices whose format says "gptq"; everything else is rounded to nearest, with gradients.
+    """
     found = dict(weights)
-    for i, layer in enumerate(candidate.layers):
-        for names, form in ((ATTENTION, layer.attention_format), (FFN, layer.ffn_format)):
-            for name in names:
-                full = f"model.layers.{i}.{name}.weight"
-                found[full] = fake_quantize(weights[full], form)
-    found[HEAD] = fake_quantize(weights.get(HEAD, weights[EMBEDDING]), candidate.head_format)
+    for name, form in matmul_formats(candidate).items():
+        weight = weights.get(name, weights[EMBEDDING]) if name == HEAD else weights[name]
+        if form.algorithm == "gptq":
+            found[name] = codes_of(name, weight, form, codes).dequantize()
+        else:
+            found[name] = fake_quantize(weight, form)
     found[EMBEDDING] = fake_quantize(weights[EMBEDDING], candidate.embedding_format)
+    return found
+
+
+def codes_of(name: str, weight: torch.Tensor, form: Format, codes: Codes) -> Quantized:
+    """The codes of one matrix that ship: ready ones for "gptq", else `weight` rounded to nearest.
+
+    Raises ValueError if ready ones are missing or on another grid, so that nothing ships under a wrong name.
+    """
+    if form.algorithm == "rtn":
+        return quantize(weight, form)
+    if name not in codes:
+        raise ValueError(f"the format of {name} says GPTQ, so its codes must be given, but they are not")
+    found, wanted = codes[name], (weight.shape, form.bits, group_for(form.group_size, weight.shape[1]))
+    if (found.codes.shape, found.bits, found.group_size) != wanted:
+        raise ValueError(
+            f"the codes of {name} must be {tuple(wanted[0])} of {wanted[1]} bits in groups of {wanted[2]}, "
+            f"but got {tuple(found.codes.shape)} of {found.bits} bits in groups of {found.group_size}"
+        )
     return found
 
 

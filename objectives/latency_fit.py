@@ -88,7 +88,7 @@ def design(space: Space, count: int, seed: int = 0) -> list[Candidate]:
     ranges = space.distributions()
     columns = {name: _shuffled(kind, count * 2, generator) for name, kind in ranges.items()}
     for row in range(count * 2):
-        params = {name: column[row] for name, column in columns.items()} | {"pattern": "none"}
+        params = {name: column[row] for name, column in columns.items()} | {"pattern": "none", "quantizer": "rtn"}
         candidate = space.decode(params)
         if len(found) < count:
             found.setdefault(candidate.key, candidate)

@@ -62,9 +62,10 @@ class Calibration:
 
 
 def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
-    """What the correction depends on: level, rung-0 value (bent), sparsity, 4-bit weights, how much was cut away."""
+    """What the correction depends on: level, rung-0 value (bent), sparsity, 4-bit weights (GPTQ has repaired beforehand what
+    training under the rounding would), how much was cut away."""
     if candidate is None:
-        return np.zeros(6)
+        return np.zeros(7)
     first = candidate.layers[0]
     formats = (first.attention_format, first.ffn_format, candidate.head_format)
     kept = len(candidate.layers) / shape.layers * (first.ffn / shape.ffn + first.kv_groups / shape.kv_heads) / 2
@@ -75,6 +76,7 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
             first.pattern.ratio * rung0,
             float(first.pattern.kind == "2:4") * 0.3,
             sum(f.bits == 4 for f in formats) / 3 * 0.3,
+            sum(f.algorithm == "gptq" for f in formats) / 3 * 0.3,
             (1 - kept) * 0.5,
         ]
     )

@@ -16,7 +16,7 @@ from paretune.compression.distill.elastic import ElasticTrainer
 from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
-from paretune.compression.student import EMBEDDING, quantized_weights
+from paretune.compression.student import EMBEDDING, Codes, quantized_weights
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.files import write_atomically
@@ -89,12 +89,11 @@ class Evaluator:
         return Outcome(done=trainer.done, facts=facts)
 
     def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
-        dense = self.space.dense_weights(candidate)
-        masks = self.space.masks(candidate, dense)
-        weights = _masked(dense, masks)
+        weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
         with self.space.lock.shared():
-            scores = self.score_in_torch(candidate, weights)
-            sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape)
+            codes = self.space.codes(candidate, weights)
+            scores = self.score_in_torch(candidate, weights, codes)
+            sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape, codes)
         return Outcome(
             scores=scores,
             facts=_sparsity(masks),
@@ -105,12 +104,12 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Scores:
-        """NLL on the search split with fake-quant, bf16 matrix products; sums per document."""
+    def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes) -> Scores:
+        """NLL on the search split with fake-quant, bf16 matrix products; sums per document. `codes`: `Workspace.codes`."""
         windows, network = self.space.search_windows, self.space.network(len(candidate.layers))
         effective = {
             name: value.to(torch.bfloat16) if value.ndim == 2 and name != EMBEDDING else value
-            for name, value in quantized_weights(weights, candidate).items()
+            for name, value in quantized_weights(weights, candidate, codes).items()
         }
         sums = np.zeros(len(windows.ids))
         with torch.autocast("cpu", torch.bfloat16), network.activations(candidate):
@@ -128,10 +127,8 @@ class Evaluator:
         return _scores(windows, self.space.tokens["search"].names, sums)
 
     def _recover(self, candidate: Candidate, work: Work) -> Outcome:
-        dense = self.space.dense_weights(candidate)
-        masks = self.space.masks(candidate, dense)
-        before = _masked(dense, masks)
         space = self.space
+        before, masks = space.sparsify(candidate, space.dense_weights(candidate))
         batch = space.batch_within_memory(RecoveryRecipe.batch)
         recipe = RecoveryRecipe(work.options["tokens"], context=space.window, batch=batch, seed=space.spec.seed + 1)
         deadline = time.monotonic() + work.seconds_left
@@ -150,8 +147,8 @@ class Evaluator:
         if facts["tokens"] < work.options["tokens"] - batch * space.window:
             return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
         with space.lock.shared():
-            scores = self.score_in_torch(candidate, after)
-            was = self.score_in_torch(candidate, before)
+            scores = self.score_in_torch(candidate, after, space.codes(candidate, after))
+            was = self.score_in_torch(candidate, before, space.codes(candidate, before))
         better = scores.mean_nll <= was.mean_nll
         file = space.folder / "recovered" / f"{candidate.key}.safetensors"
         save_tensors(
@@ -180,7 +177,8 @@ class Evaluator:
             "corpus": self.space.corpus_fingerprint,
         }
         with self.space.lock.shared():
-            sizes = write_artifact(folder, self.space.teacher, candidate, weights, facts)
+            codes = self.space.codes(candidate, weights)
+            sizes = write_artifact(folder, self.space.teacher, candidate, weights, facts, codes)
         lane = self.measuring.measure(candidate, folder / MODEL)
         with self.space.lock.shared():
             scores, reference = self._score_in_engine(folder / MODEL, candidate)
@@ -203,7 +201,7 @@ class Evaluator:
         }
         if not recovered:
             with self.space.lock.shared():
-                described["search_nll"] = self.score_in_torch(candidate, weights).mean_nll
+                described["search_nll"] = self.score_in_torch(candidate, weights, codes).mean_nll
         return Outcome(
             measurements=measurements,
             scores=scores,
@@ -255,10 +253,6 @@ class Evaluator:
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
         return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
-
-
-def _masked(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value * masks[name] if name in masks else value for name, value in weights.items()}
 
 
 def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from paretune.objectives.lane import Lane, LaneResult, Pair
 from paretune.search.reference import open_lane
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
-from paretune.spaces.candidate import Candidate, Layer
+from paretune.spaces.candidate import Candidate, Format, Layer
 
 SLICE_S = 10.0
 ENOUGH_QUIET = 10
@@ -85,10 +86,12 @@ class Measuring:
             self._rough.append({"candidate": json.loads(candidate.to_json()), **found})
 
     def kept_file(self, candidate: Candidate) -> Path:
-        """Where a candidate's latency is kept: a changed weight value or pattern hits, a changed shape, engine version,
+        """Where a candidate's latency is kept: a changed weight value, pattern or quantizer hits, a changed shape, engine version,
         thread count or machine misses."""
-        layers = tuple(Layer(x.ffn, x.kv_groups, x.attention_format, x.ffn_format) for x in candidate.layers)
-        plain = Candidate(layers, candidate.head_format, candidate.embedding_format)
+        layers = tuple(
+            Layer(x.ffn, x.kv_groups, _plain(x.attention_format), _plain(x.ffn_format)) for x in candidate.layers
+        )
+        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format)
         return self._folder() / f"{plain.key}.json"
 
     def all_kept(self) -> list[dict[str, Any]]:
@@ -101,3 +104,7 @@ class Measuring:
         engine = f"{self.space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
         sizes = f"{s.family}-h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
         return self.space.cache / "measurements" / engine / sizes
+
+
+def _plain(form: Format) -> Format:
+    return replace(form, algorithm="rtn")

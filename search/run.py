@@ -108,7 +108,9 @@ def prepare(spec: Spec, home: Path) -> Ready:
     profile = load_profile(spec.profile, home)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
-    space = Space.of(teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE)
+    space = Space.of(
+        teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE, second_order=spec.second_order
+    )
     notes = []
     if affordable < AFFORDABLE:
         notes.append(

@@ -20,6 +20,8 @@ from paretune.spaces.space import Space
 
 RANDOM_STARTS = 12
 POPULATION = 24
+# What studies of version 0.1, whose parameters lack it, did.
+SINCE_THEN = {"quantizer": "rtn"}
 
 
 def stable_seed(seed: int, number: int) -> int:
@@ -45,11 +47,12 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
 def frozen_trial(director: Director, key: str, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
     """A candidate of the store as a finished trial: COMPLETE with float objectives, or FAIL without values."""
     vector = director.vector(key)
+    params = {name: director.params(key).get(name, SINCE_THEN.get(name)) for name in space}
     if vector is None:
-        return create_trial(state=TrialState.FAIL, params=director.params(key), distributions=dict(space))
+        return create_trial(state=TrialState.FAIL, params=params, distributions=dict(space))
     return create_trial(
         state=TrialState.COMPLETE,
-        params=director.params(key),
+        params=params,
         distributions=dict(space),
         values=[float(v) for v in vector],
         constraints=director.constraints(key),

@@ -48,7 +48,9 @@ class SimulatedEvaluator:
         setup = json.loads((folder / "setup.json").read_text())
         self.folder, self.home, self.clock = folder, home, clock
         self.spec = Spec.model_validate(setup["spec"])
-        self.space = Space.of(SHAPE, Profile.model_validate(setup["profile"]).weight_formats)
+        self.space = Space.of(
+            SHAPE, Profile.model_validate(setup["profile"]).weight_formats, second_order=self.spec.second_order
+        )
         self.log = folder / "simulated.log"
 
     def run(self, work: Work) -> Outcome:
@@ -118,7 +120,8 @@ def loss(candidate: Candidate) -> float:
         + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
     )
     rounding = sum(
-        {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] for f in (x.attention_format, x.ffn_format, candidate.head_format)
+        {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] * (0.7 if f.algorithm == "gptq" else 1.0)
+        for f in (x.attention_format, x.ffn_format, candidate.head_format)
     )
     noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
     changed = cut + rounding + x.pattern.ratio > 0

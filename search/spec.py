@@ -40,6 +40,7 @@ class Shares(BaseModel):
 class Spec(BaseModel):
     """Settings of one search. Durations are like `90s`, `45m`, `8h`.
 
+    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score.
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
     the sampler is kept below it and finalists come from below it.
     """
@@ -57,6 +58,7 @@ class Spec(BaseModel):
     limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], Positive] = Field(
         default_factory=dict
     )
+    second_order: bool = False
     loss_of_interest: float = Field(default=0.25, gt=0)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)

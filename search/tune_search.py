@@ -101,7 +101,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             work = self.director.register(candidate, "sampler", params, asked=self._asked)
             if work is not None:
                 return work
-            self._tell(trial_id, candidate.key)
+            # Not told a second time: a study that is rebuilt after a resume has one trial per row of the store.
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         return self._random_proposal()
 
     def _random_proposal(self) -> Work | None:

@@ -6,10 +6,11 @@ the study folder and the home can be one. Weights are memory-mapped by path; non
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
 from paretune.compression.distill.elastic import ElasticRecipe, ElasticTrainer, elastic_key, order_of
 from paretune.compression.prune import (
     Importance,
@@ -28,8 +30,9 @@ from paretune.compression.prune import (
     slice_weights,
     sort_by_importance,
 )
-from paretune.compression.student import ATTENTION, FFN, Network
+from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
+from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
@@ -59,6 +62,15 @@ def read_corpus(spec: Spec) -> Corpus:
     return library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
 
 
+@contextlib.contextmanager
+def _infeasible_when_impossible() -> Iterator[None]:
+    """A second-order method that meets infinite inputs or a width that fits no pattern rules out the candidate, not the study."""
+    try:
+        yield
+    except ValueError as error:
+        raise Infeasible(f"the calibrated method cannot be computed: {error}", "") from error
+
+
 class Workspace:
     """Lazily loaded state of one worker process for one study."""
 
@@ -79,7 +91,7 @@ class Workspace:
 
     @cached_property
     def space(self) -> Space:
-        return Space.of(self.teacher.shape, self.profile.weight_formats, self._mild)
+        return Space.of(self.teacher.shape, self.profile.weight_formats, self._mild, self.spec.second_order)
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -168,22 +180,36 @@ class Workspace:
         weights, order = self._elastic
         return slice_weights(weights, candidate, order, self.teacher.shape)
 
-    def masks(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Masks of the layers' matrices by their patterns; empty for a dense candidate."""
+    def sparsify(
+        self, candidate: Candidate, dense: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The `dense` weights with zeros by the layers' patterns, and the masks (none for a dense candidate).
+
+        SparseGPT also moves what it keeps. Raises Infeasible where it cannot be computed.
+        """
+        weights, masks = dict(dense), dict[str, torch.Tensor]()
         if not candidate.is_sparse:
-            return {}
-        statistics = (
-            self._layer_statistics(candidate, weights)
-            if any(x.pattern.score == "wanda" for x in candidate.layers)
-            else None
-        )
-        found = {}
+            return weights, masks
+        network = self.network(len(candidate.layers))
+        with _infeasible_when_impossible():
+            second_order = sparsegpt_weights(network, dense, candidate, self.calibration_ids)
+        wanda = any(x.pattern.score == "wanda" for x in candidate.layers)
+        statistics = self._layer_statistics(candidate, dense) if wanda else None
         for i, layer in enumerate(candidate.layers):
             for name in (*ATTENTION, *FFN):
                 full = f"model.layers.{i}.{name}.weight"
-                norms = None if statistics is None else statistics[i].input_norms[name]
-                found[full] = mask_for(weights[full], layer.pattern, norms)
-        return found
+                if full in second_order:
+                    masks[full], weights[full] = second_order[full]
+                else:
+                    norms = None if statistics is None else statistics[i].input_norms[name]
+                    masks[full] = mask_for(dense[full], layer.pattern, norms)
+                    weights[full] = dense[full] * masks[full]
+        return weights, masks
+
+    def codes(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Codes:
+        """Codes by GPTQ of the matrices that want them, from the weights as they are now (masked, recovered or not)."""
+        with _infeasible_when_impossible():
+            return gptq_codes(self.network(len(candidate.layers)), weights, candidate, self.calibration_ids)
 
     def _layer_statistics(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> list[LayerStatistics]:
         key = candidate.structure_key

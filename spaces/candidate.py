@@ -9,8 +9,13 @@ from typing import Any, Literal
 
 Bits = Literal[4, 8, 32]
 Activation = Literal["fp32", "int8"]
-PatternKind = Literal["none", "2:4", "unstructured"]
-Score = Literal["magnitude", "wanda"]
+Algorithm = Literal["rtn", "gptq"]
+PatternKind = Literal["none", "2:4", "unstructured", "block"]
+Score = Literal["magnitude", "wanda", "sparsegpt"]
+
+# Width of a sparsity block: this many consecutive input features (along K) of one output row, as wide as the smallest
+# quantization group of the space, so that an empty block is one that an engine could skip with its scale.
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,14 @@ class Format:
     """Precision of one matrix: weights of `bits` (32 means fp32) in symmetric groups along K, and what multiplies them.
 
     `activation` "int8" means that the engine quantizes the activations per group (ONNX Runtime accuracy_level 4).
+    `algorithm` is how the codes are found: "rtn" rounds to nearest, "gptq" compensates on calibration text. Same grid, same
+    kernel; only the values differ.
     """
 
     bits: Bits = 32
     group_size: int = 0
     activation: Activation = "fp32"
+    algorithm: Algorithm = "rtn"
 
     @property
     def name(self) -> str:
@@ -65,13 +73,21 @@ class Format:
         """The `<weights>/<activations>` pair by which profiles list what they execute."""
         return f"{self.name}/{self.activation}"
 
+    @property
+    def label(self) -> str:
+        """For people: `int4`, or `int4 GPTQ`."""
+        return f"{self.name} GPTQ" if self.algorithm == "gptq" else self.name
+
 
 FP32 = Format()
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Sparsity of one layer's matrices. `ratio` is the fraction of zeros: 0.5 for 2:4, in (0, 1) for unstructured."""
+    """Sparsity of one layer's matrices. `ratio` is the fraction of zeros: 0.5 for 2:4, in (0, 1) for the others.
+
+    A "block" is `BLOCK` consecutive input features of one output row; it stays or goes as a whole.
+    """
 
     kind: PatternKind = "none"
     ratio: float = 0.0
@@ -79,7 +95,8 @@ class Pattern:
 
     @property
     def name(self) -> str:
-        return {"none": "dense", "2:4": f"2:4 {self.score}"}.get(self.kind, f"{self.ratio:.0%} {self.score}")
+        shape = "blocks " if self.kind == "block" else ""
+        return {"none": "dense", "2:4": f"2:4 {self.score}"}.get(self.kind, f"{self.ratio:.0%} {shape}{self.score}")
 
 
 DENSE = Pattern()
@@ -105,7 +122,10 @@ class Candidate:
     embedding_format: Format = FP32
 
     def canonical(self, shape: Shape) -> Candidate:
-        """Repair group sizes, drop settings that have no effect, so that equal computations are equal candidates."""
+        """Repair group sizes, drop settings that have no effect, so that equal computations are equal candidates.
+
+        The embedding has no inputs to calibrate on, so it is rounded to nearest; and so is a head that shares its table.
+        """
         layers = tuple(
             replace(
                 layer,
@@ -115,8 +135,11 @@ class Candidate:
             )
             for layer in self.layers
         )
-        embedding = replace(_repair(self.embedding_format, shape.hidden), activation="fp32")
-        return Candidate(layers, _repair(self.head_format, shape.hidden), embedding)
+        embedding = replace(_repair(self.embedding_format, shape.hidden), activation="fp32", algorithm="rtn")
+        head = _repair(self.head_format, shape.hidden)
+        if shape.tied and (head.bits, head.group_size) == (embedding.bits, embedding.group_size):
+            head = replace(head, algorithm="rtn")
+        return Candidate(layers, head, embedding)
 
     @property
     def key(self) -> str:
@@ -131,7 +154,7 @@ class Candidate:
 
     @property
     def stratum(self) -> str:
-        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `2:4/int8`, …"""
+        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `block/int8`, …"""
         first = self.layers[0]
         return f"{'dense' if first.pattern.kind == 'none' else first.pattern.kind}/{first.ffn_format.name}"
 
@@ -143,19 +166,24 @@ class Candidate:
 
     @property
     def is_quantized(self) -> bool:
-        formats = [
-            self.head_format,
-            self.embedding_format,
-            *(f for x in self.layers for f in (x.attention_format, x.ffn_format)),
-        ]
-        return any(f.bits != 32 for f in formats)
+        return any(f.bits != 32 for f in (*self._matmul_formats, self.embedding_format))
+
+    @property
+    def uses_gptq(self) -> bool:
+        """Whether any codes come from GPTQ."""
+        return any(f.algorithm == "gptq" for f in self._matmul_formats)
+
+    @property
+    def _matmul_formats(self) -> list[Format]:
+        return [self.head_format, *(f for x in self.layers for f in (x.attention_format, x.ffn_format))]
 
     @property
     def is_sparse(self) -> bool:
         return any(layer.pattern.kind != "none" for layer in self.layers)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Round to nearest goes without saying, so candidates of versions that knew nothing else keep their keys."""
+        return json.dumps(asdict(self, dict_factory=_without_rtn), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Candidate:
@@ -185,8 +213,8 @@ class Candidate:
             else f"{len(self.layers)} mixed layers"
         )
         formats = (
-            f"attn {x.attention_format.name}, ffn {x.ffn_format.name}, "
-            f"head {self.head_format.name}, embed {self.embedding_format.name}"
+            f"attn {x.attention_format.label}, ffn {x.ffn_format.label}, "
+            f"head {self.head_format.label}, embed {self.embedding_format.name}"
         )
         groups = sorted(
             {
@@ -197,6 +225,10 @@ class Candidate:
         )
         group = f", groups of {'/'.join(map(str, groups))}" if groups else ""
         return f"{size}; {x.pattern.name}; {formats}{group}{_activations(self)}"
+
+
+def _without_rtn(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if (name, value) != ("algorithm", "rtn")}
 
 
 def _activations(candidate: Candidate) -> str:

@@ -15,6 +15,7 @@ from paretune.spaces.candidate import (
     DENSE,
     FP32,
     Activation,
+    Algorithm,
     Candidate,
     Format,
     Layer,
@@ -27,8 +28,12 @@ from paretune.spaces.candidate import (
 
 GROUP_SIZES = (32, 64, 128)
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
-PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured")
-SCORES: tuple[Score, ...] = ("magnitude", "wanda")
+PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "block")
+SCORES: tuple[Score, ...] = ("magnitude", "wanda", "sparsegpt")
+QUANTIZERS: tuple[Algorithm, ...] = ("rtn", "gptq")
+# Layers times the cube of the widest input: beyond this (about 200M parameters) GPTQ and SparseGPT take longer than all the
+# rest of a rung-0 evaluation may.
+MOST_SECOND_ORDER = 3e11
 WIDTH_LEVELS = 12
 WIDTH_STEP = 64
 
@@ -48,10 +53,14 @@ class Space:
     min_ffn: int
     min_kv_groups: int
     mild: bool = False
+    second_order: bool = True
 
     @classmethod
-    def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False) -> Space:
-        """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each)."""
+    def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False, second_order: bool = True) -> Space:
+        """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each).
+
+        `second_order` has GPTQ and SparseGPT in it, for teachers that are small enough.
+        """
         if mild:
             return cls(
                 shape,
@@ -60,6 +69,7 @@ class Space:
                 _align(3 * shape.ffn // 4),
                 max(1, -(-3 * shape.kv_heads // 4)),
                 mild,
+                second_order,
             )
         return cls(
             shape,
@@ -67,6 +77,7 @@ class Space:
             max(min(2, shape.layers), shape.layers // 3),
             _align(shape.ffn // 4),
             max(1, shape.kv_heads // 4),
+            second_order=second_order,
         )
 
     @property
@@ -88,6 +99,22 @@ class Space:
         """Ascending group sizes that divide the hidden width; a narrow or odd one has fewer than `GROUP_SIZES`."""
         return tuple(sorted({group_for(size, self.shape.hidden) for size in GROUP_SIZES}))
 
+    @property
+    def has_second_order(self) -> bool:
+        """Whether the teacher is small enough for GPTQ and SparseGPT, whose cost grows with the cube of a matrix's inputs."""
+        return (
+            self.second_order and self.shape.layers * max(self.shape.hidden, self.shape.ffn) ** 3 <= MOST_SECOND_ORDER
+        )
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return SCORES if self.has_second_order else tuple(s for s in SCORES if s != "sparsegpt")
+
+    @property
+    def quantizers(self) -> tuple[Algorithm, ...]:
+        """What can find the codes of a 4-bit matrix."""
+        return QUANTIZERS if self.has_second_order else ("rtn",)
+
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.bits) - 1
@@ -97,7 +124,7 @@ class Space:
             "kv_groups": ("int", (self.min_kv_groups, self.shape.kv_heads)),
             "pattern": ("categorical", PATTERNS),
             "ratio": ("int", (0, len(RATIOS) - 1)),
-            "score": ("categorical", SCORES),
+            "score": ("categorical", self.scores),
             "attention_bits": ("int", (0, top)),
             "ffn_bits": ("int", (0, top)),
             "head_bits": ("int", (0, top)),
@@ -106,21 +133,25 @@ class Space:
         }
         if {"int4/int8", "int4/fp32"} <= set(self.kernels):
             found["int4_activation"] = ("categorical", ("int8", "fp32"))
+        if 4 in self.bits and len(self.quantizers) > 1:
+            found["quantizer"] = ("categorical", self.quantizers)
         return found
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
         """The canonical candidate of a sampler's parameters."""
         group = self.group_sizes[params["group_size"]]
-        wanted = params.get("int4_activation", "int8")
+        wanted, quantizer = params.get("int4_activation", "int8"), params.get("quantizer", "rtn")
+        attention, ffn, head, embedding = (
+            self.format(self.bits[params[f"{name}_bits"]], group, wanted, quantizer)
+            for name in ("attention", "ffn", "head", "embedding")
+        )
         layer = Layer(
             self.ffn_widths[params["ffn"]],
             params["kv_groups"],
-            self.format(self.bits[params["attention_bits"]], group, wanted),
-            self.format(self.bits[params["ffn_bits"]], group, wanted),
+            attention,
+            ffn,
             Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]),
         )
-        head = self.format(self.bits[params["head_bits"]], group, wanted)
-        embedding = self.format(self.bits[params["embedding_bits"]], group, wanted)
         return Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
 
     def encode(self, candidate: Candidate) -> dict[str, Any]:
@@ -136,7 +167,7 @@ class Space:
             "ffn": self.ffn_widths.index(x.ffn),
             "kv_groups": x.kv_groups,
             "pattern": x.pattern.kind,
-            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind == "unstructured" else 0,
+            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind in ("unstructured", "block") else 0,
             "score": x.pattern.score,
             "attention_bits": attention,
             "ffn_bits": ffn,
@@ -146,12 +177,19 @@ class Space:
         }
         if "int4_activation" in self.distributions():
             params["int4_activation"] = next((f.activation for f in formats[:3] if f.bits == 4), "int8")
+        if "quantizer" in self.distributions():
+            params["quantizer"] = "gptq" if candidate.uses_gptq else "rtn"
         if self.decode(params) != candidate:
             raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
         return params
 
-    def format(self, bits: int, group_size: int = 32, int4_activation: str = "int8") -> Format:
-        """The format of `bits` with the activations its kernel takes (int8 weights run with int8 activations only)."""
+    def format(
+        self, bits: int, group_size: int = 32, int4_activation: str = "int8", quantizer: Algorithm = "rtn"
+    ) -> Format:
+        """The format of `bits` with the activations its kernel takes (int8 weights run with int8 activations only).
+
+        `quantizer` is for 4-bit weights; int8 is always rounded to nearest, where GPTQ has next to nothing to repair.
+        """
         if bits == 32:
             return FP32
         wanted: Activation = "fp32" if bits == 4 and int4_activation == "fp32" else "int8"
@@ -159,7 +197,7 @@ class Space:
         activation: Activation = (
             wanted if f"int{bits}/{wanted}" in kernels else ("int8" if f"int{bits}/int8" in kernels else "fp32")
         )
-        return Format(8 if bits == 8 else 4, group_size, activation)
+        return Format(8, group_size, activation) if bits == 8 else Format(4, group_size, activation, quantizer)
 
     def baselines(self) -> list[Candidate]:
         """The unmodified teacher at fp32, int8 and int4 (those the profile executes), groups of 32."""
@@ -177,11 +215,13 @@ class Space:
             len(self.group_sizes),
             2 if "int4_activation" in self.distributions() else 1,
         )
-        patterns = 1 + len(SCORES) + len(SCORES) * len(RATIOS)
+        patterns = 1 + len(self.scores) + 2 * len(self.scores) * len(RATIOS)
         precisions = 0
         for combination in itertools.product(bits, repeat=4):
             quantized = any(b != 32 for b in combination)
-            variants = groups if quantized else 1
+            shared = self.shape.tied and combination[2] == combination[3]
+            calibrated = 4 in (combination[:2] if shared else combination[:3])
+            variants = (groups if quantized else 1) * (len(self.quantizers) if calibrated else 1)
             precisions += variants * (activations if 4 in combination[:3] else 1)
         sizes = (
             (self.shape.layers - self.min_depth + 1)

@@ -279,6 +279,16 @@ def test_training_sees_the_rounding_only_where_a_layer_has_four_bits(
     assert RecoveryRecipe(1, qat="never").uses_qat(candidate) is False
 
 
+def test_what_gptq_will_round_is_trained_without_rounding() -> None:
+    calibrated = replace(INT4, algorithm="gptq")
+    for candidate in (
+        Candidate((Layer(64, 1, calibrated, calibrated),) * 2),
+        Candidate((Layer(64, 1, INT4, calibrated),) * 2),
+        Candidate((Layer(64, 1, INT4, INT4),) * 2, calibrated, Format(8, 32)),
+    ):
+        assert not any(RecoveryRecipe(1, qat=qat).uses_qat(candidate) for qat in ("auto", "always", "never"))
+
+
 def test_a_four_bit_head_alone_is_no_reason_for_rounding_in_training() -> None:
     candidate = Candidate((Layer(64, 1),) * 2, Format(4, 32), Format(4, 32))
     assert RecoveryRecipe(1).uses_qat(candidate) is False

@@ -251,7 +251,7 @@ def test_readme_settings_are_valid(tmp_path: Path) -> None:
 
 def test_readme_counts_the_space() -> None:
     profile = detected_profile()
-    size = Space.of(load_teacher("stdlib-coder").shape, profile.weight_formats).size()
+    size = Space.of(load_teacher("stdlib-coder").shape, profile.weight_formats, second_order=False).size()
     assert f"{size:,} candidates" in text_of(ROOT / "README.md")
 
 

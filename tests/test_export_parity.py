@@ -15,12 +15,13 @@ import pytest
 import torch
 import zstandard
 
+from paretune.compression.calibrated import gptq_codes
 from paretune.compression.export.artifact import ArtifactFacts, compressed_bytes, write_artifact
 from paretune.compression.export.checksums import check_artifact, write_checksums
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune import Importance, mask_for, slice_weights
-from paretune.compression.quantize import fake_quantize, quantize
-from paretune.compression.student import ATTENTION, EMBEDDING, FFN, HEAD, Network, quantized_weights
+from paretune.compression.quantize import Quantized, fake_quantize, quantize
+from paretune.compression.student import ATTENTION, EMBEDDING, FFN, HEAD, NO_CODES, Codes, Network, quantized_weights
 from paretune.engines import EngineChild
 from paretune.engines.onnxruntime_decoder import Decoder
 from paretune.hardware_profiles import Infeasible, UsageError
@@ -138,9 +139,9 @@ class Shipping:
         self.child, self.folder, self.ids = child, folder, ids
         np.save(folder / "ids.npy", ids)
 
-    def logits(self, weights: Weights, candidate: Candidate, teacher: Teacher) -> torch.Tensor:
+    def logits(self, weights: Weights, candidate: Candidate, teacher: Teacher, codes: Codes = NO_CODES) -> torch.Tensor:
         path = self.folder / "model.onnx"
-        save_model(build_model(weights, candidate, teacher.config, teacher.shape), path)
+        save_model(build_model(weights, candidate, teacher.config, teacher.shape, codes), path)
         return self.run(path)
 
     def run(self, path: Path) -> torch.Tensor:
@@ -171,14 +172,19 @@ def student_weights(teacher: Teacher, candidate: Candidate) -> Weights:
 
 
 def torch_logits(
-    weights: Weights, candidate: Candidate, teacher: Teacher, ids: np.ndarray, rounded: bool = True
+    weights: Weights,
+    candidate: Candidate,
+    teacher: Teacher,
+    ids: np.ndarray,
+    rounded: bool = True,
+    codes: Codes = NO_CODES,
 ) -> torch.Tensor:
     network = Network(teacher.config, teacher.shape, len(candidate.layers))
     with torch.no_grad():
         if not rounded:
             return network(weights, torch.from_numpy(ids))
         with network.activations(candidate):
-            return network(quantized_weights(weights, candidate), torch.from_numpy(ids))
+            return network(quantized_weights(weights, candidate, codes), torch.from_numpy(ids))
 
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -251,6 +257,104 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
     assert agreement(torch_logits(weights, candidate, teacher, shipping.ids)) >= 0.9
     for name, other in controls.items():
         assert agreement(other) <= 0.1, f"the control {name!r} passed"
+
+
+GPTQ = Format(4, 32, "fp32", "gptq")
+CALIBRATED = {
+    "everything": uniform(GPTQ, embedding=FP32),
+    "groups of 64": uniform(Format(4, 64, "fp32", "gptq"), FP32, FP32),
+    "int8": uniform(Format(8, 32, "fp32", "gptq"), FP32, FP32),
+    "2:4 sparse": uniform(GPTQ, INT4_FP, INT4_FP, SPARSE),
+    "blocks": uniform(GPTQ, embedding=Format(8, 32), pattern=Pattern("block", 0.5)),
+    "attention only, smaller": Candidate((Layer(96, 1, GPTQ, INT4_FP),) * 2, INT4_FP, INT4_FP),
+    "head only": uniform(FP32, GPTQ, FP32),
+}
+
+
+def calibrated(teacher: Teacher, candidate: Candidate) -> tuple[Weights, dict[str, Quantized]]:
+    weights = student_weights(teacher, candidate)
+    calibration = torch.from_numpy(np.random.default_rng(1).integers(0, 288, (8, 64)))
+    return weights, gptq_codes(
+        Network(teacher.config, teacher.shape, len(candidate.layers)), weights, candidate, calibration
+    )
+
+
+def to_nearest(candidate: Candidate) -> Candidate:
+    return Candidate.from_json(candidate.to_json().replace('"algorithm":"gptq"', '"algorithm":"rtn"'))
+
+
+def one_code_moved(codes: dict[str, Quantized]) -> dict[str, Quantized]:
+    """One row of one matrix a step off; a single code of a single entry would drown in the bar's own margin."""
+    name = sorted(codes)[0]
+    moved = codes[name].codes.clone()
+    moved[3] = torch.where(moved[3] > 0, moved[3] - 1, moved[3] + 1)
+    return {**codes, name: Quantized(moved, codes[name].scales, codes[name].bits, codes[name].group_size)}
+
+
+@pytest.mark.parametrize("candidate", CALIBRATED.values(), ids=CALIBRATED)
+def test_codes_found_by_gptq_are_those_that_ship(candidate: Candidate, teacher: Teacher, shipping: Shipping) -> None:
+    weights, codes = calibrated(teacher, candidate)
+    shipped = shipping.logits(weights, candidate, teacher, codes)
+    assert worst(shipped, torch_logits(weights, candidate, teacher, shipping.ids, codes=codes)) <= BAR
+    nearest, moved = to_nearest(candidate), one_code_moved(codes)
+    controls = {
+        "rounded to nearest": torch_logits(weights, nearest, teacher, shipping.ids),
+        "fake-quant off": torch_logits(weights, candidate, teacher, shipping.ids, rounded=False),
+        "coarser grid": torch_logits(weights, coarser(candidate), teacher, shipping.ids),
+        "one row a step off": torch_logits(weights, candidate, teacher, shipping.ids, codes=moved),
+    }
+    for name, other in controls.items():
+        assert worst(shipped, other) > 10 * BAR, f"the control {name!r} passed"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_gptq_ships_beside_the_biases_and_head_norms_of_other_families(
+    family: str, write_teacher: Callable[..., Path], shipping: Shipping, tmp_path: Path
+) -> None:
+    other = load_teacher(str(write_teacher(tmp_path / "model", 3, family=family)))
+    for candidate in (CALIBRATED["everything"], CALIBRATED["attention only, smaller"]):
+        weights, codes = calibrated(other, candidate)
+        shipped = shipping.logits(weights, candidate, other, codes)
+        assert worst(shipped, torch_logits(weights, candidate, other, shipping.ids, codes=codes)) <= BAR
+        assert worst(shipped, torch_logits(weights, to_nearest(candidate), other, shipping.ids)) > 10 * BAR
+
+
+def test_gptq_with_rounded_activations_ships_as_it_is_searched(
+    teacher: Teacher, child: EngineChild, tmp_path: Path, ids: np.ndarray
+) -> None:
+    """Positions are counted, see the test of rounded activations above."""
+    candidate = uniform(Format(4, 32, "int8", "gptq"), embedding=INT8)
+    shipping = Shipping(child, tmp_path, ids.reshape(16, 6))
+    weights, codes = calibrated(teacher, candidate)
+    shipped = shipping.logits(weights, candidate, teacher, codes)
+    bar = BAR * max(1.0, float(shipped.abs().max()) / 10)
+
+    def agreement(other: torch.Tensor) -> float:
+        return float(((shipped - other).abs().amax(-1) <= bar).float().mean())
+
+    network = Network(teacher.config, teacher.shape, 3)
+    with torch.no_grad():
+        exact = network(quantized_weights(weights, candidate, codes), torch.from_numpy(shipping.ids))
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids, codes=codes)) >= 0.9
+    assert agreement(exact) <= 0.1, "the control without rounded activations passed"
+    assert agreement(torch_logits(weights, to_nearest(candidate), teacher, shipping.ids)) <= 0.1
+    moved = one_code_moved(codes)
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids, codes=moved)) <= 0.1
+
+
+def test_gptq_cannot_ship_without_its_codes_or_with_others(teacher: Teacher) -> None:
+    candidate = CALIBRATED["groups of 64"]
+    weights, codes = calibrated(teacher, candidate)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for build in (
+        lambda given: build_model(weights, candidate, teacher.config, teacher.shape, given),
+        lambda given: quantized_weights(weights, candidate, given),
+    ):
+        build(codes)
+        with pytest.raises(ValueError, match=r"k_proj.*must be given"):
+            build({n: q for n, q in codes.items() if n != name})
+        with pytest.raises(ValueError, match=r"k_proj.*4 bits in groups of 64, but got .* 8 bits in groups of 32"):
+            build({**codes, name: quantize(weights[name], Format(8, 32))})
 
 
 def test_transformers_is_the_oracle_of_the_unmodified_teacher(teacher: Teacher, shipping: Shipping) -> None:
@@ -520,6 +624,47 @@ def test_the_zeros_of_a_sparse_candidate_are_zeros_in_the_shipped_integers(
     assert ((dense["/model/layers.1/mlp/down_proj"].reshape(64, -1, 4) == 0).sum(-1) < 2).any()
 
 
+@pytest.mark.parametrize("pattern", [SPARSE, Pattern("block", 0.5)], ids=lambda p: p.kind)
+def test_an_artifact_of_gptq_has_its_integers_its_zeros_its_size_and_says_so(
+    pattern: Pattern, tiny_teacher: Teacher, tmp_path: Path
+) -> None:
+    candidate = uniform(GPTQ, embedding=FP32, pattern=pattern)
+    weights, codes = calibrated(tiny_teacher, candidate)
+    sizes = write_artifact(tmp_path / "a", tiny_teacher, candidate, weights, {}, codes)
+    shipped = shipped_codes(tmp_path / "a" / "onnx" / "model.onnx")
+    for i in range(3):
+        layer = f"model.layers.{i}."
+        names = [f"{layer}self_attn.{p}_proj.weight" for p in "qkv"]
+        packed = shipped[f"/model/layers.{i}/attn/qkv_proj"]
+        assert (packed == np.concatenate([codes[n].codes.numpy() for n in names])).all()
+        assert (packed[(torch.cat([weights[n] for n in names]) == 0).numpy()] == 0).all()
+        for node, name in (("attn/o_proj", "self_attn.o_proj"), ("mlp/gate_proj", "mlp.gate_proj")):
+            value, weight = shipped[f"/model/layers.{i}/{node}"], weights[f"{layer}{name}.weight"]
+            assert (value == codes[f"{layer}{name}.weight"].codes.numpy()).all()
+            assert (value[(weight == 0).numpy()] == 0).all() and (value == 0).mean() >= 0.5
+            assert (value != quantize(weight, INT4_FP).codes.numpy()).mean() > 0.02, "control: not rounded to nearest"
+    predicted = compressed_bytes(weights, candidate, tiny_teacher.config, tiny_teacher.shape, codes)
+    assert predicted.bytes == sizes.bytes
+    facts = check_artifact(tmp_path / "a")
+    assert Candidate.from_dict(facts["candidate"]) == candidate
+    assert "int4 GPTQ" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_the_hugging_face_folder_of_gptq_computes_what_the_engine_computes(
+    teacher: Teacher, shipping: Shipping, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    candidate = CALIBRATED["everything"]
+    weights, codes = calibrated(teacher, candidate)
+    write_artifact(tmp_path / "a", teacher, candidate, weights, {}, codes)
+    shipped = shipping.run(tmp_path / "a" / "onnx" / "model.onnx")
+    with torch.no_grad():
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "hf")(torch.from_numpy(shipping.ids)).logits
+    assert worst(shipped, other) <= BAR
+    assert worst(other, torch_logits(weights, to_nearest(candidate), teacher, shipping.ids)) > 10 * BAR
+
+
 def test_tied_tables_of_one_format_ship_once_and_others_twice(tiny_teacher: Teacher, untied: Teacher) -> None:
     def tables(teacher: Teacher, candidate: Candidate) -> int:
         model = build_model(teacher.weights(), candidate, teacher.config, teacher.shape)
@@ -529,6 +674,11 @@ def test_tied_tables_of_one_format_ship_once_and_others_twice(tiny_teacher: Teac
         assert tables(tiny_teacher, uniform(form)) == 1
         assert tables(untied, uniform(form)) == 2
     assert tables(tiny_teacher, uniform(FP32, INT4, INT8)) == 2
+    shared = uniform(GPTQ).canonical(tiny_teacher.shape)  # GPTQ in the layers does not split the table
+    model = build_model(
+        tiny_teacher.weights(), shared, tiny_teacher.config, tiny_teacher.shape, calibrated(tiny_teacher, shared)[1]
+    )
+    assert {t.name for t in model.graph.initializer} & {"embedding", "lm_head"} == {"embedding"}
     assert tables(tiny_teacher, uniform(FP32, INT4, FP32)) == 2
 
 

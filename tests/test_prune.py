@@ -44,7 +44,13 @@ def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> lis
         for i in range(n)
     ]
     kept = [[True] * k for _ in range(n)]
-    if pattern.kind == "2:4":
+    if pattern.kind == "block":
+        width = 32 if k % 32 == 0 else 16
+        units = list(itertools.product(range(n), range(0, k, width)))
+        energy = {(i, b): sum(v * v for v in score[i][b : b + width]) for i, b in units}
+        for i, b in sorted(units, key=lambda at: energy[at])[: round(pattern.ratio * len(units))]:
+            kept[i][b : b + width] = [False] * width
+    elif pattern.kind == "2:4":
         for i, block in itertools.product(range(n), range(0, k, 4)):
             for j in sorted(range(block, block + 4), key=lambda j: score[i][j])[:2]:
                 kept[i][j] = False
@@ -65,6 +71,7 @@ PATTERNS = [
     Pattern("2:4", 0.5, "wanda"),
     *(Pattern("unstructured", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda")),
 ]
+BLOCKS = [Pattern("block", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda")]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
@@ -72,6 +79,24 @@ PATTERNS = [
 def test_masks_are_those_of_the_slow_loop(pattern: Pattern, k: int) -> None:
     weight, norm = random_matrix(9, k), norms(k)
     assert mask_for(weight, pattern, norm).tolist() == slow_mask(weight, pattern, norm)
+
+
+@pytest.mark.parametrize("pattern", BLOCKS, ids=lambda p: p.name)
+@pytest.mark.parametrize("k", [32, 96, 48])
+def test_block_masks_are_those_of_the_slow_loop(pattern: Pattern, k: int) -> None:
+    """48 is no multiple of 32, so its blocks are repaired to 16, as quantization groups are."""
+    weight, norm = random_matrix(9, k), norms(k)
+    assert mask_for(weight, pattern, norm).tolist() == slow_mask(weight, pattern, norm)
+
+
+@given(st.integers(1, 8), st.integers(1, 6), st.sampled_from(BLOCKS), st.integers(0, 99))
+def test_blocks_stay_or_go_whole_and_hit_the_ratio_even_with_ties(
+    n: int, blocks: int, pattern: Pattern, seed: int
+) -> None:
+    weight = random_matrix(n, 32 * blocks, seed).round()
+    kept = mask_for(weight, pattern, norms(32 * blocks, seed)).view(n, blocks, 32)
+    assert torch.equal(kept.all(-1), kept.any(-1))
+    assert int((~kept.all(-1)).sum()) == round(pattern.ratio * n * blocks)
 
 
 def test_the_scores_and_scopes_really_differ() -> None:
@@ -106,10 +131,12 @@ def test_a_ratio_drops_exactly_that_many_even_with_ties(n: int, k: int, ratio: f
         assert int((~mask).sum()) == round(ratio * n * k)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), *PATTERNS], ids=lambda p: p.name)
+@pytest.mark.parametrize("pattern", [Pattern(), *PATTERNS, *BLOCKS], ids=lambda p: p.name)
 def test_masks_of_views_are_those_of_their_copies(pattern: Pattern) -> None:
     whole = random_matrix(24, 64)
     for view in (whole[:, :32], whole[:16, :32], whole[:16], whole.t()[:, :20]):
+        if pattern.kind == "block" and view.shape[1] % 16:
+            continue
         norm = norms(view.shape[1])
         assert torch.equal(
             mask_for(view, pattern, norm), mask_for(view.clone(memory_format=torch.contiguous_format), pattern, norm)
@@ -120,6 +147,10 @@ def test_dense_keeps_everything_and_impossible_masks_are_refused() -> None:
     assert mask_for(random_matrix(3, 5), Pattern(), None).all()
     with pytest.raises(ValueError, match="K=6"):
         mask_for(random_matrix(2, 6), Pattern("2:4", 0.5), None)
+    with pytest.raises(ValueError, match="K=40"):
+        mask_for(random_matrix(2, 40), Pattern("block", 0.5), None)
+    with pytest.raises(ValueError, match="sparsegpt"):
+        mask_for(random_matrix(2, 8), Pattern("2:4", 0.5, "sparsegpt"), norms(8))
     with pytest.raises(ValueError, match="input norms"):
         mask_for(random_matrix(2, 8), Pattern("2:4", 0.5, "wanda"), None)
 

@@ -130,7 +130,9 @@ def test_one_bit_coarser_is_a_larger_error() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("pattern", [Pattern("2:4", 0.5), Pattern("unstructured", 0.7)], ids=lambda p: p.kind)
+@pytest.mark.parametrize(
+    "pattern", [Pattern("2:4", 0.5), Pattern("unstructured", 0.7), Pattern("block", 0.5)], ids=lambda p: p.kind
+)
 def test_a_mask_survives_quantization(bits: int, pattern: Pattern) -> None:
     weight = random_matrix(32, 128)
     mask = mask_for(weight, pattern, None)

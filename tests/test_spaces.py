@@ -138,8 +138,12 @@ def explicit_computation(candidate: Candidate, shape: Shape) -> Any:
         if form.bits == 32:
             return "exact"
         groups = [max(g for g in (16, 32, 64, 128, 256) if g <= form.group_size and k % g == 0) for k in widths]
-        return form.bits, groups, form.activation if activations else None
+        return form.bits, groups, (form.activation, form.algorithm) if activations else None
 
+    head = grid(candidate.head_format, (shape.hidden,), True)
+    embedding = grid(candidate.embedding_format, (shape.hidden,), False)
+    if shape.tied and head != "exact" and embedding != "exact" and head[:2] == embedding[:2]:
+        head = (*head[:2], (head[2][0], "rtn"))  # one table
     layers = []
     for x in candidate.layers:
         q = x.kv_groups * shape.heads_per_group * shape.head_dim
@@ -157,23 +161,21 @@ def explicit_computation(candidate: Candidate, shape: Shape) -> Any:
                 sparse,
             )
         )
-    return repr(
-        (
-            layers,
-            grid(candidate.head_format, (shape.hidden,), True),
-            grid(candidate.embedding_format, (shape.hidden,), False),
-        )
-    )
+    return repr((layers, head, embedding))
 
 
 formats = st.builds(
-    Format, st.sampled_from([4, 8, 32]), st.sampled_from([32, 64, 128]), st.sampled_from(["fp32", "int8"])
+    Format,
+    st.sampled_from([4, 8, 32]),
+    st.sampled_from([32, 64, 128]),
+    st.sampled_from(["fp32", "int8"]),
+    st.sampled_from(["rtn", "gptq"]),
 )
 patterns = st.builds(
     Pattern,
-    st.sampled_from(["none", "2:4", "unstructured"]),
+    st.sampled_from(["none", "2:4", "unstructured", "block"]),
     st.sampled_from([0.0, 0.5, 0.6]),
-    st.sampled_from(["magnitude", "wanda"]),
+    st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
 )
 raw_candidates = st.builds(
     lambda layer, depth, head, embedding: Candidate((layer,) * depth, head, embedding),
@@ -184,9 +186,9 @@ raw_candidates = st.builds(
 )
 
 
-@given(raw_candidates, raw_candidates)
-def test_equal_keys_mean_equal_computations(a: Candidate, b: Candidate) -> None:
-    shape = Shape(2, 64, 64, 4, 2, 16, 288)
+@given(raw_candidates, raw_candidates, st.booleans())
+def test_equal_keys_mean_equal_computations(a: Candidate, b: Candidate, tied: bool) -> None:
+    shape = Shape(2, 64, 64, 4, 2, 16, 288, tied=tied)
     same = a.canonical(shape).key == b.canonical(shape).key
     assert same == (explicit_computation(a, shape) == explicit_computation(b, shape))
 
@@ -195,6 +197,7 @@ def test_equal_keys_mean_equal_computations(a: Candidate, b: Candidate) -> None:
     "change",
     [
         lambda x: replace(x, attention_format=Format(32, 64, "int8")),
+        lambda x: replace(x, attention_format=Format(32, 0, "fp32", "gptq")),
         lambda x: replace(x, pattern=Pattern("none", 0.7, "wanda")),
         lambda x: replace(x, pattern=Pattern("unstructured", 0.0, "wanda")),
     ],
@@ -202,10 +205,51 @@ def test_equal_keys_mean_equal_computations(a: Candidate, b: Candidate) -> None:
 def test_settings_without_effect_do_not_change_the_key(change: Any) -> None:
     layer = Layer(128, 2, FP32, Format(4, 32, "int8"), DENSE)
     shape = SHAPES["tiny"]
-    changed = Candidate((change(layer),) * 3, Format(8, 64, "int8"), Format(8, 128, "int8"))
+    changed = Candidate((change(layer),) * 3, Format(8, 64, "int8", "gptq"), Format(8, 128, "int8", "gptq"))
     plain = Candidate((layer,) * 3, Format(8, 64, "int8"), Format(8, 64, "fp32"))
     assert changed.canonical(shape).key == plain.canonical(shape).key
     assert changed != plain
+
+
+def test_gptq_is_another_candidate_but_not_in_the_embedding_or_a_shared_table() -> None:
+    plain, calibrated = Format(4, 64, "int8"), Format(4, 64, "int8", "gptq")
+    for shape in (SHAPES["tiny"], replace(SHAPES["tiny"], tied=False)):
+        base = Candidate((Layer(128, 2, plain, plain),) * 3, plain, Format(4, 64)).canonical(shape)
+        head = replace(base, head_format=calibrated).canonical(shape)
+        assert (head == base) == shape.tied
+        assert replace(base, embedding_format=calibrated).canonical(shape) == base
+        assert replace(base, head_format=calibrated, embedding_format=Format(8, 64)).canonical(shape).uses_gptq
+        layers = replace(base, layers=(Layer(128, 2, calibrated, plain),) * 3).canonical(shape)
+        assert layers.key != base.key
+        assert layers.uses_gptq and not base.uses_gptq
+        assert "GPTQ" in layers.describe() and "GPTQ" not in base.describe()
+
+
+def test_keys_of_candidates_without_gptq_are_those_of_version_0_1() -> None:
+    """Kept measurements and studies are found by them."""
+    plain = Format(4, 64, "int8")
+    candidate = Candidate((Layer(128, 2, plain, FP32, Pattern("2:4", 0.5, "wanda")),) * 2, plain, Format(8, 64))
+    assert candidate.key == "f85fc0e4794d4445"
+
+
+def test_second_order_methods_are_left_out_where_they_take_minutes() -> None:
+    assert all(Space.of(SHAPES[name], KERNELS).has_second_order for name in SHAPES if name != "llama")
+    smol = Shape(30, 576, 1536, 9, 3, 64, 49152)  # SmolLM2-135M
+    assert Space.of(smol, KERNELS).has_second_order
+    large = Space.of(SHAPES["llama"], KERNELS)
+    assert "quantizer" not in large.distributions()
+    assert large.distributions()["score"] == ("categorical", ("magnitude", "wanda"))
+    with pytest.raises(ValueError, match="outside this space"):
+        large.encode(replace(large.baselines()[-1], head_format=Format(4, 64, "int8", "gptq")).canonical(large.shape))
+
+
+def test_only_four_bit_matrices_are_proposed_with_gptq() -> None:
+    found = every_candidate(SMALL[0]).values()
+    assert any(c.uses_gptq for c in found)
+    for candidate in found:
+        quantizers = {(f.bits, f.algorithm) for f in matmul_formats(candidate)}
+        assert quantizers <= {(4, "rtn"), (4, "gptq"), (8, "rtn"), (32, "rtn")}
+    assert "quantizer" not in Space(SHAPES["tiny"], ("fp32/fp32", "int8/int8"), 2, 32, 2).distributions()
 
 
 SMALL = [
@@ -214,10 +258,16 @@ SMALL = [
     Space(Shape(2, 256, 64, 2, 2, 16, 100), ("int8/int8", "int4/int8"), 1, 32, 1),
     Space(Shape(2, 48, 96, 3, 3, 16, 100), ("fp32/fp32", "int8/int8"), 2, 64, 3),
     Space(Shape(1, 128, 32, 2, 2, 16, 100), ALL_KERNELS, 1, 32, 2),
+    Space(Shape(1, 128, 32, 2, 2, 16, 100, tied=False), ALL_KERNELS, 1, 32, 2),
+    Space(Shape(1, 9600, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2),  # too wide for second-order methods
 ]
 
 
-@pytest.mark.parametrize("space", SMALL, ids=lambda s: f"hidden{s.shape.hidden}-{len(s.kernels)}kernels")
+@pytest.mark.parametrize(
+    "space",
+    SMALL,
+    ids=lambda s: f"hidden{s.shape.hidden}-{len(s.kernels)}kernels-{'tied' if s.shape.tied else 'untied'}",
+)
 def test_size_counts_what_brute_force_enumerates(space: Space) -> None:
     assert space.size() == len(every_candidate(space))
 
@@ -315,6 +365,8 @@ def test_the_default_space_holds_what_the_design_promises() -> None:
     assert space.smallest() == (2, 192, 1)
     assert space.bits == (4, 8, 32)
     ranges: Mapping[str, Any] = space.distributions()
-    assert ranges["pattern"][1] == ("none", "2:4", "unstructured")
+    assert ranges["pattern"][1] == ("none", "2:4", "unstructured", "block")
+    assert ranges["score"][1] == ("magnitude", "wanda", "sparsegpt")
+    assert ranges["quantizer"][1] == ("rtn", "gptq")
     assert len(RATIOS) == ranges["ratio"][1][1] + 1
     assert space.size() > 100_000

@@ -328,7 +328,9 @@ def test_error_bars_are_the_intervals(view: StudyView) -> None:
     points = next(g for g in groups(view) if g.name == "front").points
     for i, point in enumerate(points):
         m, increase = point.measurements["nll"], point.measurements["nll_increase"]
-        assert trace.error_y.array[i] == pytest.approx(increase.high - increase.value), "the NLL's bar is the paired one"
+        assert trace.error_y.array[i] == pytest.approx(increase.high - increase.value), (
+            "the NLL's bar is the paired one"
+        )
         assert trace.error_y.arrayminus[i] == pytest.approx(increase.value - increase.low)
         assert trace.y[i] == m.value
 

@@ -24,19 +24,33 @@ from paretune.search.view import LABELS, Point, StudyView
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-AXES = (("decode_ms_per_token", "nll"), ("ttft_ms", "nll"), ("compressed_bytes", "nll"), ("peak_memory_bytes", "nll"),
-        ("decode_ms_per_token", "compressed_bytes"), ("ttft_ms", "compressed_bytes"))
+AXES = (
+    ("decode_ms_per_token", "nll"),
+    ("ttft_ms", "nll"),
+    ("compressed_bytes", "nll"),
+    ("peak_memory_bytes", "nll"),
+    ("decode_ms_per_token", "compressed_bytes"),
+    ("ttft_ms", "compressed_bytes"),
+)
 HOVER = ("nll", "relative_loss", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "peak_memory_bytes")
-SHORT = {"nll": "NLL", "relative_loss": "loss vs teacher", "decode_ms_per_token": "decode", "ttft_ms": "TTFT",
-         "compressed_bytes": "compressed", "bytes": "uncompressed", "peak_memory_bytes": "peak memory"}
+SHORT = {
+    "nll": "NLL",
+    "relative_loss": "loss vs teacher",
+    "decode_ms_per_token": "decode",
+    "ttft_ms": "TTFT",
+    "compressed_bytes": "compressed",
+    "bytes": "uncompressed",
+    "peak_memory_bytes": "peak memory",
+}
 SIZE_SCALE = ((0.0, "#2f7fe0"), (0.5, "#b83fb5"), (1.0, "#ee7b1c"))
 ACCENT, GOLD, GREY, RED = "#12a37a", "#f2b50c", "#808890", "#d9453d"
 STAIRCASE = "reached by the front in these two axes"
 SMALLEST, LARGEST = 8.0, 19.0
 HEADROOM = 0.4
 
-GroupName = Literal["estimated (rung 0)", "confirmed, dominated", "front", "front, tied", "teacher, unchanged",
-                    "disturbed, not ranked"]
+GroupName = Literal[
+    "estimated (rung 0)", "confirmed, dominated", "front", "front, tied", "teacher, unchanged", "disturbed, not ranked"
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,8 @@ STYLES: dict[GroupName, tuple[str, str, float, str]] = {
     "confirmed, dominated": ("circle", "o", 0.6, GREY),
     "teacher, unchanged": ("diamond", "D", 1.0, GREY),
     "front, tied": ("circle-dot", "h", 1.0, ACCENT),
-    "front": ("circle", "o", 1.0, ACCENT)}
+    "front": ("circle", "o", 1.0, ACCENT),
+}
 
 
 def front_figure(view: StudyView) -> Figure:
@@ -68,13 +83,26 @@ def front_figure(view: StudyView) -> Figure:
     traces = [_staircase(view, *AXES[0]), *(_trace(view, group) for group in drawn), _star(chosen), _scale(view)]
     figure = go.Figure(traces)
     figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": GREY, "size": 13}, height=680,
-        margin={"l": 70, "r": 16, "t": 92, "b": 56}, hovermode="closest", coloraxis=_colour_axis(view),
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": GREY, "size": 13},
+        height=680,
+        margin={"l": 70, "r": 16, "t": 92, "b": 56},
+        hovermode="closest",
+        coloraxis=_colour_axis(view),
         legend={"orientation": "h", "x": 0, "y": -0.12, "yanchor": "top"},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": ACCENT},
-        updatemenus=[_axis_menu(view, drawn, chosen)], **_axis_layout(view, *AXES[0]))
-    line = {"gridcolor": "rgba(128,136,144,0.22)", "zeroline": False, "linecolor": GREY, "showline": True,
-            "ticks": "outside", "automargin": True}
+        updatemenus=[_axis_menu(view, drawn, chosen)],
+        **_axis_layout(view, *AXES[0]),
+    )
+    line = {
+        "gridcolor": "rgba(128,136,144,0.22)",
+        "zeroline": False,
+        "linecolor": GREY,
+        "showline": True,
+        "ticks": "outside",
+        "automargin": True,
+    }
     figure.update_xaxes(**line)
     figure.update_yaxes(**line)
     return figure
@@ -91,8 +119,13 @@ def figure_html(view: StudyView) -> str:
 
 
 # plotly.js 4 shows a button that uploads the chart to its maker's cloud unless it is told not to.
-PLOTLY_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"],
-                 "showSendToCloud": False, "plotlyServerURL": ""}
+PLOTLY_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["lasso2d", "select2d"],
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+}
 
 
 def headline(view: StudyView) -> str:
@@ -279,13 +312,27 @@ def _trace(view: StudyView, group: Group) -> Any:
     sides = ["bottom right" if _is_below(p) else "top left" for p in group.points]
     edge = {"width": 2.5 if group.edge != GREY else 1.2, "color": group.edge}
     return go.Scatter(
-        x=_column(group, x), y=_column(group, y), name=f"{group.name} ({len(group.points)})", opacity=group.opacity,
-        mode="markers" if labels is None else "markers+text", text=labels, textposition=sides,
-        textfont={"size": 11}, hovertext=[_hover(view, p) for p in group.points], hoverinfo="text",
+        x=_column(group, x),
+        y=_column(group, y),
+        name=f"{group.name} ({len(group.points)})",
+        opacity=group.opacity,
+        mode="markers" if labels is None else "markers+text",
+        text=labels,
+        textposition=sides,
+        textfont={"size": 11},
+        hovertext=[_hover(view, p) for p in group.points],
+        hoverinfo="text",
         showlegend=bool(group.points),
-        marker={"symbol": group.symbol, "size": _diameters(view, group.points), "line": edge, "opacity": 1,
-                "color": RED if group.edge == RED else _colours(view, group.points)},
-        error_x=None if estimated else _error(group, x), error_y=None if estimated else _error(group, y))
+        marker={
+            "symbol": group.symbol,
+            "size": _diameters(view, group.points),
+            "line": edge,
+            "opacity": 1,
+            "color": RED if group.edge == RED else _colours(view, group.points),
+        },
+        error_x=None if estimated else _error(group, x),
+        error_y=None if estimated else _error(group, y),
+    )
 
 
 def _baseline_label(point: Point) -> str:
@@ -307,8 +354,15 @@ def _error(group: Group, name: str) -> dict[str, Any]:
     unit = _unit(name)
     up = [0.0 if m is None else (m.high - m.value) / unit for m in found]
     down = [0.0 if m is None else (m.value - m.low) / unit for m in found]
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3,
-            "color": group.edge}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "thickness": 1,
+        "width": 3,
+        "color": group.edge,
+    }
 
 
 def _star(chosen: Recommendation | None) -> Any:
@@ -318,8 +372,15 @@ def _star(chosen: Recommendation | None) -> Any:
     points = [] if chosen is None else [chosen.chosen]
     marker = {"symbol": "star", "size": 17, "color": GOLD, "line": {"width": 1.2, "color": "#5a4300"}}
     name = "recommended" if chosen is None else f"recommended: {html.escape(chosen.chosen.name)}"
-    return go.Scatter(x=[_scaled(p, x) for p in points], y=[_scaled(p, y) for p in points], mode="markers", name=name,
-                      hoverinfo="skip", showlegend=bool(points), marker=marker)
+    return go.Scatter(
+        x=[_scaled(p, x) for p in points],
+        y=[_scaled(p, y) for p in points],
+        mode="markers",
+        name=name,
+        hoverinfo="skip",
+        showlegend=bool(points),
+        marker=marker,
+    )
 
 
 def _scale(view: StudyView) -> Any:
@@ -335,31 +396,68 @@ def _staircase(view: StudyView, x: str, y: str) -> Any:
 
     corners = staircase(view, x, y)
     return go.Scatter(
-        x=[a for a, _ in corners], y=[b for _, b in corners], mode="lines", name=STAIRCASE, hoverinfo="skip",
-        line={"color": ACCENT, "width": 2, "shape": "hv", "dash": "dot"}, showlegend=len(corners) > 1)
+        x=[a for a, _ in corners],
+        y=[b for _, b in corners],
+        mode="lines",
+        name=STAIRCASE,
+        hoverinfo="skip",
+        line={"color": ACCENT, "width": 2, "shape": "hv", "dash": "dot"},
+        showlegend=len(corners) > 1,
+    )
 
 
 def _colour_axis(view: StudyView) -> dict[str, Any]:
     low, high = (math.log10(v) for v in _bounds(view))
     ticks = _size_ticks(view)
-    bar = {"tickvals": [math.log10(v) for v in ticks], "ticktext": [f"{v:g}" for v in ticks],
-           "title": {"text": "compressed size (MB)", "side": "top"}, "orientation": "h", "thickness": 9, "len": 0.42,
-           "x": 1.0, "xanchor": "right", "y": 1.03, "yanchor": "bottom", "outlinewidth": 0}
+    bar = {
+        "tickvals": [math.log10(v) for v in ticks],
+        "ticktext": [f"{v:g}" for v in ticks],
+        "title": {"text": "compressed size (MB)", "side": "top"},
+        "orientation": "h",
+        "thickness": 9,
+        "len": 0.42,
+        "x": 1.0,
+        "xanchor": "right",
+        "y": 1.03,
+        "yanchor": "bottom",
+        "outlinewidth": 0,
+    }
     return {"colorscale": [list(stop) for stop in SIZE_SCALE], "cmin": low, "cmax": high, "colorbar": bar}
 
 
 def _axis_layout(view: StudyView, x: str, y: str) -> dict[str, Any]:
     shown = window(view, y)
-    return {"xaxis.title.text": _title(x), "yaxis.title.text": _title(y), "xaxis.autorange": True,
-            "yaxis.autorange": shown is None, "yaxis.range": None if shown is None else list(shown)}
+    return {
+        "xaxis.title.text": _title(x),
+        "yaxis.title.text": _title(y),
+        "xaxis.autorange": True,
+        "yaxis.autorange": shown is None,
+        "yaxis.range": None if shown is None else list(shown),
+    }
 
 
 def _axis_menu(view: StudyView, drawn: Sequence[Group], chosen: Recommendation | None) -> dict[str, Any]:
-    buttons = [{"label": f"{SHORT[y]} over {SHORT[x]}", "method": "update",
-                "args": [_restyle(view, drawn, chosen, x, y), _axis_layout(view, x, y)]} for x, y in AXES]
-    return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom", "pad": {"b": 6},
-            "direction": "down", "bgcolor": "#eef1f4", "bordercolor": GREY, "font": {"color": "#1d2329", "size": 13},
-            "showactive": False}
+    buttons = [
+        {
+            "label": f"{SHORT[y]} over {SHORT[x]}",
+            "method": "update",
+            "args": [_restyle(view, drawn, chosen, x, y), _axis_layout(view, x, y)],
+        }
+        for x, y in AXES
+    ]
+    return {
+        "buttons": buttons,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.03,
+        "yanchor": "bottom",
+        "pad": {"b": 6},
+        "direction": "down",
+        "bgcolor": "#eef1f4",
+        "bordercolor": GREY,
+        "font": {"color": "#1d2329", "size": 13},
+        "showactive": False,
+    }
 
 
 def _restyle(view: StudyView, drawn: Sequence[Group], chosen: Recommendation | None, x: str, y: str) -> dict[str, Any]:
@@ -368,15 +466,24 @@ def _restyle(view: StudyView, drawn: Sequence[Group], chosen: Recommendation | N
     stars = [] if chosen is None else [chosen.chosen]
 
     def columns(index: int, name: str) -> list[Any]:
-        return [[c[index] for c in corners], *(_column(g, name) for g in drawn), [_scaled(p, name) for p in stars],
-                [None]]
+        return [
+            [c[index] for c in corners],
+            *(_column(g, name) for g in drawn),
+            [_scaled(p, name) for p in stars],
+            [None],
+        ]
 
     def errors(name: str, side: str) -> list[Any]:
         return [None, *(None if g.name == "estimated (rung 0)" else _error(g, name)[side] for g in drawn), None, None]
 
-    return {"x": columns(0, x), "y": columns(1, y),
-            "error_x.array": errors(x, "array"), "error_x.arrayminus": errors(x, "arrayminus"),
-            "error_y.array": errors(y, "array"), "error_y.arrayminus": errors(y, "arrayminus")}
+    return {
+        "x": columns(0, x),
+        "y": columns(1, y),
+        "error_x.array": errors(x, "array"),
+        "error_x.arrayminus": errors(x, "arrayminus"),
+        "error_y.array": errors(y, "array"),
+        "error_y.arrayminus": errors(y, "arrayminus"),
+    }
 
 
 def _draw(view: StudyView) -> bytes:
@@ -419,21 +526,35 @@ def _tint(view: StudyView) -> Any:
 def _draw_staircase(axes: Any, view: StudyView) -> None:
     corners = staircase(view, *AXES[0])
     if len(corners) > 1:
-        axes.step([a for a, _ in corners], [b for _, b in corners], where="post", color=ACCENT, lw=1.8, ls=":",
-                  zorder=2, label=STAIRCASE)
+        axes.step(
+            [a for a, _ in corners],
+            [b for _, b in corners],
+            where="post",
+            color=ACCENT,
+            lw=1.8,
+            ls=":",
+            zorder=2,
+            label=STAIRCASE,
+        )
 
 
 def _draw_star(axes: Any, point: Point) -> None:
     x, y = (_scaled(point, name) for name in AXES[0])
-    axes.scatter([x], [y], s=330, marker="*", c=GOLD, edgecolors="#5a4300", zorder=12,
-                 label=f"recommended: {point.name}")
+    axes.scatter(
+        [x], [y], s=330, marker="*", c=GOLD, edgecolors="#5a4300", zorder=12, label=f"recommended: {point.name}"
+    )
 
 
 def _scatter(axes: Any, view: StudyView, group: Group, layer: int) -> None:
     """One group with its error bars; rung-0 points hollow and without."""
     xs, ys = _column(group, AXES[0][0]), _column(group, AXES[0][1])
-    style: dict[str, Any] = {"s": [(0.9 * d) ** 2 for d in _diameters(view, group.points)], "alpha": group.opacity,
-                             "marker": group.marker, "zorder": layer, "label": f"{group.name} ({len(group.points)})"}
+    style: dict[str, Any] = {
+        "s": [(0.9 * d) ** 2 for d in _diameters(view, group.points)],
+        "alpha": group.opacity,
+        "marker": group.marker,
+        "zorder": layer,
+        "label": f"{group.name} ({len(group.points)})",
+    }
     colours = _colours(view, group.points)
     if group.name == "estimated (rung 0)":
         axes.scatter(xs, ys, facecolors="none", edgecolors=colours, lw=1.2, **style)
@@ -450,16 +571,34 @@ def _scatter(axes: Any, view: StudyView, group: Group, layer: int) -> None:
 
 def _error_bars(axes: Any, group: Group, xs: Sequence[float | None], ys: Sequence[float | None], layer: int) -> None:
     x, y = (_error(group, name) for name in AXES[0])
-    axes.errorbar(xs, ys, xerr=[x["arrayminus"], x["array"]], yerr=[y["arrayminus"], y["array"]], fmt="none",
-                  ecolor=group.edge, elinewidth=1, capsize=2.5, alpha=0.75, zorder=layer)
+    axes.errorbar(
+        xs,
+        ys,
+        xerr=[x["arrayminus"], x["array"]],
+        yerr=[y["arrayminus"], y["array"]],
+        fmt="none",
+        ecolor=group.edge,
+        elinewidth=1,
+        capsize=2.5,
+        alpha=0.75,
+        zorder=layer,
+    )
 
 
 def _label(axes: Any, point: Point) -> None:
     x, y = (_scaled(point, name) for name in AXES[0])
     if x is not None and y is not None:
         below = _is_below(point)
-        axes.annotate(_baseline_label(point), (x, y), (7, -18) if below else (-7, 10), ha="left" if below else "right",
-                      textcoords="offset points", fontsize=10, color="#30363d", zorder=13)
+        axes.annotate(
+            _baseline_label(point),
+            (x, y),
+            (7, -18) if below else (-7, 10),
+            ha="left" if below else "right",
+            textcoords="offset points",
+            fontsize=10,
+            color="#30363d",
+            zorder=13,
+        )
 
 
 def _dress(axes: Any, view: StudyView) -> None:
@@ -482,8 +621,14 @@ def _dress(axes: Any, view: StudyView) -> None:
 
 def _legend(axes: Any, hidden: int) -> None:
     note = f"; {hidden} estimates lie outside this view" if hidden else ""
-    legend = axes.legend(loc="best", framealpha=0.92, edgecolor="#d5dade", fontsize=10,
-                         title=f"bars: 95 % intervals{note}", title_fontsize=9)
+    legend = axes.legend(
+        loc="best",
+        framealpha=0.92,
+        edgecolor="#d5dade",
+        fontsize=10,
+        title=f"bars: 95 % intervals{note}",
+        title_fontsize=9,
+    )
     legend.set_zorder(14)
     for handle in legend.legend_handles:
         if hasattr(handle, "set_sizes"):

@@ -52,7 +52,11 @@ ARTIFACT = "artifact"
 # Set before the first import of MLflow: no telemetry, no pickle; a server that is away is noticed in seconds, unless the
 # user says otherwise.
 FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
 
 
 def tracking_uri(home: Path) -> str:
@@ -387,6 +391,7 @@ def _candidate_params(point: Point) -> dict[str, str]:
         "sparsity": joined(layer.pattern.ratio for layer in x.layers),
         "attention": joined(layer.attention_format.name for layer in x.layers),
         "ffn_precision": joined(layer.ffn_format.name for layer in x.layers),
+        "quantizer": "gptq" if x.uses_gptq else "rtn",
         "head": x.head_format.name,
         "embedding": x.embedding_format.name,
         "group_size": joined(sorted(sizes)),

@@ -13,8 +13,11 @@ from typing import Any
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 
 GRACE_S = 10.0
-QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
-         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+QUIET = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
 
 
 def serve_ui(home: Path, port: int) -> int:
@@ -42,11 +45,26 @@ def server_command(home: Path, port: int) -> list[str]:
     """The command line of the server. Raises UsageError if `home` holds no MLflow database."""
     database = home.resolve() / "mlflow.db"
     if not database.is_file():
-        raise UsageError(f"there is no MLflow database in {home}",
-                         "run a search first, or `paretune sync` to rebuild it from the studies")
-    return [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}",
-            "--artifacts-destination", str(home.resolve() / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
-            "--workers", "1"]
+        raise UsageError(
+            f"there is no MLflow database in {home}",
+            "run a search first, or `paretune sync` to rebuild it from the studies",
+        )
+    return [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{database}",
+        "--artifacts-destination",
+        str(home.resolve() / "artifacts"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
 
 
 def _require_free(port: int) -> None:

@@ -31,6 +31,7 @@ from paretune.teachers.teacher import Teacher
 
 CHECKPOINT_EVERY_S = 20.0
 CODE = (
+    "hessian.py",
     "distill/elastic.py",
     "distill/loss.py",
     "distill/optimizer.py",

@@ -19,7 +19,11 @@ from paretune.teachers.batches import Batches
 
 @dataclass(frozen=True)
 class RecoveryRecipe:
-    """`tokens` of distillation for every finalist alike. `qat` is "auto" (4-bit layers only), "always" or "never"."""
+    """`tokens` of distillation for every finalist alike. `qat` is "auto" (4-bit layers only), "always" or "never".
+
+    GPTQ and QAT exclude each other: a candidate whose codes come from GPTQ is trained without rounding, and GPTQ is done on
+    what comes out. So the candidate's `algorithm` is how its shipped codes were found, always.
+    """
 
     tokens: int
     context: int = 256
@@ -31,7 +35,9 @@ class RecoveryRecipe:
     seed: int = 1
 
     def uses_qat(self, candidate: Candidate) -> bool:
-        """Whether training sees the rounding: always with 4-bit layers, whose rounding error a few steps can move."""
+        """Whether training sees the rounding: with 4-bit layers, whose error a few steps can move, unless GPTQ rounds them."""
+        if candidate.uses_gptq:
+            return False
         if self.qat == "auto":
             return any(f.bits < 8 for layer in candidate.layers for f in (layer.attention_format, layer.ffn_format))
         return self.qat == "always" and candidate.is_quantized

@@ -18,7 +18,15 @@ import zstandard
 
 from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.graph import INLINE_LIMIT_BYTES, build_model, save_model, weight_bytes
-from paretune.compression.student import EMBEDDING, HEAD, quantized_weights, student_config, student_family
+from paretune.compression.student import (
+    EMBEDDING,
+    HEAD,
+    NO_CODES,
+    Codes,
+    quantized_weights,
+    student_config,
+    student_family,
+)
 from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.families import family_of
@@ -42,9 +50,16 @@ class ArtifactFacts:
 
 
 def write_artifact(
-    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    teacher: Teacher,
+    candidate: Candidate,
+    weights: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any],
+    codes: Codes = NO_CODES,
 ) -> ArtifactFacts:
     """Write the artifact of `candidate` with `weights` (masked, unquantized). `facts` go into paretune.json.
+
+    `codes` holds those of the matrices whose format says "gptq".
 
     Raises Infeasible if the graph cannot be built; an older folder of the same name is replaced.
     """
@@ -53,7 +68,7 @@ def write_artifact(
     (temporary / "onnx").mkdir(parents=True)
     try:
         try:
-            model = build_model(weights, candidate, teacher.config, teacher.shape)
+            model = build_model(weights, candidate, teacher.config, teacher.shape, codes)
         except (ValueError, KeyError, RuntimeError) as error:
             raise Infeasible(f"the graph cannot be built: {error}", "") from error
         save_model(model, temporary / MODEL)
@@ -62,7 +77,7 @@ def write_artifact(
         # what a standard config can express
         uniform = len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1
         if uniform:
-            _write_hugging_face(temporary / "hf", teacher, candidate, weights)
+            _write_hugging_face(temporary / "hf", teacher, candidate, weights, codes)
         sizes = ArtifactFacts(*_sizes(temporary / "onnx"))
         describe_artifact(
             temporary,
@@ -97,10 +112,14 @@ def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def compressed_bytes(
-    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
+    weights: Mapping[str, torch.Tensor],
+    candidate: Candidate,
+    config: Mapping[str, Any],
+    shape: Shape,
+    codes: Codes = NO_CODES,
 ) -> ArtifactFacts:
     """The sizes an artifact of this candidate would have, without writing it."""
-    model = build_model(weights, candidate, config, shape)
+    model = build_model(weights, candidate, config, shape, codes)
     if weight_bytes(model) < INLINE_LIMIT_BYTES:
         data = model.SerializeToString()
         return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
@@ -195,12 +214,12 @@ def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
 
 
 def _write_hugging_face(
-    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor]
+    folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes
 ) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    effective = quantized_weights(weights, candidate)
+    effective = quantized_weights(weights, candidate, codes)
     tied = HEAD not in weights and torch.equal(effective[HEAD], effective[EMBEDDING])
     if tied:
         del effective[HEAD]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from onnx import TensorProto, helper
 
 from paretune.compression.quantize.grid import Quantized, quantize
-from paretune.compression.student import EMBEDDING, HEAD, plain_candidate, student_config
+from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of, plain_candidate, student_config
 from paretune.spaces.candidate import Candidate, Format, Layer, Shape
 from paretune.teachers.families import family_of
 
@@ -34,37 +35,43 @@ Array = npt.NDArray[Any]
 
 
 def build_model(
-    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape
+    weights: Mapping[str, torch.Tensor],
+    candidate: Candidate,
+    config: Mapping[str, Any],
+    shape: Shape,
+    codes: Codes = NO_CODES,
 ) -> onnx.ModelProto:
     """The decoder of `candidate` with `weights` (unquantized, already masked; Hugging Face names, [out, in]).
+
+    `codes` holds those of the matrices whose format says "gptq". Raises ValueError if some are missing.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, past + sequence] (int64), past_key_values.<i>.key/.value
     [batch, kv_heads, past, head_dim]. Outputs: logits [batch, sequence, vocab], present.<i>.key/.value.
     """
-    graph = _Graph(float(config.get("rms_norm_eps", 1e-6)))
+    graph = _Graph(float(config.get("rms_norm_eps", 1e-6)), weights, codes)
     graph.lengths()
     graph.rotary(config, shape)
-    stream = graph.embedding_and_head(weights, candidate)
+    stream = graph.embedding_and_head(candidate)
     residual = ""
     for i, layer in enumerate(candidate.layers):
         prefix, path = f"model.layers.{i}.", f"/model/layers.{i}"
         normed, residual = graph.norm(
             weights[f"{prefix}input_layernorm.weight"], f"{path}/input_layernorm", stream, residual
         )
-        attended = graph.attention(i, graph.heads(weights, i, layer, shape, normed), layer, shape)
-        stream = graph.matmul(
-            weights[f"{prefix}self_attn.o_proj.weight"], layer.attention_format, f"{path}/attn/o_proj", attended
-        )
+        attended = graph.attention(i, graph.heads(i, layer, shape, normed), layer, shape)
+        o = [f"{prefix}self_attn.o_proj.weight"]
+        stream = graph.product(o, layer.attention_format, f"{path}/attn/o_proj", attended)
         normed, residual = graph.norm(
             weights[f"{prefix}post_attention_layernorm.weight"], f"{path}/post_attention_layernorm", stream, residual
         )
-        gate = graph.matmul(weights[f"{prefix}mlp.gate_proj.weight"], layer.ffn_format, f"{path}/mlp/gate_proj", normed)
-        up = graph.matmul(weights[f"{prefix}mlp.up_proj.weight"], layer.ffn_format, f"{path}/mlp/up_proj", normed)
+        gate, up = (
+            graph.product([f"{prefix}mlp.{p}_proj.weight"], layer.ffn_format, f"{path}/mlp/{p}_proj", normed)
+            for p in ("gate", "up")
+        )
         gated = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{path}/mlp/sigmoid")], f"{path}/mlp/silu")
         product = graph.node("Mul", [gated, up], f"{path}/mlp/product")
-        stream = graph.matmul(
-            weights[f"{prefix}mlp.down_proj.weight"], layer.ffn_format, f"{path}/mlp/down_proj", product
-        )
+        down = [f"{prefix}mlp.down_proj.weight"]
+        stream = graph.product(down, layer.ffn_format, f"{path}/mlp/down_proj", product)
     normed, _ = graph.norm(weights["model.norm.weight"], "/model/norm", stream, residual)
     graph.head(candidate.head_format, normed)
     return graph.finish(candidate, shape)
@@ -86,7 +93,10 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 class _Graph:
     """Collects nodes and initializers; every method returns the name of the value it makes."""
 
-    def __init__(self, epsilon: float) -> None:
+    def __init__(
+        self, epsilon: float, weights: Mapping[str, torch.Tensor] = MappingProxyType({}), codes: Codes = NO_CODES
+    ) -> None:
+        self.weights, self.codes = weights, codes
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.epsilon = epsilon
@@ -157,14 +167,30 @@ class _Graph:
         )
         return outputs[0], outputs[3]
 
+    def product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None = None) -> str:
+        """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes."""
+        parts = {n: self.weights[n] for n in names}
+        weight, whole = torch.cat(list(parts.values())), None
+        if form.bits != 32:
+            codes = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
+            scales = torch.cat([q.scales for q in codes])
+            whole = Quantized(torch.cat([q.codes for q in codes]), scales, form.bits, codes[0].group_size)
+        return self.matmul(weight, form, name, stream, bias, whole)
+
     def matmul(
-        self, weight: torch.Tensor, form: Format, name: str, stream: str, bias: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        form: Format,
+        name: str,
+        stream: str,
+        bias: torch.Tensor | None = None,
+        codes: Quantized | None = None,
     ) -> str:
-        """stream @ weight.T + bias with the weight [N, K] in `form` and the bias [N] in float32."""
+        """stream @ weight.T + bias with the weight [N, K] in `form`, rounded to nearest unless `codes` are given."""
         if form.bits == 32:
             product = self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
         else:
-            tables = self.packed(quantize(weight, form), f"{name}.weight")
+            tables = self.packed(quantize(weight, form) if codes is None else codes, f"{name}.weight")
             product = self.matmul_nbits(tables, weight.shape, form, name, stream)
         if bias is None:
             return product
@@ -196,15 +222,12 @@ class _Graph:
             accuracy_level=ACCURACY_LEVEL[form.activation],
         )
 
-    def heads(self, weights: Mapping[str, torch.Tensor], i: int, layer: Layer, shape: Shape, normed: str) -> list[str]:
+    def heads(self, i: int, layer: Layer, shape: Shape, normed: str) -> list[str]:
         """Query, key and value of GroupQueryAttention: one packed matrix, split only where heads are normed one by one."""
         family, prefix, path = family_of(shape), f"model.layers.{i}.self_attn.", f"/model/layers.{i}/attn"
-
-        def stacked(kind: str) -> torch.Tensor:
-            return torch.cat([weights[f"{prefix}{p}_proj.{kind}"] for p in "qkv"])
-
-        bias = stacked("bias") if family.qkv_bias else None
-        packed = self.matmul(stacked("weight"), layer.attention_format, f"{path}/qkv_proj", normed, bias)
+        bias = torch.cat([self.weights[f"{prefix}{p}_proj.bias"] for p in "qkv"]) if family.qkv_bias else None
+        names = [f"{prefix}{p}_proj.weight" for p in "qkv"]
+        packed = self.product(names, layer.attention_format, f"{path}/qkv_proj", normed, bias)
         if not family.qk_norm:
             return [packed, "", ""]
         kv = layer.kv_groups * shape.head_dim
@@ -213,8 +236,8 @@ class _Graph:
         table = self.constant(f"{path}/split.widths", np.array(widths, np.int64))
         self.node("Split", [packed, table], f"{path}/split", [q, k, v], axis=-1)
         return [
-            self.head_norm(weights[f"{prefix}q_norm.weight"], f"{path}/q_norm", q, widths[0]),
-            self.head_norm(weights[f"{prefix}k_norm.weight"], f"{path}/k_norm", k, widths[1]),
+            self.head_norm(self.weights[f"{prefix}q_norm.weight"], f"{path}/q_norm", q, widths[0]),
+            self.head_norm(self.weights[f"{prefix}k_norm.weight"], f"{path}/k_norm", k, widths[1]),
             v,
         ]
 
@@ -249,13 +272,14 @@ class _Graph:
             rotary_interleaved=0,
         )
 
-    def embedding_and_head(self, weights: Mapping[str, torch.Tensor], candidate: Candidate) -> str:
+    def embedding_and_head(self, candidate: Candidate) -> str:
         """Make both tables, one of them where embedding and head are tied and have one format; returns the embedded tokens."""
-        embedding, form = weights[EMBEDDING], candidate.embedding_format
-        head = weights.get(HEAD, embedding)
-        shared = HEAD not in weights and (form.bits, form.group_size) == (
+        embedding, form = self.weights[EMBEDDING], candidate.embedding_format
+        head = self.weights.get(HEAD, embedding)
+        shared = HEAD not in self.weights and (form.bits, form.group_size, "rtn") == (
             candidate.head_format.bits,
             candidate.head_format.group_size,
+            candidate.head_format.algorithm,
         )
         if form.bits == 32:
             table = self.constant("embedding", embedding.float())
@@ -282,7 +306,7 @@ class _Graph:
             self.head_inputs = (
                 ["embedding", "embedding.scales"]
                 if shared
-                else self.packed(quantize(head, candidate.head_format), "lm_head")
+                else self.packed(codes_of(HEAD, head, candidate.head_format, self.codes), "lm_head")
             )
         return stream
 

@@ -1,6 +1,7 @@
 """Sparsity: what to cut (scores), which cut (patterns), and the structural cuts that shrink the model."""
 
 from paretune.compression.prune.masks import mask_for
+from paretune.compression.prune.sparsegpt import sparsegpt
 from paretune.compression.prune.statistics import LayerStatistics, layer_statistics
 from paretune.compression.prune.structure import Importance, importance, slice_weights, sort_by_importance
 
@@ -12,4 +13,5 @@ __all__ = [
     "mask_for",
     "slice_weights",
     "sort_by_importance",
+    "sparsegpt",
 ]

@@ -1,32 +1,47 @@
 """Masks by magnitude and by Wanda (Sun et al. 2023, arXiv 2306.11695): |W| times the L2 norm of the input feature.
 
-Wanda and N:M compare inside an output row, as in the paper; magnitude at a ratio compares over the whole matrix.
+Wanda and N:M compare inside an output row, as in the paper; magnitude at a ratio compares over the whole matrix. So do
+blocks, of which a row has too few to hit a ratio: a block's score is the L2 norm of the scores in it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from paretune.spaces.candidate import Pattern
+from paretune.spaces.candidate import BLOCK, Pattern, group_for
 
 
 def mask_for(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | None) -> torch.Tensor:
     """Boolean mask of `weight` [N, K], True where it stays.
 
     `input_norm` [K] is the L2 norm of every input feature over the calibration text; needed for "wanda".
-    Raises ValueError if the score lacks it or K is no multiple of 4 for 2:4.
+    Raises ValueError if the score lacks it, if K is no multiple of 4 for 2:4 or of 16 for blocks, and for "sparsegpt", which
+    does more than mask.
     """
     if pattern.kind == "none":
         return torch.ones_like(weight, dtype=torch.bool)
     score = _score(weight, pattern, input_norm)
     if pattern.kind == "2:4":
-        return _two_of_four(score)
+        return two_of_four(score)
+    if pattern.kind == "block":
+        n, k = weight.shape
+        width = block_width(pattern, k)
+        blocks = score.view(n, k // width, width).norm(dim=-1)
+        kept = keep_largest(blocks.reshape(1, -1), round(pattern.ratio * blocks.numel()))
+        return kept.view_as(blocks).repeat_interleave(width, 1)
     if pattern.score == "wanda":
-        return _keep_largest(score, pattern.ratio)
-    return _keep_largest(score.reshape(1, -1), pattern.ratio).view(weight.shape)
+        return keep_largest(score, round(pattern.ratio * score.shape[1]))
+    return keep_largest(score.reshape(1, -1), round(pattern.ratio * score.numel())).view(weight.shape)
+
+
+def block_width(pattern: Pattern, k: int) -> int:
+    """Columns that stay or go together: 1, or for blocks 32, repaired to 16 where 32 does not divide K."""
+    return group_for(BLOCK, k) if pattern.kind == "block" else 1
 
 
 def _score(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | None) -> torch.Tensor:
+    if pattern.score == "sparsegpt":
+        raise ValueError("SparseGPT also moves the weights that it keeps: call sparsegpt() with a Gram matrix instead")
     magnitude = weight.detach().abs().float()
     if pattern.score == "magnitude":
         return magnitude
@@ -35,7 +50,8 @@ def _score(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | No
     return magnitude * input_norm
 
 
-def _two_of_four(score: torch.Tensor) -> torch.Tensor:
+def two_of_four(score: torch.Tensor) -> torch.Tensor:
+    """Keep the two largest of every four entries of a row [N, K]."""
     n, k = score.shape
     if k % 4:
         raise ValueError(f"2:4 needs K to be a multiple of 4, but got K={k}")
@@ -44,9 +60,8 @@ def _two_of_four(score: torch.Tensor) -> torch.Tensor:
     return mask.scatter_(-1, kept, True).view(n, k)
 
 
-def _keep_largest(score: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Drop exactly round(ratio * columns) entries of every row."""
-    dropped = round(ratio * score.shape[1])
+def keep_largest(score: torch.Tensor, dropped: int) -> torch.Tensor:
+    """Drop the `dropped` smallest entries of every row [N, K]."""
     if dropped == 0:
         return torch.ones_like(score, dtype=torch.bool)
     indices = score.topk(dropped, dim=1, largest=False).indices

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 
+from paretune.compression.hessian import READERS, watching_inputs
 from paretune.compression.student import Network
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+LINEARS = tuple(name for names in READERS.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -35,15 +28,11 @@ def layer_statistics(network: Network, weights: Mapping[str, torch.Tensor], ids:
     squares: list[dict[str, torch.Tensor]] = [{} for _ in network.layers]
     influences = [0.0] * len(network.layers)
     handles = []
+
+    def collect(i: int, names: tuple[str, ...], x: torch.Tensor) -> None:
+        squares[i].update(dict.fromkeys(names, x.float().flatten(0, -2).square().sum(0)))
+
     for i, layer in enumerate(network.layers):
-        for name in LINEARS:
-
-            def collect(
-                _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], i: int = i, name: str = name
-            ) -> None:
-                squares[i][name] = inputs[0].float().flatten(0, -2).square().sum(0)
-
-            handles.append(layer.get_submodule(name).register_forward_pre_hook(collect))
 
         def compare(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any, i: int = i) -> None:
             out = output[0] if isinstance(output, tuple) else output
@@ -52,7 +41,8 @@ def layer_statistics(network: Network, weights: Mapping[str, torch.Tensor], ids:
 
         handles.append(layer.register_forward_hook(compare))
     try:
-        network(weights, ids)
+        with watching_inputs(network, collect):
+            network(weights, ids)
     finally:
         for handle in handles:
             handle.remove()

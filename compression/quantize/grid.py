@@ -39,7 +39,7 @@ def quantize(weight: torch.Tensor, form: Format) -> Quantized:
     n, k = weight.shape
     group = group_for(form.group_size, k)
     blocks = weight.detach().float().view(n, k // group, group)
-    scales = _scales(blocks, form.bits)
+    scales = scales_of(blocks, form.bits)
     top = 2 ** (form.bits - 1)
     codes = torch.round(blocks / scales.unsqueeze(-1)).clamp_(-top, top - 1).to(torch.int8)
     return Quantized(codes.view(n, k), scales, form.bits, group)
@@ -63,8 +63,8 @@ def fake_quantize_activations(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
-def _scales(blocks: torch.Tensor, bits: int) -> torch.Tensor:
-    """Scale per group: the entry of largest magnitude divided by -2^(bits-1); `EMPTY_SCALE` where the whole group is zero."""
+def scales_of(blocks: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scale per group (the last dimension): its entry of largest magnitude over -2^(bits-1); `EMPTY_SCALE` where all are zero."""
     low, high = blocks.amin(-1), blocks.amax(-1)
     extreme = torch.where(high > -low, high, low)
     scales = extreme / -float(2 ** (bits - 1))

@@ -1,0 +1,157 @@
+"""The real evaluator on candidates of second-order methods: what is scored, recovered and shipped are the same codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paretune.compression.export.checksums import MODEL
+from paretune.compression.student import quantized_weights
+from paretune.hardware_profiles import Infeasible
+from paretune.hardware_profiles.profile import detected_profile
+from paretune.objectives.lane import LaneResult
+from paretune.objectives.latency_fit import design
+from paretune.objectives.measurement import Measurement
+from paretune.search.director import Director
+from paretune.search.evaluator import Evaluator
+from paretune.search.run import Plan, Ready, create_study
+from paretune.search.sampler import distributions, frozen_trial
+from paretune.search.spec import Spec
+from paretune.search.work import Work
+from paretune.search.workspace import Workspace
+from paretune.spaces import Candidate, Format, Layer, Pattern, Space
+from paretune.teachers import load_teacher
+
+INT4, GPTQ = Format(4, 32, "fp32"), Format(4, 32, "fp32", "gptq")
+
+
+def whole(form: Format, pattern: Pattern = Pattern()) -> Candidate:  # noqa: B008 (frozen)
+    return Candidate((Layer(128, 2, form, form, pattern),) * 3, form, Format(8, 32))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_text: Path) -> tuple[Path, Path]:
+    """(study folder, home) of a study that nothing has run in."""
+    home = tmp_path_factory.mktemp("home")
+    spec = Spec.model_validate(
+        {"teacher": str(tiny_teacher_dir), "data": str(tiny_text), "budget": "300s", "search_tokens": 4000}
+    )
+    teacher, profile = load_teacher(spec.teacher), detected_profile()
+    space = Space.of(teacher.shape, profile.weight_formats)
+    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    store = create_study(Ready(spec, teacher, profile, space, plan), home, "s", "paretune search")
+    store.close()
+    return home / "studies" / "s", home
+
+
+@pytest.fixture(scope="module")
+def evaluator(study: tuple[Path, Path]) -> Evaluator:
+    return Evaluator(*study)
+
+
+def done(evaluator: Evaluator, work: Work) -> Any:
+    outcome = evaluator.run(work)
+    assert outcome.status == "complete", outcome.reason
+    return outcome
+
+
+def test_gptq_keeps_the_logits_of_other_text_closer_at_the_same_size(evaluator: Evaluator) -> None:
+    """Not the NLL: of a random teacher rounding moves it in either direction."""
+    nearest, calibrated = (done(evaluator, Work("rung0", whole(form))) for form in (INT4, GPTQ))
+    assert calibrated.scores.mean_nll != nearest.scores.mean_nll
+    assert calibrated.measurements["bytes"].value == nearest.measurements["bytes"].value
+    space, ids = evaluator.space, torch.from_numpy(evaluator.space.search_windows.ids[:8])
+    weights, network = space.teacher_weights, space.network(3)
+    with torch.no_grad():
+        exact = network(quantized_weights(weights, whole(Format())), ids)
+        errors = [
+            float((network(quantized_weights(weights, c, space.codes(c, weights)), ids) - exact).square().mean())
+            for c in (whole(GPTQ), whole(INT4))
+        ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("kind", ["2:4", "unstructured", "block"])
+def test_every_pattern_and_score_is_scored_with_its_zeros(evaluator: Evaluator, kind: Any, score: Any) -> None:
+    candidate = whole(GPTQ, Pattern(kind, 0.5, score))
+    outcome = done(evaluator, Work("rung0", candidate))
+    assert outcome.facts["sparsity"] == pytest.approx(0.5, abs=0.01)
+    weights, masks = evaluator.space.sparsify(candidate, evaluator.space.dense_weights(candidate))
+    assert len(masks) == 21
+    dense = evaluator.space.teacher_weights
+    for name, mask in masks.items():
+        assert (weights[name][~mask] == 0).all(), name
+        assert torch.equal(weights[name][mask], dense[name][mask]) == (score != "sparsegpt"), name
+
+
+def test_what_was_recovered_ships_with_the_codes_of_its_weights(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = whole(GPTQ, Pattern("2:4", 0.5, "sparsegpt"))
+    recovered = done(evaluator, Work("recover", candidate, 60.0, options={"tokens": 8192}))
+    assert recovered.facts["qat"] == 0.0
+    assert recovered.facts["search_nll_after"] != recovered.facts["search_nll_before"]
+    lane = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
+    monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LaneResult(lane, True))
+    done(
+        evaluator, Work("confirm", Candidate((Layer(128, 2),) * 3), 60.0)
+    )  # the teacher comes first, others are compared to it
+    shipped: dict[str, Any] = {}
+    honest = evaluator.space.codes
+
+    def watched(candidate: Candidate, weights: Any) -> Any:
+        shipped["weights"], shipped["codes"] = weights, honest(candidate, weights)
+        return shipped["codes"]
+
+    monkeypatch.setattr(evaluator.space, "codes", watched)
+    confirmed = done(
+        evaluator, Work("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 0.0}})
+    )
+    assert confirmed.artifact is not None and (Path(confirmed.artifact[0]) / MODEL).is_file()
+    with torch.no_grad():
+        again = evaluator.score_in_torch(candidate, shipped["weights"], shipped["codes"])
+    assert again.mean_nll == pytest.approx(recovered.scores.mean_nll, abs=1e-9), "scored and shipped codes are the same"
+    zeros = sum(int((q.codes == 0).sum()) for n, q in shipped["codes"].items() if "layers" in n)
+    assert zeros >= 0.5 * sum(q.codes.numel() for n, q in shipped["codes"].items() if "layers" in n)
+
+
+def test_impossible_calibration_rules_out_the_candidate_only(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.norm.weight"
+    broken = {**evaluator.space.teacher_weights, name: torch.full((64,), float("nan"))}
+    with pytest.raises(Infeasible, match="must be finite"):
+        evaluator.space.codes(whole(GPTQ), broken)
+    monkeypatch.setattr(evaluator.space, "dense_weights", lambda _candidate: broken)
+    outcome = evaluator.run(Work("rung0", whole(GPTQ)))
+    assert outcome.status == "infeasible" and "must be finite" in outcome.reason
+
+
+def test_latencies_are_kept_without_regard_to_the_quantizer(study: tuple[Path, Path], evaluator: Evaluator) -> None:
+    file = evaluator.measuring.kept_file
+    assert file(whole(GPTQ)) == file(whole(INT4)) == file(whole(GPTQ, Pattern("block", 0.5)))
+    assert file(whole(GPTQ)) != file(whole(replace(GPTQ, group_size=64)))
+    designed = design(Workspace(*study).space, 30)
+    assert not any(c.uses_gptq or c.is_sparse for c in designed)
+    assert len({file(c) for c in designed}) == len(designed)
+
+
+def test_studies_from_before_gptq_can_be_resumed(study: tuple[Path, Path]) -> None:
+    """Their parameters have no quantizer; Optuna wants one."""
+
+    class Old:
+        def vector(self, _key: str) -> None:
+            return None
+
+        def params(self, _key: str) -> dict[str, Any]:
+            return {name: value for name, value in params.items() if name != "quantizer"}
+
+    space = Workspace(*study).space
+    params = space.encode(space.baselines()[-1])
+    old: Director = Old()  # type: ignore[assignment]
+    assert frozen_trial(old, "k", distributions(space)).params == params
