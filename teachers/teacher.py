@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from paretune.hardware_profiles.errors import UsageError
 from paretune.spaces.candidate import Shape
 from paretune.teachers.families import FAMILIES, axis_sizes, family_of
+from paretune.teachers.pruned import fold_masks, masked_names, without_masks, zero_masks
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,22 @@ class Teacher:
         return sum(math.prod(size) for size in expected_tensors(self.shape).values())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All tensors as float32 under their Hugging Face names; a tied head is not repeated. Raises UsageError on NaN."""
+        """All tensors as float32 under their Hugging Face names; a tied head is not repeated, masks of torch.nn.utils.prune are
+        applied. Raises UsageError on NaN."""
+        return self._weights_and_masks()[0]
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether the checkpoint holds masks of torch.nn.utils.prune."""
+        return bool(masked_names({name: None for file in self.weight_files for name in _header(file)}))
+
+    def masks(self, zeros: bool = False) -> dict[str, torch.Tensor]:
+        """Boolean masks (True where a weight stays) that came with the checkpoint, by parameter; `zeros` takes those of every
+        matrix that is zero in at least 5 % of its entries too."""
+        weights, masks = self._weights_and_masks()
+        return {**(zero_masks(weights) if zeros else {}), **masks}
+
+    def _weights_and_masks(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         import torch
         from safetensors import safe_open
 
@@ -77,9 +93,14 @@ class Teacher:
                             "use an undamaged checkpoint",
                         )
                     found[name] = value
-        if self.shape.tied:
-            found.pop("lm_head.weight", None)
-        return {name: found[name] for name in expected_tensors(self.shape)}
+        masks: dict[str, torch.Tensor] = {}
+        if masked_names(found):
+            try:
+                found, masks = fold_masks(found)
+            except ValueError as error:
+                raise UsageError(f"{self.folder}: {error}", "save the pruned model again") from None
+        expected = expected_tensors(self.shape)
+        return {name: found[name] for name in expected}, {n: m for n, m in masks.items() if n in expected}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -251,7 +272,7 @@ def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(files: list[Path], shape: Shape) -> None:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     actual: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -260,12 +281,15 @@ def _check_tensors(files: list[Path], shape: Shape) -> None:
                 f"{file} has only {file.stat().st_size} bytes", "copy the folder again, it is half-written"
             )
         try:
-            with safe_open(file, "numpy") as tensors:
-                actual |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            actual |= _header(file)
         except (SafetensorError, OSError) as error:
             raise UsageError(
                 f"{file} is not a complete safetensors file: {error}", "copy the folder again, it may be half-written"
             ) from None
+    try:
+        actual = without_masks(actual)
+    except ValueError as error:
+        raise UsageError(f"{files[0].parent}: {error}", "save the pruned model again") from None
     expected = expected_tensors(shape)
     for name in sorted(actual.keys() - expected.keys()):
         own = name.split(".", 3)[-1] in family_of(shape).layer_tensors  # of a layer beyond num_hidden_layers
@@ -282,6 +306,14 @@ def _check_tensors(files: list[Path], shape: Shape) -> None:
                 f"tensor {name} must have shape {size} by config.json, but has {actual[name]}",
                 "use the matching config.json",
             )
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _weight_files(folder: Path) -> list[Path]:
