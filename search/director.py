@@ -493,6 +493,9 @@ class Director:
                     "group_size": 0,
                 }
                 found.append(self.space.decode(params))
+        if len(self.space.hidden_widths) > 1:
+            narrower = self.space.hidden_widths[-2]
+            found += [dataclasses.replace(c, hidden=narrower).canonical(s) for c in found if c.is_full_size(s)]
         return [c for c in dict.fromkeys(found) if c.key not in self._rows]
 
     # from the store
