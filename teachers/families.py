@@ -122,4 +122,10 @@ def standard_family(shape: Shape, heads: int, hidden: int = 0) -> Family:
 def axis_sizes(shape: Shape, ffn: int, kv_heads: int, hidden: int = 0) -> dict[Axis, int]:
     """Length of every axis in a layer of `ffn` neurons, `kv_heads` KV heads and a residual stream of `hidden` (0: its own)."""
     kv = kv_heads * shape.head_dim
-    return {"hidden": hidden or shape.hidden, "ffn": ffn, "query": kv * shape.heads_per_group, "kv": kv, "head": shape.head_dim}
+    return {
+        "hidden": hidden or shape.hidden,
+        "ffn": ffn,
+        "query": kv * shape.heads_per_group,
+        "kv": kv,
+        "head": shape.head_dim,
+    }

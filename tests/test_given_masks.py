@@ -259,13 +259,7 @@ NODES = {
     "attn/o_proj": ("self_attn.o_proj",),
     **{f"mlp/{p}_proj": (f"mlp.{p}_proj",) for p in ("gate", "up", "down")},
 }
-PATTERNS = [
-    Pattern("2:4", 0.5),
-    Pattern("unstructured", 0.6),
-    Pattern.below(0.8),
-    Pattern("block", 0.5),
-    GIVEN,
-]
+PATTERNS = [Pattern("2:4", 0.5), Pattern("unstructured", 0.6), Pattern.below(0.8), Pattern("block", 0.5), GIVEN]
 
 
 def masks_by(pattern: Pattern, weights: Weights) -> Weights:
@@ -296,7 +290,9 @@ def test_masks_survive_recovery_quantization_and_export(
             tiny_weights, masked, under, candidate, lambda _: network, 3, tiny_tokens["train"].ids, recipe
         )
         assert facts["qat"] == float(form.bits == 4)
-        assert not torch.equal(trained["model.layers.1.mlp.up_proj.weight"], masked["model.layers.1.mlp.up_proj.weight"])
+        assert not torch.equal(
+            trained["model.layers.1.mlp.up_proj.weight"], masked["model.layers.1.mlp.up_proj.weight"]
+        )
         return shipped_codes(build_model(trained, candidate, tiny_teacher.config, tiny_teacher.shape))
 
     found, unmasked = shipped(masks), shipped({})
@@ -374,7 +370,9 @@ def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: Evaluator) ->
     assert space.space.decode(space.space.encode(kept.canonical(space.teacher.shape))).layers[0].pattern == GIVEN
     weights, masks = space.sparsify(kept, space.dense_weights(kept))
     assert masks.keys() == space.teacher_masks.keys() and len(masks) == 21
-    assert all(torch.equal(weights[name], space.teacher_weights[name]) for name in weights), "the zeros are there already"
+    assert all(torch.equal(weights[name], space.teacher_weights[name]) for name in weights), (
+        "the zeros are there already"
+    )
     first, second = (evaluator.run(Work("rung0", c)) for c in (dense, kept))
     assert first.scores == second.scores and second.facts["sparsity"] == pytest.approx(0.4, abs=0.01)
     outcome = evaluator.run(Work("recover", kept, 60.0, options={"tokens": 2048}))

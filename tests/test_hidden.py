@@ -97,7 +97,12 @@ def test_sorting_the_channels_leaves_the_logits_unchanged(teacher: Teacher, ids:
     with torch.no_grad():
         before = network(weights, ids)
         assert (network(ordered, ids) - before).abs().max() <= 1e-5 * float(before.abs().max())
-        for name in (EMBEDDING, "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.o_proj.weight"):
+        for name in (
+            EMBEDDING,
+            "model.norm.weight",
+            "model.layers.1.mlp.up_proj.weight",
+            "model.layers.2.self_attn.o_proj.weight",
+        ):
             forgotten = {**ordered, name: sort_by_importance(weights, replace(order, hidden=()), teacher.shape)[name]}
             assert (network(forgotten, ids) - before).abs().max() > 1e-2, f"control: {name} was forgotten"
 

@@ -41,7 +41,9 @@ def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> lis
     """Plain Python: what stays, entry by entry."""
     n, k = weight.shape
     size = [[1.0 if pattern.score == "activation" else abs(float(weight[i, j])) for j in range(k)] for i in range(n)]
-    score = [[size[i][j] * (1.0 if pattern.score == "magnitude" else float(norm[j])) for j in range(k)] for i in range(n)]
+    score = [
+        [size[i][j] * (1.0 if pattern.score == "magnitude" else float(norm[j])) for j in range(k)] for i in range(n)
+    ]
     kept = [[True] * k for _ in range(n)]
     if pattern.kind == "block":
         width = 32 if k % 32 == 0 else 16

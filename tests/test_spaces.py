@@ -305,7 +305,9 @@ SMALL = [
 @pytest.mark.parametrize(
     "space",
     SMALL,
-    ids=lambda s: f"hidden{s.shape.hidden}-{len(s.hidden_widths)}-{len(s.kernels)}kernels-{'tied' if s.shape.tied else 'untied'}",
+    ids=lambda s: (
+        f"hidden{s.shape.hidden}-{len(s.hidden_widths)}-{len(s.kernels)}kernels-{'tied' if s.shape.tied else 'untied'}"
+    ),
 )
 def test_size_counts_what_brute_force_enumerates(space: Space) -> None:
     assert space.size() == len(every_candidate(space))
