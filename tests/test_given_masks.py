@@ -226,7 +226,7 @@ def test_given_masks_are_cut_with_the_student(tiny_teacher: Teacher, tiny_weight
     dense, kept = Layer(96, 1), Layer(96, 1, pattern=GIVEN)
     candidate = Candidate((kept, kept), hidden=32)
     found = masks_of_student(masks, tiny_weights, candidate, order, shape)
-    masked = {name: value * masks.get(name, torch.ones(())) for name, value in tiny_weights.items()}
+    masked = {name: (value.abs() + 1) * masks.get(name, torch.ones(())) for name, value in tiny_weights.items()}
     expected = slice_weights(sort_by_importance(masked, order, shape), candidate, order, shape)
     assert found.keys() == {name for name, value in expected.items() if bool((value == 0).any())}
     assert len(found) == 2 * 7 + 1

@@ -76,7 +76,7 @@ PATTERNS = [
     Pattern("2:4", 0.5, "activation"),
     *(Pattern("unstructured", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda", "activation")),
     *(Pattern("threshold", r, s) for r in (0.3, 0.7) for s in ("magnitude", "wanda")),
-    Pattern.below(1.2, "activation"),
+    Pattern.below(1.45, "activation"),
 ]
 BLOCKS = [Pattern("block", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda")]
 
