@@ -15,7 +15,8 @@ from paretune.cli_study import status_of
 from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
 
 if TYPE_CHECKING:
-    from paretune.search.run import Plan, Ready
+    from paretune.search.plan import Plan
+    from paretune.search.prepare import Ready
     from paretune.search.view import StudyView
 
 
@@ -44,7 +45,7 @@ def search(
     json: Json = False,
 ) -> None:
     """Search, or continue an interrupted search: the same command goes on where it stopped."""
-    from paretune.search.run import prepare
+    from paretune.search.prepare import prepare
     from paretune.search.spec import make_spec
 
     options = {
@@ -66,8 +67,9 @@ def search(
 
 
 def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
-    from paretune.search.run import create_study, find_study, run_study
+    from paretune.search.run import run_study
     from paretune.search.store import Store
+    from paretune.search.studies import create_study, find_study
     from paretune.search.view import load_view
     from paretune.tracking.housekeeper import Housekeeper
 
