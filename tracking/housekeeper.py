@@ -16,7 +16,8 @@ PATIENCE_S = 3.0
 
 class Housekeeper:
     """Report in the caller's thread (a worker waits meanwhile, so nothing competes with it); MLflow in a thread of its own
-    that the search waits for only a few seconds. What MLflow did not take stays in the outbox."""
+    that the search waits for only a few seconds and that lets measurements in between any two steps. What MLflow did not take
+    stays in the outbox."""
 
     def __init__(self, store: Store, home: Path) -> None:
         self.store, self.home = store, home
@@ -45,5 +46,4 @@ class Housekeeper:
         return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `paretune sync` when it is back"
 
     def _drain(self) -> None:
-        with MachineLock().shared():  # a measurement waits for us, and we for it
-            self.problem = try_drain(self.home, self.store, load_view(self.store))
+        self.problem = try_drain(self.home, self.store, load_view(self.store), MachineLock().shared)
