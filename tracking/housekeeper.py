@@ -26,6 +26,8 @@ class Housekeeper:
 
     def tidy(self, patience_s: float = PATIENCE_S) -> None:
         """Rewrite report.html and front.png, and start telling MLflow unless it is still being told."""
+        if not self.store.is_there:
+            return
         try:
             write_report(load_view(self.store))
         except OSError as error:  # a full disk must not end the search from here; the store will say so itself
@@ -40,7 +42,7 @@ class Housekeeper:
         if self._thread is not None:
             self._thread.join(patience_s)
         self.tidy(patience_s)
-        left = len(self.store.outbox())
+        left = len(self.store.outbox()) if self.store.is_there else 0
         if not left:
             return None
         return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `paretune sync` when it is back"
