@@ -34,7 +34,9 @@ class Limits:
         found = {name: value for name, value in named.items() if value is not None}
         for name, value in found.items():
             if not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"a limit must be positive and finite, but {name} got {value}", "give one, or leave it out")
+                raise UsageError(
+                    f"a limit must be positive and finite, but {name} got {value}", "give one, or leave it out"
+                )
         return found
 
 
