@@ -34,8 +34,10 @@ from paretune.hardware_profiles import UsageError
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.latency_fit import features
 from paretune.search.evaluator import Evaluator
-from paretune.search.run import Plan, Ready, create_study, prepare
+from paretune.search.plan import Plan
+from paretune.search.prepare import Ready, prepare
 from paretune.search.spec import Spec
+from paretune.search.studies import create_study
 from paretune.search.work import Work
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers import Teacher, TokenSplit, load_teacher

@@ -24,8 +24,10 @@ from paretune.objectives.latency_fit import design, features
 from paretune.objectives.measurement import Measurement
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.evaluator import Evaluator
-from paretune.search.run import Plan, Ready, create_study
+from paretune.search.plan import Plan
+from paretune.search.prepare import Ready
 from paretune.search.spec import Spec
+from paretune.search.studies import create_study
 from paretune.search.work import Work
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers import Teacher, TokenSplit, load_teacher
