@@ -38,7 +38,7 @@ def student_family(candidate: Candidate, shape: Shape) -> Family:
     It refuses a Llama whose hidden size is no multiple of it (KV groups were cut); a Mistral without sliding window is the
     same network.
     """
-    return standard_family(shape, candidate.layers[0].kv_groups * shape.heads_per_group)
+    return standard_family(shape, candidate.layers[0].kv_groups * shape.heads_per_group, candidate.hidden)
 
 
 def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape) -> Any:
@@ -47,6 +47,7 @@ def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape
     changed = {
         **config,
         "num_hidden_layers": len(candidate.layers),
+        "hidden_size": candidate.width(shape),
         "intermediate_size": first.ffn,
         "num_attention_heads": first.kv_groups * shape.heads_per_group,
         "num_key_value_heads": first.kv_groups,

@@ -345,6 +345,8 @@ class Director:
         )
         self._refresh(candidate.key, fidelity)
         self._require_teacher(candidate.key, outcome.reason)
+        if outcome.facts.get("idle_masks"):
+            self.store.event("nothing changed", f"the pattern drops no weight: {candidate.describe()}")
         if fidelity == "confirmed" and status == "complete":
             self._learn(candidate, measurements)
         elif fidelity == "rung0" and status == "complete":

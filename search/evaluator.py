@@ -256,9 +256,10 @@ class Evaluator:
 
 
 def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Fraction of the masked matrices' entries that are zero."""
+    """Fraction of the masked matrices' entries that are zero, and whether that is none at all."""
     total = sum(mask.numel() for mask in masks.values())
-    return {"sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / total} if total else {}
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    return {"sparsity": 1 - kept / total, **({"idle_masks": 1.0} if kept == total else {})} if total else {}
 
 
 def _scores(

@@ -91,7 +91,7 @@ class Measuring:
         layers = tuple(
             Layer(x.ffn, x.kv_groups, _plain(x.attention_format), _plain(x.ffn_format)) for x in candidate.layers
         )
-        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format)
+        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format, candidate.hidden)
         return self._folder() / f"{plain.key}.json"
 
     def all_kept(self) -> list[dict[str, Any]]:

@@ -109,7 +109,12 @@ def prepare(spec: Spec, home: Path) -> Ready:
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     space = Space.of(
-        teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE, second_order=spec.second_order
+        teacher.shape,
+        profile.weight_formats,
+        mild=affordable < AFFORDABLE,
+        second_order=spec.second_order,
+        hidden=spec.hidden,
+        given=_has_given_masks(spec, teacher),
     )
     notes = []
     if affordable < AFFORDABLE:
@@ -147,6 +152,16 @@ def prepare(spec: Spec, home: Path) -> Ready:
             "free some, or choose another disk with --home",
         )
     return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
+
+
+def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
+    """Whether the teacher came with masks that a candidate can keep. Raises UsageError if zeros are to be kept, but there are none."""
+    if spec.keep_zeros and not teacher.masks(zeros=True):
+        raise UsageError(
+            f"keep_zeros needs a teacher of which a matrix has 5 % zeros or more, but {teacher.name} has none",
+            "leave keep_zeros out",
+        )
+    return spec.keep_zeros or teacher.has_masks
 
 
 def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:

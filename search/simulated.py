@@ -49,7 +49,10 @@ class SimulatedEvaluator:
         self.folder, self.home, self.clock = folder, home, clock
         self.spec = Spec.model_validate(setup["spec"])
         self.space = Space.of(
-            SHAPE, Profile.model_validate(setup["profile"]).weight_formats, second_order=self.spec.second_order
+            SHAPE,
+            Profile.model_validate(setup["profile"]).weight_formats,
+            second_order=self.spec.second_order,
+            hidden=self.spec.hidden,
         )
         self.log = folder / "simulated.log"
 
@@ -118,6 +121,7 @@ def loss(candidate: Candidate) -> float:
         1.2 * (1 - len(candidate.layers) / SHAPE.layers) ** 1.5
         + 0.4 * (1 - x.ffn / SHAPE.ffn)
         + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
+        + 0.8 * (1 - candidate.width(SHAPE) / SHAPE.hidden)
     )
     rounding = sum(
         {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] * (0.7 if f.algorithm == "gptq" else 1.0)

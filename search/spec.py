@@ -40,7 +40,9 @@ class Shares(BaseModel):
 class Spec(BaseModel):
     """Settings of one search. Durations are like `90s`, `45m`, `8h`.
 
-    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score.
+    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score. `hidden` adds cuts of the
+    residual stream. `keep_zeros` takes the zeros of a pruned teacher as given masks, which a candidate can keep through
+    recovery; masks that `torch.nn.utils.prune` left in the checkpoint are always taken.
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
     the sampler is kept below it and finalists come from below it.
     """
@@ -59,6 +61,8 @@ class Spec(BaseModel):
         default_factory=dict
     )
     second_order: bool = False
+    hidden: bool = False
+    keep_zeros: bool = False
     loss_of_interest: float = Field(default=0.25, gt=0)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)

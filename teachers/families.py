@@ -18,7 +18,7 @@ from paretune.spaces.candidate import Shape
 
 Axis = Literal["hidden", "ffn", "query", "kv", "head", "vocab", "positions"]
 """`query` is heads x head_dim, `kv` is KV heads x head_dim, `head` is one head_dim; `positions` are learned ones."""
-CUT_AXES: tuple[Axis, ...] = ("ffn", "query", "kv")
+CUT_AXES: tuple[Axis, ...] = ("ffn", "query", "kv", "hidden")
 """The axes that sorting permutes and slicing shortens."""
 
 Tensors = Mapping[str, tuple[Axis, ...]]
@@ -166,17 +166,17 @@ def family_of(shape: Shape) -> Family:
     return FAMILIES[shape.family]
 
 
-def standard_family(shape: Shape, heads: int) -> Family:
+def standard_family(shape: Shape, heads: int, hidden: int = 0) -> Family:
     """The family whose transformers config accepts `heads` query heads: the shape's own, or the one that stands in for it."""
     family = family_of(shape)
-    return FAMILIES[family.odd_heads_as] if family.odd_heads_as and shape.hidden % heads else family
+    return FAMILIES[family.odd_heads_as] if family.odd_heads_as and (hidden or shape.hidden) % heads else family
 
 
-def axis_sizes(shape: Shape, ffn: int, kv_heads: int) -> dict[Axis, int]:
-    """Length of every axis in a layer of `ffn` neurons and `kv_heads` KV heads."""
+def axis_sizes(shape: Shape, ffn: int, kv_heads: int, hidden: int = 0) -> dict[Axis, int]:
+    """Length of every axis in a layer of `ffn` neurons, `kv_heads` KV heads and a residual stream of `hidden` (0: its own)."""
     kv = kv_heads * shape.head_dim
     return {
-        "hidden": shape.hidden,
+        "hidden": hidden or shape.hidden,
         "ffn": ffn,
         "query": kv * shape.heads_per_group,
         "kv": kv,

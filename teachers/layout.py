@@ -7,12 +7,14 @@ were cut are written as zeros: the same function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING
 
 from paretune.spaces.candidate import Shape
 from paretune.teachers.families import POSITIONS, Axis, axis_sizes, family_of
+
+if TYPE_CHECKING:
+    import torch
 
 GPT2_ROOT = {
     "model.embed_tokens.weight": "wte.weight",
@@ -32,8 +34,6 @@ GPT2_PARTS = {
 }
 GPT2_PREFIX = "transformer."
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-Weights = Mapping[str, torch.Tensor]
 
 
 def stored_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -76,7 +76,14 @@ def stored_name(name: str) -> str:
     return f"h.{layer}.{GPT2_PARTS[part]}.{kind}"
 
 
-def from_stored(tensors: Weights, shape: Shape) -> dict[str, torch.Tensor]:
+def stored_as(name: str, shape: Shape, names: Container[str]) -> bool:
+    """Whether `names`, those of a checkpoint, has the tensor that holds this project's `name`."""
+    if not family_of(shape).gpt2:
+        return name in names
+    return stored_name(name) in names or GPT2_PREFIX + stored_name(name) in names
+
+
+def from_stored(tensors: Mapping[str, torch.Tensor], shape: Shape) -> dict[str, torch.Tensor]:
     """This project's tensors of a checkpoint whose names and shapes were checked; GPT-2's are views, transposed."""
     names = canonical_shapes(shape)
     if not family_of(shape).gpt2:
@@ -91,8 +98,10 @@ def from_stored(tensors: Weights, shape: Shape) -> dict[str, torch.Tensor]:
     return found
 
 
-def to_stored(weights: Weights, shape: Shape) -> dict[str, torch.Tensor]:
+def to_stored(weights: Mapping[str, torch.Tensor], shape: Shape) -> dict[str, torch.Tensor]:
     """Inverse of `from_stored` for a student of any widths: what its Hugging Face folder holds."""
+    import torch
+
     if not family_of(shape).gpt2:
         return dict(weights)
     found: dict[str, torch.Tensor] = {}
@@ -115,6 +124,10 @@ def _part(name: str) -> int | None:
 
 def _padded(value: torch.Tensor, dimension: int, length: int) -> torch.Tensor:
     """Zeros behind, up to `length`."""
-    missing = list(value.shape)
-    missing[dimension] = length - value.shape[dimension]
-    return torch.cat([value, value.new_zeros(missing)], dimension) if missing[dimension] else value
+    size = list(value.shape)
+    if size[dimension] == length:
+        return value
+    size[dimension] = length
+    found = value.new_zeros(size)
+    found.narrow(dimension, 0, value.shape[dimension]).copy_(value)
+    return found

@@ -12,6 +12,7 @@ import torch
 
 from paretune.compression.distill.loss import SoftLabels, distillation_loss
 from paretune.compression.distill.optimizer import Optimizers, decay
+from paretune.compression.prune import warn_if_idle
 from paretune.compression.student import Network, quantized_weights
 from paretune.spaces.candidate import Candidate
 from paretune.teachers.batches import Batches
@@ -57,8 +58,14 @@ def recover(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Distil the candidate's `weights` (masked, unquantized) from the teacher of `depth` layers; masked entries stay zero.
 
+    Warns (NothingChanged) if there are masks and none drops a weight, raises ValueError if one names no weight.
+
     Returns the new weights and {"tokens", "seconds", "loss"}; `stop()` ends early between two steps.
     """
+    if unknown := sorted(masks.keys() - weights.keys()):
+        raise ValueError(f"every mask must belong to a weight of the student, but it has no {', '.join(unknown)}")
+    if masks:
+        warn_if_idle(masks, "recovery under masks that drop no weight is recovery of the dense student")
     parameters = {name: torch.nn.Parameter(value.detach().clone().float()) for name, value in weights.items()}
     optimizers = Optimizers(parameters, recipe.muon_lr, recipe.adamw_lr)
     batches = Batches(tokens, recipe.context, recipe.batch, recipe.seed)

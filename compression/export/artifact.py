@@ -146,7 +146,7 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
                 "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": shape.head_dim,
-                "hidden_size": shape.hidden,
+                "hidden_size": candidate.width(shape),
                 "num_attention_heads": kv * shape.heads_per_group,
                 "num_key_value_heads": kv,
                 "num_hidden_layers": len(candidate.layers),
