@@ -29,7 +29,9 @@ from paretune.compression.student import (
 )
 from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Candidate, Shape
+from paretune.teachers.checkpoint import write_tensors
 from paretune.teachers.families import family_of
+from paretune.teachers.layout import to_stored
 from paretune.teachers.teacher import Teacher
 
 ZSTD_LEVEL = 3
@@ -140,7 +142,8 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
             "eos_token_id": end,
             "pad_token_id": end,
             "context_length": teacher.context,
-            "type": family_of(shape).name,
+            # genai's own gpt2 wants another form of cache; it only decides the interface, which here is a Llama's
+            "type": "llama" if family_of(shape).gpt2 else family_of(shape).name,
             "vocab_size": shape.vocab,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
@@ -216,8 +219,6 @@ def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
 def _write_hugging_face(
     folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes
 ) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     effective = quantized_weights(weights, candidate, codes)
     tied = HEAD not in weights and torch.equal(effective[HEAD], effective[EMBEDDING])
@@ -227,12 +228,8 @@ def _write_hugging_face(
     architecture = student_family(candidate, teacher.shape).architecture
     config |= {"tie_word_embeddings": tied, "architectures": [architecture], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    save_file(
-        {name: value.float().contiguous() for name, value in effective.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    (folder / "model.safetensors").chmod(0o644)
+    stored = {name: value.float() for name, value in to_stored(effective, teacher.shape).items()}
+    write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
     _write_tokenizer(teacher, folder)
 
 
