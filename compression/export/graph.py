@@ -103,7 +103,8 @@ class _Graph:
     ) -> None:
         self.weights, self.codes = weights, codes
         self.model = onnx.ModelProto()  # filled in place: protobuf copies what it is given
-        self.initializers: set[str] = set()
+        self.nodes = self.model.graph.node
+        self.initializers: dict[str, onnx.TensorProto] = {}
         self.epsilon = epsilon
         self.head_inputs: list[str] = []
 
@@ -117,14 +118,13 @@ class _Graph:
         **attributes: Any,
     ) -> str:
         outputs = outputs or [f"{name}/output"]
-        self.model.graph.node.append(helper.make_node(op, inputs, outputs, name, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(op, inputs, outputs, name, domain=domain, **attributes))
         return outputs[0]
 
     def constant(self, name: str, value: Array | torch.Tensor) -> str:
         array = value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
         if name not in self.initializers:
-            self.initializers.add(name)
-            tensor = self.model.graph.initializer.add(name=name, dims=array.shape)
+            tensor = self.initializers[name] = self.model.graph.initializer.add(name=name, dims=array.shape)
             tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor.raw_data = array.tobytes()
         return name
