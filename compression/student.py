@@ -25,6 +25,8 @@ from paretune.teachers.layout import stored_name
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 GATE = "mlp.gate_proj"
+# How many logits are computed at a time where all are needed but none kept: 64 MiB of float32.
+LOGITS_AT_ONCE = 2**24
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Codes that were found by more than rounding (GPTQ), by weight name.
@@ -106,6 +108,16 @@ class Network:
     def logits(self, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocab] of final hidden states [..., hidden], for callers that cannot hold those of all positions."""
         return nn.functional.linear(hidden, weights.get(HEAD, weights[EMBEDDING]))
+
+    def token_losses(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of every token but the first, [batch, length - 1], with few logits in memory at a time."""
+        hidden, targets = self.hidden(weights, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        rows = max(1, LOGITS_AT_ONCE // len(weights[EMBEDDING]))
+        losses = [
+            nn.functional.cross_entropy(self.logits(weights, h).float(), t, reduction="none")
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.cat(losses).view(len(ids), -1)
 
     def _own_name(self, name: str) -> str:
         """The module's name of a parameter."""

@@ -56,6 +56,7 @@ from paretune.teachers.tokens import Windows
 WINDOW = 256
 CALIBRATION_TOKENS = 4000
 KEPT_STRUCTURES = 24
+MOST_LOGITS = 2**25
 GOLDEN = 0.6180339887498949
 
 
@@ -137,8 +138,8 @@ class Workspace:
         return self._networks[depth]
 
     def batch_within_memory(self, wanted: int) -> int:
-        """`wanted` windows, or fewer where the logits of a batch would pass 16M numbers."""
-        return max(1, min(wanted, 2**24 // (self.window * self.teacher.shape.vocab)))
+        """`wanted` windows, or fewer where the logits of a batch would pass 32M numbers, of which training keeps several."""
+        return max(1, min(wanted, MOST_LOGITS // (self.window * self.teacher.shape.vocab)))
 
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
@@ -183,6 +184,10 @@ class Workspace:
                 hidden=len(self.space.hidden_widths) > 1,
             )
         return sort_by_importance(self.teacher_weights, order, self.teacher.shape), order
+
+    def forget_sorted_teacher(self) -> None:
+        """Free the sorted copy of the weights; only the latency fit needs it, before all training."""
+        vars(self).pop("sorted_teacher", None)
 
     def dense_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
         """The teacher's own weights at full size, else a slice of the elastic student."""

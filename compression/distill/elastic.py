@@ -90,6 +90,7 @@ class ElasticTrainer:
         self.networks: dict[int, Network] = {}
         self.batches = Batches(train, recipe.context, recipe.batch, recipe.seed)
         self.step_count, self.elapsed, self.loss = 0, 0.0, float("nan")
+        self.saved, self.saving_s = time.monotonic(), 0.0
         if file.exists():
             self._resume()
         else:
@@ -115,16 +116,18 @@ class ElasticTrainer:
         """Train for about `seconds` (or until done), checkpointing on the way; returns progress."""
         if self.done:  # kept from an earlier search: the file stays as it is
             return self._progress()
-        start = mark = saved = time.monotonic()
+        start = mark = time.monotonic()
         while not self.done and mark - start < seconds:
             with self.machine():
                 self.step()
             now = time.monotonic()
             self.elapsed, mark = self.elapsed + now - mark, now
-            if now - saved > CHECKPOINT_EVERY_S:
-                self.save()
-                saved = now
-        self.save()
+            if now - self.saved > CHECKPOINT_EVERY_S:
+                self._save_seldom()
+        if self.done:
+            self.save()
+        else:
+            self._save_seldom()
         return self._progress()
 
     def _progress(self) -> dict[str, float]:
@@ -152,7 +155,14 @@ class ElasticTrainer:
         self.step_count += 1
         self.loss = sum(losses) / len(losses)
 
+    def _save_seldom(self) -> None:
+        """Save, unless the last time is so recent that a large model would do little else: at most 5 % of the time."""
+        if time.monotonic() - self.saved >= 20 * self.saving_s:
+            self.save()
+
     def save(self) -> None:
+        """Everything that training needs to go on."""
+        start = time.monotonic()
         meta = {
             "step": self.step_count,
             "elapsed": self.elapsed,
@@ -164,6 +174,8 @@ class ElasticTrainer:
         save_tensors(
             self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta
         )
+        self.saved = time.monotonic()
+        self.saving_s = self.saved - start
 
     def _resume(self) -> None:
         tensors, meta = load_tensors(self.file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from paretune.teachers.layout import to_stored
 from paretune.teachers.teacher import Teacher
 
 ZSTD_LEVEL = 3
+ZSTD_CHUNK = 1 << 22
 HUGGING_FACE = """`hf/` is the same student as a Hugging Face folder; its float32 weights are what the engine computes
 with, except that int8 activations are not simulated there."""
 NO_HUGGING_FACE = (
@@ -74,6 +75,7 @@ def write_artifact(
         except (ValueError, KeyError, RuntimeError) as error:
             raise Infeasible(f"the graph cannot be built: {error}", "") from error
         save_model(model, temporary / MODEL)
+        del model  # as large as all weights
         _write_tokenizer(teacher, temporary / "onnx")
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
         # what a standard config can express
@@ -123,10 +125,11 @@ def compressed_bytes(
     """The sizes an artifact of this candidate would have, without writing it."""
     model = build_model(weights, candidate, config, shape, codes)
     if weight_bytes(model) < INLINE_LIMIT_BYTES:
-        data = model.SerializeToString()
-        return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
-    parts = [len(zstandard.compress(tensor.raw_data, ZSTD_LEVEL)) for tensor in model.graph.initializer]
-    return ArtifactFacts(weight_bytes(model), sum(parts))
+        data = memoryview(model.SerializeToString())
+        del model
+        pieces = (data[start : start + ZSTD_CHUNK] for start in range(0, len(data), ZSTD_CHUNK))
+        return ArtifactFacts(len(data), _compressed(pieces))
+    return ArtifactFacts(weight_bytes(model), _compressed(tensor.raw_data for tensor in model.graph.initializer))
 
 
 def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
@@ -238,8 +241,11 @@ def _sizes(folder: Path) -> tuple[int, int]:
     for path in sorted(folder.glob("model.onnx*")):
         plain += path.stat().st_size
         with path.open("rb") as stream:
-            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
-            while chunk := stream.read(1 << 22):
-                compressed += len(compressor.compress(chunk))
-            compressed += len(compressor.flush())
+            compressed += _compressed(iter(lambda: stream.read(ZSTD_CHUNK), b""))  # noqa: B023 (used at once)
     return plain, compressed
+
+
+def _compressed(pieces: Iterable[bytes | memoryview]) -> int:
+    """Bytes of one zstd stream of all `pieces`, which is not kept."""
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+    return sum(len(compressor.compress(piece)) for piece in pieces) + len(compressor.flush())
