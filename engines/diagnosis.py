@@ -1,0 +1,45 @@
+"""Which op of which layer an engine's error is about.
+
+ONNX Runtime names the node in most of its messages, each time in another way; where it names only the op, the graph is
+searched for it. Nodes carry their layer in their name: `/model/layers.3/mlp/up_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+NODE = re.compile(r"(?:[Nn]ode with name|Name:|Node ?\(|node ?\(|[Nn]ode:|at node)\s*'?\"?(/[\w./-]+)")
+OP = (
+    re.compile(r"implementation for (?:[\w.]+[.:])?(\w+)\(\d+\)"),
+    re.compile(r"running (\w+) node"),
+    re.compile(r"Op \((\w+)\)"),
+    re.compile(r"No Op registered for (\w+)"),
+    re.compile(r"[\w.]*[.:](\w+)\(-?\d+\) is not a registered function/op"),
+)
+LAYER = re.compile(r"/layers\.(\d+)/")
+
+
+def place_of(error: str, model: Path | None) -> str:
+    """`MatMul of layer 3 (/model/layers.3/mlp/up_proj)`, as far as an engine's message and the graph in `model` tell; may be
+    empty."""
+    node = next(iter(NODE.findall(error)), "")
+    op = next((match[1] for pattern in OP if (match := pattern.search(error))), "")
+    if model is not None and bool(node) != bool(op):
+        node, op = _look_up(model, node, op)
+    if not node:
+        return op
+    layer = LAYER.search(node)
+    return f"{op or 'an op'} {'of layer ' + layer[1] if layer else 'outside the layers'} ({node})"
+
+
+def _look_up(model: Path, node: str, op: str) -> tuple[str, str]:
+    """The first node of the graph that has this name or is this op; what is known already if the file cannot be read."""
+    try:
+        import onnx
+
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except Exception:  # the engine has refused it, so it may be anything
+        return node, op
+    found = next((n for n in graph.node if node == n.name or (not node and op == n.op_type)), None)
+    return (node, op) if found is None else (found.name, found.op_type)
