@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 import zstandard
 
@@ -70,10 +71,7 @@ def write_artifact(
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "onnx").mkdir(parents=True)
     try:
-        try:
-            model = build_model(weights, candidate, teacher.config, teacher.shape, codes)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise Infeasible(f"the graph cannot be built: {error}", "") from error
+        model = _graph(weights, candidate, teacher.config, teacher.shape, codes)
         save_model(model, temporary / MODEL)
         del model  # as large as all weights
         _write_tokenizer(teacher, temporary / "onnx")
@@ -122,14 +120,23 @@ def compressed_bytes(
     shape: Shape,
     codes: Codes = NO_CODES,
 ) -> ArtifactFacts:
-    """The sizes an artifact of this candidate would have, without writing it."""
-    model = build_model(weights, candidate, config, shape, codes)
+    """The sizes an artifact of this candidate would have, without writing it. Raises Infeasible like `write_artifact`."""
+    model = _graph(weights, candidate, config, shape, codes)
     if weight_bytes(model) < INLINE_LIMIT_BYTES:
         data = memoryview(model.SerializeToString())
         del model
         pieces = (data[start : start + ZSTD_CHUNK] for start in range(0, len(data), ZSTD_CHUNK))
         return ArtifactFacts(len(data), _compressed(pieces))
     return ArtifactFacts(weight_bytes(model), _compressed(tensor.raw_data for tensor in model.graph.initializer))
+
+
+def _graph(
+    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape, codes: Codes
+) -> onnx.ModelProto:
+    try:
+        return build_model(weights, candidate, config, shape, codes)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise Infeasible(f"the graph cannot be built: {error}", "") from error
 
 
 def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:

@@ -175,7 +175,16 @@ class _Graph:
         return outputs[0], outputs[3]
 
     def product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None = None) -> str:
-        """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes."""
+        """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes.
+
+        Raises ValueError with the op and its path where a weight is missing or cannot be quantized.
+        """
+        try:
+            return self._product(names, form, name, stream, bias)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{'MatMul' if form.bits == 32 else 'MatMulNBits'} at {name}: {error}") from error
+
+    def _product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None) -> str:
         parts = {n: self.weights[n] for n in names}
         weight, whole = torch.cat(list(parts.values())), None
         if form.bits != 32:
