@@ -109,8 +109,9 @@ def shape_of(config: dict[str, Any], where: Path) -> Shape:
     optional = tuple(k for k in ("num_key_value_heads", "head_dim") if config.get(k) is not None and not gpt2)
     for key in (*NEEDED_KEYS, *optional):
         if not isinstance(config.get(key), int) or config[key] < 1:
+            own = FAMILIES[config["model_type"]].own_keys.get(key, key)
             raise UsageError(
-                f"{where}: {key} must be a positive integer, but is {config.get(key)!r}", "mend config.json"
+                f"{where}: {own} must be a positive integer, but is {config.get(key)!r}", "mend config.json"
             )
     heads = config["num_attention_heads"]
     kv_heads = heads if gpt2 else config.get("num_key_value_heads") or heads
