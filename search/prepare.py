@@ -97,6 +97,12 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the search needs about {plan.disk_bytes / 1e9:.1f} GB of disk, but {home} has {plan.free_disk_bytes / 1e9:.1f} GB free",
             "free some, or choose another disk with --home",
         )
+    if plan.memory_bytes > plan.free_memory_bytes:
+        raise EnvironmentProblem(
+            f"a search on {teacher.parameters / 1e6:.0f}M parameters needs about {plan.memory_bytes / 1e9:.1f} GB of memory, but "
+            f"{plan.free_memory_bytes / 1e9:.1f} GB are free",
+            "end other programs, take a larger machine or a smaller teacher",
+        )
     return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
 
 

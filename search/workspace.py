@@ -38,6 +38,7 @@ from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
+from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
 from paretune.teachers import (
@@ -53,10 +54,8 @@ from paretune.teachers import (
 from paretune.teachers.checkpoint import load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 
-WINDOW = 256
 CALIBRATION_TOKENS = 4000
 KEPT_STRUCTURES = 24
-MOST_LOGITS = 2**25
 GOLDEN = 0.6180339887498949
 
 
@@ -138,8 +137,8 @@ class Workspace:
         return self._networks[depth]
 
     def batch_within_memory(self, wanted: int) -> int:
-        """`wanted` windows, or fewer where the logits of a batch would pass 32M numbers, of which training keeps several."""
-        return max(1, min(wanted, MOST_LOGITS // (self.window * self.teacher.shape.vocab)))
+        """`wanted` windows, or fewer where their logits would take too much memory."""
+        return batch_within_memory(wanted, self.window, self.teacher.shape)
 
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
