@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from paretune.hardware_profiles import EnvironmentProblem, UsageError
 from paretune.search import plan as planning
 from paretune.search.prepare import prepare
 from paretune.search.spec import Spec, make_spec
-from paretune.teachers import load_teacher, user_corpus
+from paretune.teachers import Teacher, load_teacher, user_corpus
 from paretune.teachers.checkpoint import load_tensors, write_tensors
 from paretune.teachers.stored import INDEX, SINGLE, read_headers
 
@@ -241,6 +242,28 @@ def test_a_teacher_that_does_not_fit_into_memory_is_refused(
     assert caught.value.exit_code == 5
     assert f"about {needed / 1e9:.1f} GB of memory" in caught.value.problem
     assert caught.value.remedy
+
+
+def test_memory_that_a_control_group_withholds_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = planning.available_memory()
+    monkeypatch.setattr(planning, "CONTROL_GROUP", tmp_path)
+    assert planning.available_memory() > 0.5 * machine  # no files: no limit
+    (tmp_path / "memory.max").write_text("900000000\n")
+    (tmp_path / "memory.current").write_text("500000000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000000\ninactive_file 60000000\n")
+    assert planning.available_memory() == 460_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert planning.available_memory() > 0.5 * machine
+
+
+def test_the_estimate_of_memory_grows_with_weights_and_logits(tiny_teacher: Teacher) -> None:
+    """By hand: seven copies of the weights, two of the tables, five of a batch of logits, in float32."""
+    needed = planning.memory_needed(tiny_teacher)
+    by_hand = 2.2e9 + 4 * (7 * tiny_teacher.parameters + 2 * 288 * 64 + 5 * 6 * 256 * 288)
+    assert needed == int(by_hand)
+    wide = dataclasses.replace(tiny_teacher, shape=dataclasses.replace(tiny_teacher.shape, vocab=49152))
+    logits = 2 * 256 * 49152  # two windows, because more would pass the limit
+    assert planning.memory_needed(wide) == int(2.2e9 + 4 * (7 * wide.parameters + 2 * 49152 * 64 + 5 * logits))
 
 
 def test_weights_of_another_type_are_converted_once_for_all_processes(folder: Path, tmp_path: Path) -> None:
