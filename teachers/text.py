@@ -73,7 +73,7 @@ class Corpus:
         digest = hashlib.sha256()
         for split in SPLITS:
             for document in self.splits[split]:
-                digest.update(f"{split}\0{document.name}\0".encode())
+                digest.update(f"{split}\0{document.name}\0".encode("utf8", "replace"))
                 digest.update(hashlib.sha256(document.text.encode("utf8", "replace")).digest())
         return digest.hexdigest()[:16]
 
@@ -217,8 +217,9 @@ def _decode(path: Path) -> str:
 def _wrong_encoding(path: Path, data: bytes, where: int) -> UsageError:
     line = data[:where].count(b"\n") + 1
     guess = next((name for name, marks in BYTE_ORDER_MARKS.items() if data.startswith(marks)), None)
-    if guess is None and data[where : where + 1] == b"\0":
-        guess = "UTF-16" if b"\0" in data[where + 1 : where + 5] else None
+    near = data[max(0, where - 8) :][:16]
+    if guess is None and sorted(near[parity::2].count(0) > 5 for parity in (0, 1)) == [False, True]:
+        guess = "UTF-16"  # every other byte is zero
     known = f", and the file looks like {guess}" if guess else ""
     return UsageError(
         f"{path}:{line}: the text must be UTF-8, but byte {where} is 0x{data[where]:02x}{known}",

@@ -26,7 +26,7 @@ def search(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3).")
+        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2).")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
