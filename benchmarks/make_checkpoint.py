@@ -89,7 +89,9 @@ def padded_tokenizer(vocab: int) -> dict[str, Any]:
     return tokenizer
 
 
-def make_checkpoint(folder: Path, shape: Shape = SHAPES["smollm-135m"], seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(
+    folder: Path, shape: Shape = SHAPES["smollm-135m"], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
     """A Hugging Face folder that `paretune search --teacher` takes."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: value.to(dtype) for name, value in to_stored(random_weights(shape, seed), shape).items()}

@@ -186,7 +186,9 @@ class Candidate:
     @property
     def structure_key(self) -> str:
         """Key of what decides shapes: the number of layers and their widths."""
-        widths = json.dumps([[layer.ffn, layer.kv_groups] for layer in self.layers] + ([self.hidden] if self.hidden else []))
+        widths = json.dumps(
+            [[layer.ffn, layer.kv_groups] for layer in self.layers] + ([self.hidden] if self.hidden else [])
+        )
         return hashlib.sha256(widths.encode()).hexdigest()[:16]
 
     @property
@@ -196,13 +198,17 @@ class Candidate:
         A threshold leaves unstructured zeros, and a given mask costs a teacher that came with it nothing.
         """
         first = self.layers[0]
-        kind = {"none": "dense", "given": "dense", "threshold": "unstructured"}.get(first.pattern.kind, first.pattern.kind)
+        kind = {"none": "dense", "given": "dense", "threshold": "unstructured"}.get(
+            first.pattern.kind, first.pattern.kind
+        )
         return f"{kind}/{first.ffn_format.name}"
 
     def is_full_size(self, shape: Shape) -> bool:
         """Whether nothing is cut away, so that the teacher's own weights serve."""
-        return len(self.layers) == shape.layers and self.width(shape) == shape.hidden and all(
-            layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers
+        return (
+            len(self.layers) == shape.layers
+            and self.width(shape) == shape.hidden
+            and all(layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers)
         )
 
     @property

@@ -201,7 +201,9 @@ def _exists(path: Path) -> bool:
 def _decode(path: Path) -> str:
     """The text of a file. Raises UsageError with its line where it is not UTF-8, or holds zero bytes as UTF-16 and binaries do."""
     if not path.is_file():
-        raise UsageError(f"--data must name a regular file or a folder, but {path} is neither", "save the text as a file")
+        raise UsageError(
+            f"--data must name a regular file or a folder, but {path} is neither", "save the text as a file"
+        )
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark that some editors begin UTF-8 with
         text = data.decode("utf8")

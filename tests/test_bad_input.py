@@ -136,7 +136,9 @@ def test_an_index_cannot_point_outside_its_folder(shards: Path, shard: str) -> N
     assert f"tensor {TENSOR} must lie in its own folder, but in {shard!r}" in teacher_problem(shards)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
 def test_a_damaged_index_is_refused(shards: Path, text: str) -> None:
     (shards / INDEX).write_text(text)
     assert INDEX in teacher_problem(shards)
@@ -313,6 +315,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
     half = read_headers([tmp_path / "a.safetensors"])["half"]
-    assert np.concatenate(list(half.chunks())).tolist() == tensors["half"].flatten().view(torch.int16).numpy().astype(
-        np.uint16
-    ).tolist()
+    assert (
+        np.concatenate(list(half.chunks())).tolist()
+        == tensors["half"].flatten().view(torch.int16).numpy().astype(np.uint16).tolist()
+    )
