@@ -65,7 +65,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
     notes = []
     if affordable < AFFORDABLE:
         notes.append(
-            f"the budget allows {affordable:.3f} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
+            f"the budget allows {affordable:.2g} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
             "searched beside precision and masks. A longer --budget searches smaller students"
         )
     if (

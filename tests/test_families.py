@@ -370,7 +370,7 @@ def test_left_padding_does_not_move_gpt2s_positions(tmp_path: Path, write_teache
     del graph.graph.output[:]
     graph.graph.output.append(onnx.helper.make_tensor_value_info("/model/positions/own/output", 7, None))
     part = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {i.name: np.zeros((2, 4, 3, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
+    feeds = {i.name: np.zeros((2, 4, 4, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     own = part.run(None, {**feeds, "input_ids": np.ones((2, 1), np.int64), "attention_mask": mask})[0]
     assert own.tolist() == [[2], [4]]

@@ -143,7 +143,7 @@ def _show_plan(plan: Plan, json: bool) -> None:
         f"about {plan.expected_candidates} candidates explored, up to {plan.expected_finalists} finalists recovered and confirmed"
     )
     print_text(
-        f"elastic student: {plan.tokens_per_parameter:.3f} training tokens per parameter are affordable, so "
+        f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so "
         + ("mild cuts only, at least three quarters of every width" if plan.mild else "all sizes down to a quarter of the widths")
     )
     print_text(
