@@ -37,13 +37,11 @@ def put_masks(module: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> Non
     for name, mask in masks.items():
         value = getattr(*owners[name])
         if value.shape != mask.shape:
-            raise ValueError(
-                f"the mask of {name} must have shape {tuple(value.shape)}, but has {tuple(mask.shape)}"
-            )
+            raise ValueError(f"the mask of {name} must have shape {tuple(value.shape)}, but has {tuple(mask.shape)}")
     warn_if_idle(masks, "the masks drop no weight of this module")
     for name, mask in masks.items():
         owner, own = owners[name]
-        prune.custom_from_mask(owner, own, mask.to(getattr(owner, own).dtype))
+        prune.custom_from_mask(owner, own, mask.to(getattr(owner, own).dtype))  # type: ignore[no-untyped-call]
 
 
 def _owner(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -69,7 +67,9 @@ def masks_of_student(
 
     Layers without the pattern "given" get none; the embedding, head and norms get theirs if any layer has it.
     """
-    full = {name: masks.get(name, torch.ones((), dtype=torch.bool).expand(value.shape)) for name, value in weights.items()}
+    full = {
+        name: masks.get(name, torch.ones((), dtype=torch.bool).expand(value.shape)) for name, value in weights.items()
+    }
     if not candidate.is_full_size(shape):
         full = slice_weights(sort_by_importance(full, order, shape), candidate, order, shape)
     given = {f"{LAYERS}{i}." for i, layer in enumerate(candidate.layers) if layer.pattern.kind == "given"}

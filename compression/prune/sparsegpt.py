@@ -21,7 +21,8 @@ CHUNK = 128
 def sparsegpt(weight: torch.Tensor, gram: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask (True where it stays) and compensated weights [N, K] of `weight`, given the Gram matrix [K, K] of its inputs.
 
-    The pattern's score is not looked at, and a given mask has none. Raises ValueError if `gram` is not finite or K does not fit the pattern.
+    The pattern's score is not looked at. Raises ValueError if `gram` is not finite, K does not fit the pattern, or the mask is a
+    given one, which needs no scores.
     """
     if pattern.kind == "none":
         return torch.ones_like(weight, dtype=torch.bool), weight
