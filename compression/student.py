@@ -84,7 +84,7 @@ class Network:
         self.module.eval()
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
-        self.layers: list[nn.Module] = list(self.model.h if self.gpt2 else self.model.layers)  # type: ignore[arg-type]
+        self.layers: list[nn.Module] = list(self.model.h if self.gpt2 else self.model.layers)
 
     def part(self, layer: nn.Module, name: str) -> nn.Module:
         """The submodule of a layer by this project's name."""
@@ -115,7 +115,7 @@ class Network:
         rows = max(1, LOGITS_AT_ONCE // len(weights[EMBEDDING]))
         losses = [
             nn.functional.cross_entropy(self.logits(weights, h).float(), t, reduction="none")
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+            for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         ]
         return torch.cat(losses).view(len(ids), -1)
 

@@ -43,6 +43,7 @@ class Plan:
     memory_bytes: int
     free_memory_bytes: int
     notes: tuple[str, ...]
+    most_finalists: int = 0
     tokens_per_parameter: float = 0.0
     mild: bool = False
 
@@ -104,6 +105,7 @@ def make_plan(
         memory_needed(teacher),
         available_memory(),
         tuple(notes),
+        spec.most_finalists,
         training_tokens_per_parameter(spec, teacher, profile),
         space.mild,
     )

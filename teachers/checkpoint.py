@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from paretune.hardware_profiles.files import sync_folder
 
@@ -24,6 +24,9 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+# What reading a damaged file raises.
+DAMAGED = (SafetensorError, KeyError, ValueError, TypeError)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -52,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(memoryview(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -137,9 +137,9 @@ def load_teacher(name_or_folder: str) -> Teacher:
     if name_or_folder == EMBEDDED:
         return _check(EMBEDDED, EMBEDDED_FOLDER)
     if not is_folder(name_or_folder):
-        folder = name_or_folder if len(name_or_folder) < 200 else f"{name_or_folder[:200]}…"
+        told = name_or_folder if len(name_or_folder) < 200 else f"{name_or_folder[:200]}…"
         raise UsageError(
-            f"--teacher must be {EMBEDDED!r} or an existing Hugging Face folder, but {folder or 'an empty path'} is not a folder",
+            f"--teacher must be {EMBEDDED!r} or an existing Hugging Face folder, but {told or 'an empty path'} is not a folder",
             "check the path",
         )
     folder = Path(name_or_folder)

@@ -23,10 +23,11 @@ from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.prune import Importance, importance, layer_statistics, slice_weights, sort_by_importance
 from paretune.compression.student import Network
 from paretune.hardware_profiles.detect import package_version
+from paretune.hardware_profiles.files import warn_damaged
 from paretune.spaces.candidate import Candidate, Layer
 from paretune.spaces.space import Space
 from paretune.teachers.batches import Batches
-from paretune.teachers.checkpoint import load_tensors, optimizer_tensors, restore_optimizers, save_tensors
+from paretune.teachers.checkpoint import DAMAGED, load_tensors, optimizer_tensors, restore_optimizers, save_tensors
 from paretune.teachers.teacher import Teacher
 
 CHECKPOINT_EVERY_S = 20.0
@@ -91,9 +92,7 @@ class ElasticTrainer:
         self.batches = Batches(train, recipe.context, recipe.batch, recipe.seed)
         self.step_count, self.elapsed, self.loss = 0, 0.0, float("nan")
         self.saved, self.saving_s = time.monotonic(), 0.0
-        if file.exists():
-            self._resume()
-        else:
+        if not self._resume():
             statistics = layer_statistics(self.network(self.shape.layers), self.teacher_weights, calibration)
             self.order = importance(statistics, self.shape, hidden=len(space.hidden_widths) > 1)
             self.parameters = _parameters(sort_by_importance(self.teacher_weights, self.order, self.shape))
@@ -124,10 +123,7 @@ class ElasticTrainer:
             self.elapsed, mark = self.elapsed + now - mark, now
             if now - self.saved > CHECKPOINT_EVERY_S:
                 self._save_seldom()
-        if self.done:
-            self.save()
-        else:
-            self._save_seldom()
+        self._save_seldom()
         return self._progress()
 
     def _progress(self) -> dict[str, float]:
@@ -156,8 +152,8 @@ class ElasticTrainer:
         self.loss = sum(losses) / len(losses)
 
     def _save_seldom(self) -> None:
-        """Save, unless the last time is so recent that a large model would do little else: at most 5 % of the time."""
-        if time.monotonic() - self.saved >= 20 * self.saving_s:
+        """Save, when done or unless the last time is so recent that a large model would do little else: 5 % of the time."""
+        if self.done or time.monotonic() - self.saved >= 20 * self.saving_s:
             self.save()
 
     def save(self) -> None:
@@ -177,8 +173,19 @@ class ElasticTrainer:
         self.saved = time.monotonic()
         self.saving_s = self.saved - start
 
-    def _resume(self) -> None:
-        tensors, meta = load_tensors(self.file)
+    def _resume(self) -> bool:
+        """Take the kept state; False if there is none or it is damaged."""
+        if not self.file.exists():
+            return False
+        try:
+            tensors, meta = load_tensors(self.file)
+            self._restore(tensors, meta)
+        except DAMAGED as error:
+            warn_damaged(self.file, error)
+            return False
+        return True
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         self.order = order_of(meta)
         # in the teacher's order, by which the optimizers number their state; the file is in the order of names
         self.parameters = _parameters({name: tensors[name] for name in self.teacher_weights})
