@@ -14,8 +14,9 @@ from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.space import Space
 from paretune.teachers import Teacher
 
-# Bytes of a finalist over those of the teacher's weights: recovered weights, artifact, its copy in MLflow.
-FINALIST_COPIES = 4.0
+# Bytes over those of the teacher's weights: of a finalist (recovered weights, artifact, for every second one a copy in MLflow), of
+# a baseline, of what is there once (elastic student with its optimizers' state).
+FINALIST_COPIES, BASELINE_COPIES, OTHER_COPIES = 3.0, 2.0, 3.0
 BASELINES = 3
 # Driver, Ray's daemons, an empty worker and its libraries.
 EMPTY_SEARCH_BYTES = 2.2e9
@@ -88,7 +89,8 @@ def make_plan(
     seconds["recover and confirm"] = left - seconds["explore"]
     per_candidate = 0.25 + 1.0 * scale * spec.search_tokens / 24_000
     per_finalist = CONFIRM_GUESS_S * scale * max(0.5, spec.report_tokens / 40_000) + 2 * per_candidate
-    finalists = min(spec.finalists, max(1, int(seconds["recover and confirm"] / per_finalist)))
+    finalists = max(1, int(seconds["recover and confirm"] / per_finalist))
+    copies = FINALIST_COPIES * min(2 * spec.finalists, finalists) + BASELINE_COPIES * BASELINES + OTHER_COPIES
     size = teacher.parameters * 4
     return Plan(
         teacher.name,
@@ -99,8 +101,8 @@ def make_plan(
         spec.budget_s,
         {k: round(v, 1) for k, v in seconds.items()},
         min(spec.max_candidates, int(seconds["explore"] / per_candidate)),
-        finalists,
-        int(size * (FINALIST_COPIES * finalists + 3 * BASELINES + 3) + 300e6),
+        min(spec.finalists, finalists),
+        int(size * copies + 300e6),
         shutil.disk_usage(_existing(home)).free,
         memory_needed(teacher),
         available_memory(),
