@@ -154,7 +154,7 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
             "eos_token_id": end,
             "pad_token_id": end,
             "context_length": teacher.context,
-            # genai's own gpt2 wants another form of cache; it only decides the interface, which here is a Llama's
+            # to genai the type says what the interface is like, and ours is a Llama's
             "type": "llama" if family_of(shape).gpt2 else family_of(shape).name,
             "vocab_size": shape.vocab,
             "decoder": {
