@@ -70,7 +70,7 @@ EXACT = {
     "smaller student": uniform(INT4_FP, ffn=96, groups=1, depth=2),
     "narrow FFN repairs its groups": uniform(Format(4, 64, "fp32"), ffn=32, groups=1, depth=2),
     "narrower residual stream": uniform(FP32, hidden=32),
-    "narrower residual stream int4": uniform(INT4_FP, ffn=96, groups=1, depth=2, hidden=32),
+    "narrower residual stream int4": uniform(Format(4, 16, "fp32"), ffn=96, groups=1, depth=2, hidden=32),
     "narrower residual stream, two tables": uniform(FP32, Format(4, 64, "fp32"), Format(8, 64), hidden=48),
 }
 ROUNDED = {
