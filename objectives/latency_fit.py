@@ -42,7 +42,7 @@ def features(candidate: Candidate, shape: Shape) -> Array:
         kv = layer.kv_groups * shape.head_dim
         q = kv * shape.heads_per_group
         layer_weights[layer.attention_format.kernel] += 2 * hidden * (q + kv) / 1e6
-        layer_weights[layer.ffn_format.kernel] += 3 * hidden * layer.ffn / 1e6
+        layer_weights[layer.ffn_format.kernel] += shape.ffn_matrices * hidden * layer.ffn / 1e6
         cache += kv / 1e3
     head_weights[candidate.head_format.kernel] += shape.vocab * hidden / 1e6
     return np.array([1.0, len(candidate.layers), *layer_weights.values(), *head_weights.values(), cache])

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from paretune.compression.distill.elastic import ElasticTrainer
 from paretune.compression.distill.recover import RecoveryRecipe, recover
@@ -27,6 +26,7 @@ from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate
 from paretune.teachers.checkpoint import load_tensors, save_tensors
+from paretune.teachers.families import POSITIONS
 from paretune.teachers.tokens import Windows
 
 SCORE_BATCH = 16
@@ -71,6 +71,7 @@ class Evaluator:
             self._deadline = (work, time.monotonic() + work.seconds_left)
         left = self._deadline[1] - time.monotonic()
         if left <= 0 and not trainer.done:
+            trainer.save()
             self._trainer = None
             return Outcome(
                 "failed", reason="the budget ended while the elastic student was trained; it will go on from there"
@@ -108,16 +109,15 @@ class Evaluator:
     def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes) -> Scores:
         """NLL on the search split with fake-quant, bf16 matrix products; sums per document. `codes`: `Workspace.codes`."""
         windows, network = self.space.search_windows, self.space.network(len(candidate.layers))
-        effective = {
-            name: value.to(torch.bfloat16) if value.ndim == 2 and name != EMBEDDING else value
-            for name, value in quantized_weights(weights, candidate, codes).items()
-        }
+        effective = quantized_weights(weights, candidate, codes)
+        for name, value in list(effective.items()):
+            if value.ndim == 2 and name not in (EMBEDDING, POSITIONS):
+                effective[name] = value.to(torch.bfloat16)  # in place, so that the two sets never exist side by side
         sums = np.zeros(len(windows.ids))
         with torch.autocast("cpu", torch.bfloat16), network.activations(candidate):
             for start in range(0, len(windows.ids), SCORE_BATCH):
                 ids = torch.from_numpy(windows.ids[start : start + SCORE_BATCH])
-                logits = network(effective, ids)[:, :-1].float()
-                loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+                loss = network.token_losses(effective, ids)
                 valid = (
                     torch.arange(loss.shape[1])[None]
                     < torch.from_numpy(windows.targets[start : start + SCORE_BATCH])[:, None]

@@ -65,6 +65,7 @@ class Measuring:
                     self._measure_random(self._missing.pop(0), pair)
         if self._missing and time.monotonic() < self._deadline:
             return Outcome(done=False, facts={"missing": len(self._missing)})
+        self.space.forget_sorted_teacher()
         kept = self.all_kept()
         disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
         skipped, self._missing = len(self._missing), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -122,8 +123,11 @@ def make_spec(file: Path | None, preset: str | None, options: dict[str, Any]) ->
     merged |= {name: value for name, value in options.items() if value is not None}
     for name in ("teacher", "data"):  # the same search from another directory is the same search
         value = merged.get(name)
-        if isinstance(value, str) and Path(value).exists():
-            merged[name] = str(Path(value).resolve())
+        if value == "":
+            raise UsageError(f"--{name} must name a file or folder, but is empty", "name one, or leave the option out")
+        with contextlib.suppress(OSError, ValueError):  # an impossible path is refused where it is read
+            if isinstance(value, str) and Path(value).exists():
+                merged[name] = str(Path(value).resolve())
     try:
         return Spec.model_validate(merged)
     except ValidationError as error:

@@ -6,6 +6,8 @@ trial as failed and starts a fresh worker.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import faulthandler
 import os
 import sys
@@ -51,6 +53,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
             outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
         finally:
             faulthandler.cancel_dump_traceback_later()
+            give_memory_back()
         return {OUTCOME: outcome.to_json(), "done": outcome.done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -61,6 +64,12 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
     def cleanup(self) -> None:
         self._evaluator.close()
+
+
+def give_memory_back() -> None:
+    """Hand freed heap pages to the system: glibc keeps them, a gigabyte after training 135M parameters."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _disk_outcome(error: OSError) -> Outcome:

@@ -39,6 +39,7 @@ from paretune.hardware_profiles.files import warn_damaged
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
+from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
 from paretune.teachers import (
@@ -54,7 +55,6 @@ from paretune.teachers import (
 from paretune.teachers.checkpoint import DAMAGED, load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 
-WINDOW = 256
 CALIBRATION_TOKENS = 4000
 KEPT_STRUCTURES = 24
 GOLDEN = 0.6180339887498949
@@ -90,7 +90,7 @@ class Workspace:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return load_teacher(self.spec.teacher)
+        return load_teacher(self.spec.teacher).kept_in(self.cache)
 
     @cached_property
     def space(self) -> Space:
@@ -138,8 +138,8 @@ class Workspace:
         return self._networks[depth]
 
     def batch_within_memory(self, wanted: int) -> int:
-        """`wanted` windows, or fewer where the logits of a batch would pass 16M numbers."""
-        return max(1, min(wanted, 2**24 // (self.window * self.teacher.shape.vocab)))
+        """`wanted` windows, or fewer where their logits would take too much memory."""
+        return batch_within_memory(wanted, self.window, self.teacher.shape)
 
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
@@ -191,6 +191,10 @@ class Workspace:
             )
         return sort_by_importance(self.teacher_weights, order, self.teacher.shape), order
 
+    def forget_sorted_teacher(self) -> None:
+        """Free the sorted copy of the weights; only the latency fit needs it, before all training."""
+        vars(self).pop("sorted_teacher", None)
+
     def _kept_order(self) -> Importance | None:
         """What the elastic student is sorted by, also while it is in training."""
         if not self.elastic_file.exists():
@@ -229,6 +233,8 @@ class Workspace:
                 continue
             for name in (*ATTENTION, *FFN):
                 full = f"model.layers.{i}.{name}.weight"
+                if full not in dense:
+                    continue  # a family without gate
                 if full in second_order:
                     masks[full], weights[full] = second_order[full]
                 else:

@@ -23,7 +23,8 @@ BLOCK = 32
 class Shape:
     """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads.
 
-    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has.
+    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has. `positions` counts
+    learned positions (0: rotary ones); `gated` FFNs have three matrices, others two.
     """
 
     layers: int
@@ -35,17 +36,23 @@ class Shape:
     vocab: int
     tied: bool = True
     family: str = "llama"
+    positions: int = 0
+    gated: bool = True
 
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.kv_heads
 
     @property
+    def ffn_matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
     def parameters(self) -> int:
-        """Number of parameters, a tied embedding counted once; biases and q/k norms, well below 1 %, are left out."""
+        """Number of parameters, a tied embedding counted once; biases, q/k norms and positions, about 1 %, are left out."""
         layer = (
             2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-            + 3 * self.hidden * self.ffn
+            + self.ffn_matrices * self.hidden * self.ffn
             + 2 * self.hidden
         )
         return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden

@@ -73,7 +73,7 @@ class Space:
         `second_order` has GPTQ and SparseGPT in it, for teachers that are small enough; `hidden` has residual widths down to half
         the teacher's (`mild`: three quarters).
         """
-        narrowest = _align((3 * shape.hidden // 4) if mild else shape.hidden // 2) if hidden else 0
+        narrowest = _align((3 * shape.hidden // 4) if mild else shape.hidden // 2) if hidden and shape.gated else 0
         if mild:
             return cls(
                 shape,

@@ -91,6 +91,7 @@ class ElasticTrainer:
         self.networks: dict[int, Network] = {}
         self.batches = Batches(train, recipe.context, recipe.batch, recipe.seed)
         self.step_count, self.elapsed, self.loss = 0, 0.0, float("nan")
+        self.saved, self.saving_s = time.monotonic(), 0.0
         if not self._resume():
             statistics = layer_statistics(self.network(self.shape.layers), self.teacher_weights, calibration)
             self.order = importance(statistics, self.shape, hidden=len(space.hidden_widths) > 1)
@@ -114,16 +115,15 @@ class ElasticTrainer:
         """Train for about `seconds` (or until done), checkpointing on the way; returns progress."""
         if self.done:  # kept from an earlier search: the file stays as it is
             return self._progress()
-        start = mark = saved = time.monotonic()
+        start = mark = time.monotonic()
         while not self.done and mark - start < seconds:
             with self.machine():
                 self.step()
             now = time.monotonic()
             self.elapsed, mark = self.elapsed + now - mark, now
-            if now - saved > CHECKPOINT_EVERY_S:
-                self.save()
-                saved = now
-        self.save()
+            if now - self.saved > CHECKPOINT_EVERY_S:
+                self._save_seldom()
+        self._save_seldom()
         return self._progress()
 
     def _progress(self) -> dict[str, float]:
@@ -151,7 +151,14 @@ class ElasticTrainer:
         self.step_count += 1
         self.loss = sum(losses) / len(losses)
 
+    def _save_seldom(self) -> None:
+        """Save, when done or unless the last time is so recent that a large model would do little else: 5 % of the time."""
+        if self.done or time.monotonic() - self.saved >= 20 * self.saving_s:
+            self.save()
+
     def save(self) -> None:
+        """Everything that training needs to go on."""
+        start = time.monotonic()
         meta = {
             "step": self.step_count,
             "elapsed": self.elapsed,
@@ -163,6 +170,8 @@ class ElasticTrainer:
         save_tensors(
             self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta
         )
+        self.saved = time.monotonic()
+        self.saving_s = self.saved - start
 
     def _resume(self) -> bool:
         """Take the kept state; False if there is none or it is damaged."""

@@ -25,7 +25,7 @@ def search(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3).")
+        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2).")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
@@ -148,6 +148,10 @@ def _show_plan(plan: Plan, json: bool) -> None:
     print_text(
         f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
         f"confirmed, and for more of them, {plan.most_finalists} at most, if they take less"
+    )
+    print_text(
+        f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so "
+        + ("mild cuts only, at least three quarters of every width" if plan.mild else "all sizes down to a quarter of the widths")
     )
     print_text(
         f"disk about {plan.disk_bytes / 1e9:.1f} GB ({plan.free_disk_bytes / 1e9:.0f} GB free), memory about {plan.memory_bytes / 1e9:.1f} GB "
