@@ -33,7 +33,7 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: install
-	$(BIN)/python benchmarks/run.py $(NAME)
+	$(BIN)/python -m benchmarks.run $(NAME)
 
 docs: install
 	@$(PIP) install -c constraints.txt -e ".[docs]" --no-build-isolation

@@ -452,6 +452,15 @@ class Director:
             key for key in self._rows if (e := self._latest.get((key, "rung0"))) is not None and e.status == "complete"
         ]
 
+    def knows(self, key: str) -> bool:
+        """Whether the store has this candidate, whatever became of it."""
+        return key in self._rows
+
+    def confirmed_vector(self, key: str) -> Vector | None:
+        """Confirmed objectives, or None without a confirmation."""
+        e = self._latest.get((key, "confirmed"))
+        return None if e is None or e.status != "complete" else self._confirmed_vector(e)
+
     def params(self, key: str) -> dict[str, Any]:
         return self._rows[key].params
 
