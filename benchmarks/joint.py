@@ -100,7 +100,8 @@ def is_complete(home: Path) -> bool:
 def prepare_cache(home: Path, settings: dict[str, Any]) -> None:
     """Text, elastic student and latencies, as the searches will ask for them; nothing that is there is made again."""
     from paretune.objectives.latency_fit import design
-    from paretune.search.run import create_study, prepare
+    from paretune.search.prepare import prepare
+    from paretune.search.studies import create_study
     from paretune.search.trainable import make_evaluator
     from paretune.search.work import Work
 

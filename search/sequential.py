@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from paretune.search.director import Director
+from paretune.search.estimates import Estimates
+from paretune.search.front import Vector
 from paretune.search.volume import in_teacher_units, volume
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.space import Distribution
@@ -38,16 +39,17 @@ ROUNDS = (Round(8, False, "tied"), Round(16, True, "bits"), Round(32, True, "all
 
 
 class SequentialPlan:
-    """Proposes for a director. What `ask` answers depends on nothing but the director's store."""
+    """Proposes candidates. What `ask` answers depends on nothing but the store."""
 
-    def __init__(self, director: Director) -> None:
-        self.director, self.space = director, director.space
+    def __init__(self, estimates: Estimates) -> None:
+        self.estimates, self.ledger = estimates, estimates.ledger
+        self.space, self.spec = estimates.space, estimates.spec
         self.variables = self.space.distributions()
         self._plan = self._walk()
 
     def ask(self) -> Params | None:
         """Parameters of the next candidate that the store does not know yet, None when the plan is done."""
-        unknown = (p for p in self._plan if not self.director.knows(self.space.decode(p).key))
+        unknown = (p for p in self._plan if self.space.decode(p).key not in self.ledger.rows)
         return next(unknown, None)
 
     def _walk(self) -> Iterator[Params]:
@@ -92,8 +94,8 @@ class SequentialPlan:
         return [sizes[i] for i in found]
 
     def _latency(self, candidate: Candidate) -> float:
-        predicted = self.director.predictions(candidate)
-        wanted = [name for name in self.director.spec.objectives if name in predicted]
+        predicted = self.estimates.predictions(candidate)
+        wanted = [name for name in self.spec.objectives if name in predicted]
         return predicted[wanted[0] if wanted else "decode_ms_per_token"].value
 
     # masks
@@ -112,8 +114,8 @@ class SequentialPlan:
         """Whether the dense student of a size loses more than is of interest; decided once it has been explored."""
         key = self.space.decode(dense).key
         known = self._kept("hopeless", number + key)
-        if known is None and self.director.vector(key) is not None:
-            known = self.director.constraints(key)["loss"] > 0
+        if known is None and self.estimates.vector(key) is not None:
+            known = self.estimates.constraints(key)["loss"] > 0
             self._keep("hopeless", number + key, known)
         return bool(known)
 
@@ -127,13 +129,17 @@ class SequentialPlan:
         return known
 
     def _volume(self, params: Params) -> float:
-        """Of the baselines the director has no rung-0 vector; the dense full size is one, and is known by its confirmation."""
-        objectives, spec = self.director.spec.objectives, self.director.spec
-        found = self.director.vector(key := self.space.decode(params).key) or self.director.confirmed_vector(key)
-        teacher = self.director.confirmed_vector(self.space.baselines()[0].key)
+        """Of one point. The dense full size is a baseline, which has no rung-0 estimate but a confirmation."""
+        key, objectives = self.space.decode(params).key, self.spec.objectives
+        found = self.estimates.vector(key) or self._confirmed(key)
+        teacher = self._confirmed(self.space.baselines()[0].key)
         if found is None or teacher is None:
             return -math.inf
-        return volume([in_teacher_units(found, teacher, objectives)], spec.reference, objectives)
+        return volume([in_teacher_units(found, teacher, objectives)], self.spec.reference, objectives)
+
+    def _confirmed(self, key: str) -> Vector | None:
+        e = self.ledger.latest.get((key, "confirmed"))
+        return None if e is None or e.status != "complete" else self.estimates.confirmed_vector(e)
 
     # precisions
 
@@ -166,12 +172,12 @@ class SequentialPlan:
     # decisions, in the store
 
     def _kept(self, kind: str, name: str) -> Any:
-        return self.director.store.meta("sequential", {}).get(kind, {}).get(name)
+        return self.ledger.store.meta("sequential", {}).get(kind, {}).get(name)
 
     def _keep(self, kind: str, name: str, value: Any) -> None:
-        plan = self.director.store.meta("sequential", {})
+        plan = self.ledger.store.meta("sequential", {})
         plan.setdefault(kind, {})[name] = value
-        self.director.store.set_meta(sequential=plan)
+        self.ledger.store.set_meta(sequential=plan)
 
 
 def choices(variable: Distribution) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -20,33 +21,34 @@ KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
 TEACHER = 1.8
 
 
-class Director:
-    """A director's store and estimates for a plan; `explore` answers what the plan asks for."""
+class Told:
+    """What the search knows and estimates, without a store; `explore` answers what a plan asks for."""
 
     def __init__(self, space: Space, **options: Any) -> None:
-        self.space, self.spec = space, Spec(**options)
+        self.space, self.spec, self.ledger = space, Spec(**options), self
         self.meta: dict[str, Any] = {}
-        self.store = SimpleNamespace(meta=lambda n, d=None: self.meta.get(n, d), set_meta=self.meta.update)
-        self.known = {c.key: c for c in space.baselines()}
-        self.baselines = set(self.known)
+        self.store = SimpleNamespace(meta=lambda n, d=None: self.meta.get(n, d), set_meta=self.set_meta)
+        self.rows = {c.key: c for c in space.baselines()}
+        self.baselines = set(self.rows)
+        self.latest = {(key, "confirmed"): SimpleNamespace(key=key, status="complete") for key in self.rows}
         self.order: list[dict[str, Any]] = []
         self.unanswered: set[str] = set()
 
-    def knows(self, key: str) -> bool:
-        return key in self.known
+    def set_meta(self, **values: Any) -> None:
+        self.meta |= copy.deepcopy(values)
 
     def values(self, candidate: Candidate) -> tuple[float, ...]:
         return (TEACHER + loss(candidate), decode_ms(candidate), compressed_size(candidate))
 
     def vector(self, key: str) -> tuple[float, ...] | None:
-        usable = key in self.known and key not in self.baselines | self.unanswered
-        return self.values(self.known[key]) if usable else None
+        usable = key in self.rows and key not in self.baselines | self.unanswered
+        return self.values(self.rows[key]) if usable else None
 
-    def confirmed_vector(self, key: str) -> tuple[float, ...] | None:
-        return self.values(self.known[key]) if key in self.baselines else None
+    def confirmed_vector(self, e: Any) -> tuple[float, ...]:
+        return self.values(self.rows[e.key])
 
     def constraints(self, key: str) -> dict[str, float]:
-        return {"loss": (self.values(self.known[key])[0] / TEACHER - 1) / self.spec.loss_of_interest - 1}
+        return {"loss": (self.values(self.rows[key])[0] / TEACHER - 1) / self.spec.loss_of_interest - 1}
 
     def predictions(self, candidate: Candidate) -> dict[str, Any]:
         return {"decode_ms_per_token": SimpleNamespace(value=decode_ms(candidate))}
@@ -56,15 +58,15 @@ class Director:
         plan = SequentialPlan(self)  # type: ignore[arg-type]
         for params in itertools.islice(iter(plan.ask, None), count):
             candidate = self.space.decode(params)
-            assert candidate.key not in self.known, "proposed twice"
-            self.known[candidate.key] = candidate
+            assert candidate.key not in self.rows, "proposed twice"
+            self.rows[candidate.key] = candidate
             self.order.append(params)
         return self.order
 
 
 @pytest.fixture
-def director() -> Director:
-    return Director(Space.of(SHAPE, KERNELS, second_order=False), sampler="sequential", loss_of_interest=0.3)
+def told() -> Told:
+    return Told(Space.of(SHAPE, KERNELS, second_order=False), sampler="sequential", loss_of_interest=0.3)
 
 
 def part(params: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
@@ -75,8 +77,8 @@ def precision(params: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted((n, v) for n, v in params.items() if n not in (*SIZE, *MASK)))
 
 
-def test_a_size_is_done_before_the_next_and_its_mask_before_its_precisions(director: Director) -> None:
-    order = director.explore(60)
+def test_a_size_is_done_before_the_next_and_its_mask_before_its_precisions(told: Told) -> None:
+    order = told.explore(60)
     sizes = [size for size, _ in itertools.groupby(order, lambda p: part(p, SIZE))]
     assert len(sizes) == len(set(sizes)) >= 4
     for size in sizes[:-1]:
@@ -87,10 +89,10 @@ def test_a_size_is_done_before_the_next_and_its_mask_before_its_precisions(direc
         assert len({part(p, MASK) for p in mine[first:]}) <= 1, "every precision must be under one mask"
 
 
-def test_the_best_mask_is_that_of_the_greatest_volume(director: Director) -> None:
+def test_the_best_mask_is_that_of_the_greatest_volume(told: Told) -> None:
     """The oracle is the product of the three distances to the corner."""
-    order = director.explore(80)
-    base = director.values(director.space.baselines()[0])
+    order = told.explore(80)
+    base = told.values(told.space.baselines()[0])
     checked = 0
     for size in dict.fromkeys(part(p, SIZE) for p in order):
         mine = [p for p in order if part(p, SIZE) == size]
@@ -99,7 +101,7 @@ def test_the_best_mask_is_that_of_the_greatest_volume(director: Director) -> Non
         masks = [p for p in mine if precision(p) == precision(mine[0])]
         products = []
         for p in masks:
-            x = director.values(director.space.decode(p))
+            x = told.values(told.space.decode(p))
             products.append(
                 max(0.0, 0.25 - (x[0] / base[0] - 1)) * (1.1 - x[1] / base[1]) * max(0.0, 1.1 - x[2] / base[2])
             )
@@ -109,14 +111,14 @@ def test_the_best_mask_is_that_of_the_greatest_volume(director: Director) -> Non
     assert checked >= 2
 
 
-def test_sizes_are_spread_over_the_latency_and_are_the_heaviest_of_their_speed(director: Director) -> None:
-    director.explore(1)
-    sizes = director.meta["sequential"]["sizes"]["list"]
-    fixed = {n: v for n, v in director.order[0].items() if n not in SIZE}
-    latency = [decode_ms(director.space.decode(size | fixed)) for size in sizes]
-    variables = director.space.distributions()
+def test_sizes_are_spread_over_the_latency_and_are_the_heaviest_of_their_speed(told: Told) -> None:
+    told.explore(1)
+    sizes = told.meta["sequential"]["sizes"]["list"]
+    fixed = {n: v for n, v in told.order[0].items() if n not in SIZE}
+    latency = [decode_ms(told.space.decode(size | fixed)) for size in sizes]
+    variables = told.space.distributions()
     every = [dict(zip(SIZE, c, strict=True)) for c in itertools.product(*(choices(variables[n]) for n in SIZE))]
-    times = [decode_ms(director.space.decode(s | fixed)) for s in every]
+    times = [decode_ms(told.space.decode(s | fixed)) for s in every]
     assert latency[0] == max(times)
     for level, found in zip((0.5, 0.25, 0.75), latency[1:4], strict=True):
         wanted = min(times) + level * (max(times) - min(times))
@@ -125,7 +127,7 @@ def test_sizes_are_spread_over_the_latency_and_are_the_heaviest_of_their_speed(d
     chosen = {tuple(s.values()) for s in sizes[:4]}
 
     def weights(size: dict[str, Any]) -> float:
-        x = director.space.decode(size | fixed)
+        x = told.space.decode(size | fixed)
         return sum(3 * y.ffn + 2 * 32 * 3 * y.kv_groups for y in x.layers)
 
     for size, own in zip(sizes[:4], latency, strict=False):
@@ -133,9 +135,9 @@ def test_sizes_are_spread_over_the_latency_and_are_the_heaviest_of_their_speed(d
         assert all(weights(r) <= 1.1 * weights(size) for r in rivals)
 
 
-def test_a_size_that_loses_too_much_while_dense_is_left_at_that(director: Director) -> None:
-    order = director.explore(80)
-    lost = {p["depth"] for p in order if director.constraints(director.space.decode(p).key)["loss"] > 0}
+def test_a_size_that_loses_too_much_while_dense_is_left_at_that(told: Told) -> None:
+    order = told.explore(80)
+    lost = {p["depth"] for p in order if told.constraints(told.space.decode(p).key)["loss"] > 0}
     assert lost, "the space has no such size"
     alone = [
         size
@@ -146,39 +148,39 @@ def test_a_size_that_loses_too_much_while_dense_is_left_at_that(director: Direct
     for size in alone:
         (only,) = [p for p in order if part(p, SIZE) == size]
         assert only["pattern"] == "none"
-        assert director.constraints(director.space.decode(only).key)["loss"] > 0
+        assert told.constraints(told.space.decode(only).key)["loss"] > 0
 
 
-def test_another_plan_over_the_same_store_goes_on_where_the_first_stopped(director: Director) -> None:
-    whole = director.explore(70)
-    again = Director(director.space, sampler="sequential", loss_of_interest=0.3)
+def test_another_plan_over_the_same_store_goes_on_where_the_first_stopped(told: Told) -> None:
+    whole = told.explore(70)
+    again = Told(told.space, sampler="sequential", loss_of_interest=0.3)
     for count in (1, 7, 12, 50):
         again.explore(count)
     assert again.order == whole
 
 
-def test_decisions_stand_when_the_estimates_move(director: Director) -> None:
+def test_decisions_stand_when_the_estimates_move(told: Told) -> None:
     """Calibration shifts every estimate later; a size must not change its mask half-way through its precisions."""
-    director.explore(9)
-    masks = dict(director.meta["sequential"]["masks"])
+    told.explore(9)
+    masks = dict(told.meta["sequential"]["masks"])
     assert masks
-    director.values = lambda candidate: (TEACHER, decode_ms(candidate), 1.0)  # type: ignore[method-assign]
-    director.explore(3)
-    assert masks.items() <= director.meta["sequential"]["masks"].items()
-    assert {part(p, MASK) for p in director.order[9:]} == {part(next(iter(masks.values())), MASK)}
+    told.values = lambda candidate: (TEACHER, decode_ms(candidate), 1.0)  # type: ignore[method-assign]
+    told.explore(3)
+    assert masks.items() <= told.meta["sequential"]["masks"].items()
+    assert {part(p, MASK) for p in told.order[9:]} == {part(next(iter(masks.values())), MASK)}
 
 
-def test_candidates_that_failed_are_passed_over(director: Director) -> None:
-    director.explore(2)
-    director.unanswered = set(director.known) - director.baselines
-    order = director.explore(60)
+def test_candidates_that_failed_are_passed_over(told: Told) -> None:
+    told.explore(2)
+    told.unanswered = set(told.rows) - told.baselines
+    order = told.explore(60)
     assert len(order) == 62
-    director.unanswered = set()
+    told.unanswered = set()
 
 
 def test_a_small_space_comes_to_its_end_with_all_of_it_proposed() -> None:
     """Without sparse masks to choose from there is nothing that the plan leaves out."""
-    small = Director(Space(SHAPE, ("fp32/fp32", "int8/int8"), 6, 768, 4, second_order=False), loss_of_interest=9.0)
+    small = Told(Space(SHAPE, ("fp32/fp32", "int8/int8"), 6, 768, 4, second_order=False), loss_of_interest=9.0)
     small.explore(10_000)
     bits = {tuple(p[n] for n in p if n.endswith("_bits")) for p in small.order}
     assert len(bits) >= 14  # sixteen combinations, two of which are baselines
