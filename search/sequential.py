@@ -21,7 +21,7 @@ from paretune.search.volume import in_teacher_units, volume
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.space import Distribution
 
-SIZE, MASK = ("depth", "ffn", "kv_groups"), ("pattern", "ratio", "score")
+SIZE, MASK = ("depth", "ffn", "kv_groups", "hidden"), ("pattern", "ratio", "score")
 ALIKE = 0.04
 Params = dict[str, Any]
 
@@ -45,6 +45,8 @@ class SequentialPlan:
         self.estimates, self.ledger = estimates, estimates.ledger
         self.space, self.spec = estimates.space, estimates.spec
         self.variables = self.space.distributions()
+        self._size = [name for name in SIZE if name in self.variables]
+        self._fixed = self._fixed_precision()
         self._plan = self._walk()
 
     def ask(self) -> Params | None:
@@ -59,7 +61,7 @@ class SequentialPlan:
 
     def _of_size(self, size: Params, step: Round, number: int) -> Iterator[Params]:
         """The masks of a size, dense first; when all have been explored, every precision under the best of them."""
-        dense, *masked = (size | mask | self._fixed_precision() for mask in self._masks(step.all_ratios))
+        dense, *masked = (size | mask | self._fixed for mask in self._masks(step.all_ratios))
         yield dense
         if self._is_hopeless(dense, f"{number}"):
             return
@@ -81,8 +83,8 @@ class SequentialPlan:
 
     def _spread(self, count: int) -> list[Params]:
         """Sizes at latency levels 1, 1/2, 1/4, 3/4, 1/8 … of the range; of those about as fast the one with most parameters."""
-        sizes = [dict(zip(SIZE, choice, strict=True)) for choice in itertools.product(*map(self._choices, SIZE))]
-        dense = [self.space.decode(size | self._masks(False)[0] | self._fixed_precision()) for size in sizes]
+        sizes = [dict(zip(self._size, choice, strict=True)) for choice in itertools.product(*map(self._choices, self._size))]
+        dense = [self.space.decode(size | self._masks(False)[0] | self._fixed) for size in sizes]
         latency, weight = [self._latency(c) for c in dense], [_weights(c, self.space.shape) for c in dense]
         low, high = min(latency), max(latency)
         found: list[int] = []
@@ -121,7 +123,7 @@ class SequentialPlan:
 
     def _best_mask(self, size: Params, masks: list[Params], number: str) -> Params:
         """Size and mask whose explored point dominates the greatest volume; decided when the first precision is wanted."""
-        name = number + "-".join(str(size[v]) for v in SIZE)
+        name = number + "-".join(str(size[v]) for v in self._size)
         known: Params | None = self._kept("masks", name)
         if known is None:
             known = max(masks, key=self._volume)  # the first, dense, if none was explored
@@ -145,13 +147,19 @@ class SequentialPlan:
 
     def _fixed_precision(self) -> Params:
         """int8 everywhere, or the finest precision of a profile without it."""
-        bits = self.space.bits
-        index = bits.index(8) if 8 in bits else len(bits) - 1
-        return {name: index if name.endswith("_bits") else self._choices(name)[0] for name in self._precision_names()}
+        first = {name: self._choices(name)[0] for name in self.variables}
+        bits = [name for name in self._precision_names() if name.endswith("_bits")]
+
+        def with_bits(index: int) -> Params:
+            return first | dict.fromkeys(bits, index)
+
+        found = {i: self.space.decode(with_bits(i)).layers[0].ffn_format.name for i in self._choices(bits[0])}
+        index = next((i for i, name in found.items() if name == "int8"), max(found))
+        return {name: value for name, value in with_bits(index).items() if name in self._precision_names()}
 
     def _precisions(self, which: str) -> Iterator[Params]:
         """ "tied": all layers alike, head and embedding alike; "bits": every combination of bits; "all": of everything."""
-        fixed, bits = self._fixed_precision(), [n for n in self._precision_names() if n.endswith("_bits")]
+        fixed, bits = self._fixed, [n for n in self._precision_names() if n.endswith("_bits")]
         if which == "tied":
             layers = [n for n in bits if n in ("attention_bits", "ffn_bits")]
             rest = [n for n in bits if n not in layers]
