@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import HOME, Figure, figure, search_command
-
 from paretune.search.front import Vector
 from paretune.search.spec import Reference, make_spec
 from paretune.search.store import Store

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import HOME, Figure, figure, search_command
-
 from paretune.search.processes import descendants
 from paretune.search.store import Store
 from paretune.search.view import load_view

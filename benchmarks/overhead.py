@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.common import Figure, figure, search_command
 from benchmarks.studies import rung0_gaps
-
 from paretune.search.store import Store
 from paretune.search.view import load_view
 
@@ -32,12 +32,7 @@ def trial_overhead_ms() -> Iterator[Figure]:
             "PARETUNE_HOME": f"{folder}/home",
         }
         subprocess.run(
-            search_command("spec.yaml"),
-            cwd=folder,
-            env=environment,
-            check=True,
-            capture_output=True,
-            timeout=280,
+            search_command("spec.yaml"), cwd=folder, env=environment, check=True, capture_output=True, timeout=280
         )
         store = Store.reader(next(Path(folder, "home", "studies").iterdir()))
         view = load_view(store)

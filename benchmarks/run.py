@@ -14,7 +14,6 @@ import os
 
 from benchmarks import joint, memory, overhead, speed, studies, table
 from benchmarks.common import RESULTS, Benchmark, Figure
-
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
 

@@ -15,8 +15,8 @@ from unittest import mock
 
 import onnx
 import torch
-from benchmarks.common import Figure, figure
 
+from benchmarks.common import Figure, figure
 from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
 from paretune.compression.export import graph
 from paretune.compression.export.graph import build_model

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Iterator
 
 import numpy as np
-from benchmarks.common import Figure, figure, latest_study
 
+from benchmarks.common import Figure, figure, latest_study
 from paretune.search.store import Store
 from paretune.search.view import StudyView
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from benchmarks.common import FOLDER, HOME, Figure, figure
 
+from benchmarks.common import FOLDER, HOME, Figure, figure
 from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import ZSTD_LEVEL
 from paretune.compression.export.graph import build_model, save_model
@@ -29,6 +29,7 @@ from paretune.objectives.quality import Scores, paired_difference, quality_measu
 from paretune.search.spec import Spec
 from paretune.search.workspace import Workspace
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
+from paretune.spaces.candidate import PatternKind, Score
 from paretune.spaces.space import PATTERNS, QUANTIZERS, SCORES
 
 FILE = FOLDER / "method_table.json"
@@ -49,16 +50,21 @@ class Method:
     qat: bool = False
 
 
+def masks() -> list[tuple[PatternKind, float, tuple[Score, ...]]]:
+    """Pattern, ratio and scores: half of everything, unstructured also at 70 %; a threshold is another unstructured half."""
+    kinds = [kind for kind in PATTERNS if kind != "none"]
+    half = [(kind, 0.5, SCORES[:1] if kind == "threshold" else SCORES) for kind in kinds]
+    return [*half, ("unstructured", 0.7, SCORES)]
+
+
 def methods(shape: Shape) -> list[Method]:
     """Every mask at float32 and every way to find codes, enumerated from the space's own tables."""
     whole = Layer(shape.ffn, shape.kv_heads)
     found = [Method("fp32", "dense", Candidate((whole,) * shape.layers))]
-    for kind, ratio in ((k, r) for k in PATTERNS if k != "none" for r in ((0.5, 0.7) if k == "unstructured" else (0.5,))):
-        for score in SCORES:
-            pattern = Pattern(kind, ratio, score)
-            found.append(
-                Method(pattern.name, "masks", Candidate((replace(whole, pattern=pattern),) * shape.layers))
-            )
+    for kind, ratio, scores in masks():
+        for pattern in (Pattern(kind, ratio, score) for score in scores):
+            candidate = Candidate((replace(whole, pattern=pattern),) * shape.layers)
+            found.append(Method(pattern.name, "masks", candidate))
     for name, form in FORMATS.items():
         for algorithm in QUANTIZERS if form.bits <= CALIBRATED_BITS else ("rtn",):
             found.append(Method(f"{name} {algorithm.upper()}", "precision", quantized(shape, form, algorithm)))
@@ -77,16 +83,16 @@ def quantized(shape: Shape, form: Format, algorithm: Any) -> Candidate:
 def orderings() -> list[tuple[str, str, str]]:
     """(stage, better, worse) as the literature has it: SparseGPT and Wanda beat magnitude, GPTQ and QAT beat rounding."""
     found = []
-    masks = ["2:4 {}", "50% {}", "70% {}", "50% blocks {}"]
-    for mask in masks:
-        for stage in STAGES:
-            found += [(stage, mask.format(s), mask.format("magnitude")) for s in SCORES if s in ("wanda", "sparsegpt")]
-        found.append((STAGES[0], mask.format("sparsegpt"), mask.format("wanda")))
-    for name, form in FORMATS.items():
-        if form.bits <= CALIBRATED_BITS:
-            better = [f"{name} {a.upper()}" for a in QUANTIZERS if a != "rtn"]
-            found += [(stage, b, f"{name} RTN") for stage in STAGES for b in better]
-            found.append((STAGES[1], f"{name} QAT", f"{name} RTN"))
+    for kind, ratio, scores in masks():
+        name = {score: Pattern(kind, ratio, score).name for score in scores}
+        better = [s for s in ("wanda", "sparsegpt") if s in name]
+        found += [(stage, name[s], name["magnitude"]) for stage in STAGES for s in better]
+        if len(better) == 2:
+            found.append((STAGES[0], name["sparsegpt"], name["wanda"]))
+    for name in (n for n, form in FORMATS.items() if form.bits <= CALIBRATED_BITS):
+        better = [f"{name} {a.upper()}" for a in QUANTIZERS if a != "rtn"]
+        found += [(stage, b, f"{name} RTN") for stage in STAGES for b in better]
+        found += [(STAGES[1], f"{name} QAT", other) for other in (f"{name} RTN", *better)]
     return found
 
 
@@ -135,7 +141,9 @@ class Bench:
 
     def __init__(self, space: Workspace, tokens: int) -> None:
         self.space = space
-        self.recipe = RecoveryRecipe(tokens, context=space.window, batch=space.batch_within_memory(RecoveryRecipe.batch))
+        self.recipe = RecoveryRecipe(
+            tokens, context=space.window, batch=space.batch_within_memory(RecoveryRecipe.batch)
+        )
 
     def measure(self, method: Method) -> dict[str, Result]:
         """Results by stage."""

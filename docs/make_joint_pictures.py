@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.joint import ARMS, Arm, read_arms  # noqa: E402
-
 from paretune.search.front import non_dominated  # noqa: E402
 from paretune.search.volume import corner  # noqa: E402
 
@@ -63,9 +62,7 @@ def draw_fronts(arms: list[Arm], objective: str, file: Path) -> None:
         axes.scatter(
             *zip(*points, strict=True), s=18, color=COLORS[arm.name], marker=MARKS[arm.name], label=_label(arm, arms)
         )
-    axes.set(
-        xlabel=LABELS.get(objective, objective), ylabel="NLL increase over the teacher (%)", xlim=(0, top[other])
-    )
+    axes.set(xlabel=LABELS.get(objective, objective), ylabel="NLL increase over the teacher (%)", xlim=(0, top[other]))
     axes.set_ylim(top=100 * top[loss])
     _save(figure, axes, file)
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "docs")]
 
 import make_models as models  # noqa: E402
+
 from benchmarks import table  # noqa: E402
 from benchmarks.common import RESULTS  # noqa: E402
-
 from paretune.compression.export.graph import build_model, save_model  # noqa: E402
 from paretune.compression.student import NO_CODES, Codes, Network, quantized_weights  # noqa: E402
 from paretune.engines.onnxruntime_decoder import Decoder  # noqa: E402
@@ -210,7 +210,13 @@ def render_parity(figures: Mapping[str, Mapping[str, Mapping[str, models.Figure]
     """One table per pattern."""
     lines = []
     for pattern, rows in figures.items():
-        lines += ["", f"### {pattern}", "", f"| method | {' | '.join(FAMILIES)} |", f"| --- |{' --- |' * len(FAMILIES)}"]
+        lines += [
+            "",
+            f"### {pattern}",
+            "",
+            f"| method | {' | '.join(FAMILIES)} |",
+            f"| --- |{' --- |' * len(FAMILIES)}",
+        ]
         lines += [f"| {name} | {' | '.join(cell(found[f]) for f in FAMILIES)} |" for name, found in rows.items()]
     return "\n".join(lines) + "\n"
 

@@ -83,7 +83,9 @@ class SequentialPlan:
 
     def _spread(self, count: int) -> list[Params]:
         """Sizes at latency levels 1, 1/2, 1/4, 3/4, 1/8 … of the range; of those about as fast the one with most parameters."""
-        sizes = [dict(zip(self._size, choice, strict=True)) for choice in itertools.product(*map(self._choices, self._size))]
+        sizes = [
+            dict(zip(self._size, choice, strict=True)) for choice in itertools.product(*map(self._choices, self._size))
+        ]
         dense = [self.space.decode(size | self._masks(False)[0] | self._fixed) for size in sizes]
         latency, weight = [self._latency(c) for c in dense], [_weights(c, self.space.shape) for c in dense]
         low, high = min(latency), max(latency)

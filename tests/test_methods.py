@@ -65,9 +65,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 def test_the_page_has_every_method_pattern_and_family() -> None:
     kept = tables_of(page.PAGE.read_text())
-    wanted = {
-        pattern: {case.name: list(FAMILIES) for case in rows} for pattern, rows in page.cases().items()
-    }
+    wanted = {pattern: {case.name: list(FAMILIES) for case in rows} for pattern, rows in page.cases().items()}
     assert {p: {name: list(cells) for name, cells in rows.items()} for p, rows in kept.items()} == wanted, (
         "run python docs/make_methods.py"
     )
@@ -128,7 +126,9 @@ def test_the_recorded_table_has_the_methods_of_today() -> None:
     if not table.FILE.exists():
         pytest.skip("make bench NAME=method_table has not been run")
     kept = json.loads(table.FILE.read_text())
-    assert [row["method"] for row in kept["rows"]] == [m.name for m in table.methods(load_teacher("stdlib-coder").shape)]
+    assert [row["method"] for row in kept["rows"]] == [
+        m.name for m in table.methods(load_teacher("stdlib-coder").shape)
+    ]
     assert [(o["stage"], o["better"], o["worse"]) for o in kept["orderings"]] == table.orderings()
     for o in kept["orderings"]:
         value, low, high = o["difference"]
