@@ -34,11 +34,13 @@ from paretune.engines.onnxruntime_decoder import Decoder  # noqa: E402
 from paretune.hardware_profiles.profile import Profile, detected_profile  # noqa: E402
 from paretune.search.spec import Spec  # noqa: E402
 from paretune.search.workspace import Workspace  # noqa: E402
+from paretune.spaces import candidate as candidates  # noqa: E402
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape  # noqa: E402
 from paretune.spaces.candidate import Algorithm, PatternKind, Score  # noqa: E402
 from paretune.teachers.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
+PER_CHANNEL = getattr(candidates, "PER_CHANNEL", None)
 PICTURES = ROOT / "docs" / "pictures"
 JOINT = {
     "joint-loss-latency.png": "Confirmed fronts: loss and decode time",
@@ -46,7 +48,8 @@ JOINT = {
     "joint-volume.png": "Dominated volume over the time of the search",
 }
 MODEL_OF = {changes["family"]: name for name, changes in reversed(models.MODELS.items())}
-GROUPS = {32: ""}
+GROUPS = {32: ""} | ({PER_CHANNEL: " per channel"} if PER_CHANNEL is not None else {})
+PER_TENSOR = ("dynamic", "static")
 RATIO = 0.5
 CALIBRATED_BITS = 4
 SHORT = 5
@@ -86,17 +89,19 @@ class Case:
 
 
 def formats() -> dict[str, Format]:
-    """Every kernel of the engine with every way to find codes for it."""
+    """Every kernel of the engine, every run of K that shares a scale, every way to find codes."""
     found: dict[str, Format] = {}
     for kernel in Profile.model_fields["weight_formats"].default:
         weights, activation = kernel.split("/")
-        if weights == "fp32":
-            found[kernel] = Format()
+        if not weights.startswith("int"):
+            found[kernel] = Format() if weights == "fp32" else Format(16, half=weights)
             continue
         bits: Any = int(weights.removeprefix("int"))
-        for algorithm in get_args(Algorithm) if bits <= CALIBRATED_BITS else ("rtn",):
-            for group, said in GROUPS.items():
-                way = "" if bits > CALIBRATED_BITS else f" {algorithm.upper()}"
+        for group, said in GROUPS.items():
+            if group and activation in PER_TENSOR:
+                continue
+            for algorithm in get_args(Algorithm) if bits <= CALIBRATED_BITS else ("rtn",):
+                way = f" {algorithm.upper()}" if bits <= CALIBRATED_BITS else ""
                 found[f"{kernel}{way}{said}"] = Format(bits, group, activation, algorithm)
     return found
 

@@ -155,7 +155,7 @@ def test_a_table_of_a_small_teacher(
     assert rows["fp32"]["as it is"]["nll_increase"] == [0, 0, 0]
     assert rows["fp32"]["recovered"]["nll_increase"] != [0, 0, 0]
     assert "as it is" not in rows[few_methods[3]]
-    assert rows[few_methods[2]]["as it is"]["compressed_bytes"] < rows["fp32"]["as it is"]["compressed_bytes"] / 3
+    assert rows[few_methods[2]]["as it is"]["compressed_bytes"] < rows["fp32"]["as it is"]["compressed_bytes"] / 2
     assert found["documents"] > 1 and len(found["orderings"]) == 1
     text = table.markdown(found)
     assert all(f"| {name} |" in text for name in few_methods)
