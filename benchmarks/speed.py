@@ -153,7 +153,9 @@ def filling(kept: onnx.ModelProto) -> type[Any]:
     """A graph writer that makes tensors as ever, but no nodes: those come from `kept`."""
 
     class Filling(graph._Graph):
-        def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, *_: Any, **__: Any) -> str:
+        def node(
+            self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, *_: Any, **__: Any
+        ) -> str:
             return outputs[0] if outputs else f"{name}/output"
 
         def rotary(self, *_: Any) -> None:

@@ -34,8 +34,8 @@ from paretune.engines.onnxruntime_decoder import Decoder  # noqa: E402
 from paretune.hardware_profiles.profile import Profile, detected_profile  # noqa: E402
 from paretune.search.spec import Spec  # noqa: E402
 from paretune.search.workspace import Workspace  # noqa: E402
-from paretune.spaces import candidate as candidates  # noqa: E402
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape  # noqa: E402
+from paretune.spaces import candidate as candidates  # noqa: E402
 from paretune.spaces.candidate import Algorithm, PatternKind, Score  # noqa: E402
 from paretune.teachers.families import FAMILIES  # noqa: E402
 
