@@ -38,6 +38,16 @@ class Shares(BaseModel):
         return self
 
 
+class Reference(BaseModel):
+    """The corner below which a front's volume is counted: `loss` is a relative NLL increase over the fp32 teacher, `times` a
+    multiple of the teacher's latency and bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: float = Field(default=0.25, gt=0)
+    times: float = Field(default=1.1, gt=0)
+
+
 class Spec(BaseModel):
     """Settings of one search. Durations are like `90s`, `45m`, `8h`.
 
@@ -45,7 +55,8 @@ class Spec(BaseModel):
     residual stream. `keep_zeros` takes the zeros of a pruned teacher as given masks, which a candidate can keep through
     recovery; masks that `torch.nn.utils.prune` left in the checkpoint are always taken.
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
-    the sampler is kept below it and finalists come from below it.
+    the sampler is kept below it and finalists come from below it. `sampler: sequential` searches one axis after the other
+    (size, mask, precision) instead of jointly, for comparison; `reference` is what fronts are compared by.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,7 +66,7 @@ class Spec(BaseModel):
     field: str | None = None
     profile: str = "local-cpu"
     budget: str = "9m"
-    sampler: Literal["tpe", "nsga2"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "sequential"] = "tpe"
     seed: int = 0
     objectives: tuple[Objective, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
     limits: dict[Literal["decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes"], Positive] = Field(
@@ -71,6 +82,7 @@ class Spec(BaseModel):
     max_candidates: int = Field(2000, ge=1)
     finalists: int = Field(9, ge=1)
     shares: Shares = Shares()
+    reference: Reference = Reference()
 
     @field_validator("budget")
     @classmethod

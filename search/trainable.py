@@ -32,7 +32,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1)
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
-        self._evaluator = _make_evaluator()
+        self._evaluator = make_evaluator(Path(os.environ[FOLDER]), Path(os.environ[HOME]))
         self._work = Work.from_json(config["work"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -82,12 +82,8 @@ def _disk_outcome(error: OSError) -> Outcome:
     return Outcome("failed", reason=f"{type(error).__name__}: {error}")
 
 
-def _make_evaluator() -> Any:
+def make_evaluator(folder: Path, home: Path) -> Any:
     """The real evaluator, or the simulated one that tests name by `module:class` in the environment."""
-    folder, home, name = (
-        Path(os.environ[FOLDER]),
-        Path(os.environ[HOME]),
-        os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator"),
-    )
+    name = os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator")
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

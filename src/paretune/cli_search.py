@@ -31,7 +31,7 @@ def search(
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
     profile: Annotated[str | None, typer.Option(help="Target machine: a name or a YAML file.")] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe or nsga2.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     study: Annotated[
         str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
