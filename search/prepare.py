@@ -47,16 +47,6 @@ class Ready:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
-    """Whether the teacher came with masks that a candidate can keep. Raises UsageError if zeros are to be kept, but there are none."""
-    if spec.keep_zeros and not teacher.masks(zeros=True):
-        raise UsageError(
-            f"keep_zeros needs a teacher of which a matrix has 5 % zeros or more, but {teacher.name} has none",
-            "leave keep_zeros out",
-        )
-    return spec.keep_zeros or teacher.has_masks
-
-
 def prepare(spec: Spec, home: Path) -> Ready:
     """Check teacher, text, profile, budget, disk and memory. Raises UsageError or EnvironmentProblem before any work."""
     _check_home(home)
