@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from paretune.compression.distill.elastic import ElasticTrainer
-from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
 from paretune.compression.student import EMBEDDING, Codes, quantized_weights
@@ -23,10 +22,11 @@ from paretune.hardware_profiles.files import write_atomically
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
 from paretune.search.measuring import Measuring
+from paretune.search.recovering import Recovering, sparsity_of
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate
-from paretune.teachers.checkpoint import load_tensors, save_tensors
+from paretune.teachers.checkpoint import load_tensors
 from paretune.teachers.tokens import Windows
 
 SCORE_BATCH = 16
@@ -96,7 +96,7 @@ class Evaluator:
             sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape, codes)
         return Outcome(
             scores=scores,
-            facts=_sparsity(masks),
+            facts=sparsity_of(masks),
             measurements={
                 "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
                 "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
@@ -127,44 +127,7 @@ class Evaluator:
         return _scores(windows, self.space.tokens["search"].names, sums)
 
     def _recover(self, candidate: Candidate, work: Work) -> Outcome:
-        space = self.space
-        before, masks = space.sparsify(candidate, space.dense_weights(candidate))
-        batch = space.batch_within_memory(RecoveryRecipe.batch)
-        recipe = RecoveryRecipe(work.options["tokens"], context=space.window, batch=batch, seed=space.spec.seed + 1)
-        deadline = time.monotonic() + work.seconds_left
-        after, facts = recover(
-            space.teacher_weights,
-            before,
-            masks,
-            candidate,
-            space.network,
-            space.teacher.shape.layers,
-            space.tokens["train"].ids,
-            recipe,
-            space.lock.shared,
-            lambda: time.monotonic() > deadline,
-        )
-        if facts["tokens"] < work.options["tokens"] - batch * space.window:
-            return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
-        with space.lock.shared():
-            scores = self.score_in_torch(candidate, after, space.codes(candidate, after))
-            was = self.score_in_torch(candidate, before, space.codes(candidate, before))
-        better = scores.mean_nll <= was.mean_nll
-        file = space.folder / "recovered" / f"{candidate.key}.safetensors"
-        save_tensors(
-            file, {k: v.contiguous() for k, v in (after if better else before).items()}, {"key": candidate.key}
-        )
-        return Outcome(
-            scores=scores if better else was,
-            facts={
-                **facts,
-                "file": str(file),
-                "kept_recovery": better,
-                "search_nll_before": was.mean_nll,
-                "search_nll_after": scores.mean_nll,
-                **_sparsity(masks),
-            },
-        )
+        return Recovering(self.space, self.score_in_torch).run(candidate, work)
 
     def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
         recovered = work.options.get("recovered")
@@ -198,6 +161,7 @@ class Evaluator:
             "unrecovered": not recovered,
             "recovery_tokens": recovered["tokens"] if recovered else 0,
             "qat": bool(recovered and recovered["qat"]),
+            "qat_reason": recovered.get("qat_reason", "") if recovered else "the weights were not trained",
         }
         if not recovered:
             with self.space.lock.shared():
@@ -253,12 +217,6 @@ class Evaluator:
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
         return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
-
-
-def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Fraction of the masked matrices' entries that are zero."""
-    total = sum(mask.numel() for mask in masks.values())
-    return {"sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / total} if total else {}
 
 
 def _scores(

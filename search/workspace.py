@@ -36,6 +36,7 @@ from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
+from paretune.search.students import with_students
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
 from paretune.teachers import (
@@ -91,7 +92,8 @@ class Workspace:
 
     @cached_property
     def space(self) -> Space:
-        return Space.of(self.teacher.shape, self.profile.weight_formats, self._mild, self.spec.second_order)
+        space = Space.of(self.teacher.shape, self.profile.weight_formats, self._mild, self.spec.second_order)
+        return with_students(space, self.spec.student_configs)
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -179,6 +181,12 @@ class Workspace:
             return self.teacher_weights
         weights, order = self._elastic
         return slice_weights(weights, candidate, order, self.teacher.shape)
+
+    def kept_layers(self, candidate: Candidate) -> list[int]:
+        """The teacher's layers that a candidate keeps, in their order."""
+        if len(candidate.layers) == self.teacher.shape.layers:
+            return list(range(self.teacher.shape.layers))
+        return self._elastic[1].kept_layers(len(candidate.layers))
 
     def sparsify(
         self, candidate: Candidate, dense: Mapping[str, torch.Tensor]

@@ -45,6 +45,7 @@ class Space:
     """All layer-uniform candidates of a teacher's `shape` that the kernels in `kernels` (`int4/int8` …) execute.
 
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
+    `extra_ffn` are widths beside the usual ones.
     """
 
     shape: Shape
@@ -54,6 +55,7 @@ class Space:
     min_kv_groups: int
     mild: bool = False
     second_order: bool = True
+    extra_ffn: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False, second_order: bool = True) -> Space:
@@ -82,11 +84,12 @@ class Space:
 
     @property
     def ffn_widths(self) -> tuple[int, ...]:
-        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them; the teacher's own is the last."""
+        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them and the extra ones; the teacher's own
+        is the last."""
         step = WIDTH_STEP if self.shape.ffn >= 4 * WIDTH_STEP else 32
         inner = [w for w in range(self.min_ffn, self.shape.ffn, step) if w % step == 0]
         stride = max(1, -(-len(inner) // (WIDTH_LEVELS - 1)))
-        return (*inner[::stride], self.shape.ffn)
+        return tuple(sorted({*inner[::stride], *self.extra_ffn, self.shape.ffn}))
 
     @property
     def bits(self) -> tuple[int, ...]:
