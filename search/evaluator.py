@@ -183,7 +183,7 @@ class Evaluator:
         return {
             "quality_text": text,
             "measurements": {n: m.to_dict() for n, m in measurements.items()},
-            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation"
+            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation, {_qat_text(recovered)}"
             if recovered
             else "none, the teacher's own weights",
         }
@@ -217,6 +217,11 @@ class Evaluator:
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
         return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
+
+
+def _qat_text(recovered: Mapping[str, Any]) -> str:
+    told = "under its rounding (QAT)" if recovered["qat"] else "without its rounding"
+    return f"{told}: {recovered['qat_reason']}" if recovered.get("qat_reason") else told
 
 
 def _scores(
