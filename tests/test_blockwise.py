@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from paretune.compression.distill import RecoveryRecipe, recover, recover_blocks
-from paretune.compression.distill.blockwise import block_output, relative_error
+from paretune.compression.distill.blockwise import block_output, layer_alone, relative_error
 from paretune.compression.distill.hidden import hidden_loss, layer_outputs, segments
 from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.prune import importance, layer_statistics, slice_weights, sort_by_importance
@@ -104,12 +104,11 @@ def test_a_block_alone_gives_what_it_gives_in_the_model(trained: Trained) -> Non
         network(trained.weights, trained.held_out[:2])
         inputs = [trained.weights["model.embed_tokens.weight"][trained.held_out[:2]], *outputs]
     for i in range(3):
-        prefix = f"model.layers.{i}."
-        block = {n.removeprefix(prefix): w for n, w in trained.weights.items() if n.startswith(prefix)}
+        block, name = layer_alone(trained.weights, i), "model.layers.0.mlp.up_proj.weight"
         with torch.no_grad():
             found = block_output(trained.networks(1), block, inputs[i])
-            moved = {**block, "mlp.up_proj.weight": block["mlp.up_proj.weight"].clone()}
-            moved["mlp.up_proj.weight"][0, 0] += 0.5
+            moved = {**block, name: block[name].clone()}
+            moved[name][0, 0] += 0.5
             other = block_output(trained.networks(1), moved, inputs[i])
         assert torch.allclose(found, inputs[i + 1], atol=1e-5)
         assert not torch.allclose(other, inputs[i + 1], atol=1e-5), "one weight moved must be seen"

@@ -28,8 +28,10 @@ from paretune.spaces.candidate import Candidate
 from paretune.teachers.batches import Batches
 
 Weights = Mapping[str, torch.Tensor]
+Machine = Callable[[], AbstractContextManager[None]]
 MOST_STORED = 2**25  # numbers of hidden states, once for the teacher and once for the student
 HELD_OUT = 8  # one window in so many judges the blocks
+LAYER = "model.layers.0."
 RATE = 0.3  # of the recipe's learning rates: a block starts near its target
 
 
@@ -42,7 +44,7 @@ def recover_blocks(
     depth: int,
     tokens: Any,
     recipe: RecoveryRecipe,
-    machine: Callable[[], AbstractContextManager[None]] = nullcontext,
+    machine: Machine = nullcontext,
     stop: Callable[[], bool] = lambda: False,
     *,
     kept: Sequence[int] = (),
@@ -57,18 +59,20 @@ def recover_blocks(
     check_hidden_widths(weights[EMBEDDING].shape[1], teacher_weights[EMBEDDING].shape[1])
     start, found = time.monotonic(), {name: value.detach().clone() for name, value in weights.items()}
     rounding = recipe.uses_qat(candidate) and (decide is None or decide(found))
-    ids = _windows(tokens, recipe, weights[EMBEDDING].shape[1])
-    x_teacher = teacher_weights[EMBEDDING][ids].float()
+    ids, batch = _windows(tokens, recipe, weights[EMBEDDING].shape[1]), recipe.batch
     table = weights[EMBEDDING]
-    x_student = (fake_quantize(table, candidate.embedding_format) if rounding else table)[ids].float()
+    embedded = {**found, EMBEDDING: fake_quantize(table, candidate.embedding_format) if rounding else table}
+    x_teacher = first_input(networks(1), layer_alone(teacher_weights, 0), ids, batch, machine)
+    x_student = first_input(networks(1), layer_alone(embedded, 0), ids, batch, machine)
     errors, parts = [], segments(kept or range(len(candidate.layers)), depth)
     for i, part in enumerate(parts):
+        for j in part:
+            x_teacher = _run(networks(1), layer_alone(teacher_weights, j), x_teacher, batch, machine)
+        block = _Block(networks(1), candidate, i, found, masks, rounding, recipe)
+        error = block.fit(x_student, x_teacher, machine, stop)
         if stop():
             break
-        for j in part:
-            x_teacher = _run(networks(1), _block(teacher_weights, j), x_teacher, recipe.batch, machine)
-        block = _Block(networks(1), candidate, i, found, masks, rounding, recipe)
-        errors.append(block.fit(x_student, x_teacher, machine))
+        errors.append(error)
         found.update(block.named())
         x_student = block.run(x_student, machine)
     facts = {
@@ -97,21 +101,24 @@ class _Block:
     ) -> None:
         self.network, self.index, self.rounding, self.recipe = network, index, rounding, recipe
         self.alone = Candidate((candidate.layers[index],))
-        self.masks = _block(masks, index)
-        self.best = _block(weights, index)
+        self.masks = layer_alone(masks, index)
+        alone = layer_alone(weights, index)
+        self.outside = {n: v for n, v in alone.items() if LAYER not in n}
+        self.best = {n: v for n, v in alone.items() if LAYER in n}
         self.parameters = {n: torch.nn.Parameter(v.detach().clone().float()) for n, v in self.best.items()}
 
-    def fit(self, x: torch.Tensor, y: torch.Tensor, machine: Callable[[], AbstractContextManager[None]]) -> tuple[float, float]:
+    def fit(self, x: torch.Tensor, y: torch.Tensor, machine: Machine, stop: Callable[[], bool]) -> tuple[float, float]:
         """Train on all windows but the held-out ones; (error before, error after) on those. Keeps the better weights."""
         held = max(1, len(x) // HELD_OUT)
         before = self.error(self.best, x[-held:], y[-held:], machine)
         if before == 0.0:
             return before, before
         recipe, windows = self.recipe, max(1, len(x) - held)
-        named = {f".layers.{n}": p for n, p in self.parameters.items()}
-        optimizers = Optimizers(named, RATE * recipe.muon_lr, RATE * recipe.adamw_lr)
+        optimizers = Optimizers(self.parameters, RATE * recipe.muon_lr, RATE * recipe.adamw_lr)
         generator = torch.Generator().manual_seed(recipe.seed + self.index)
         for step in range(recipe.steps):
+            if stop():
+                break
             chosen = torch.randint(0, windows, (recipe.batch,), generator=generator)
             with machine(), torch.autocast("cpu", torch.bfloat16):
                 torch.autograd.backward(relative_error(self._forward(self.parameters, x[chosen]), y[chosen]))
@@ -124,43 +131,73 @@ class _Block:
 
     @torch.no_grad()
     def error(
-        self, block: Weights, x: torch.Tensor, y: torch.Tensor, machine: Callable[[], AbstractContextManager[None]]
+        self, block: Weights, x: torch.Tensor, y: torch.Tensor, machine: Machine
     ) -> float:
         """Relative squared error of the block's output as it ships."""
         found = _batched(lambda part: self._forward(block, part), x, self.recipe.batch, machine)
         return float(relative_error(found, y))
 
     @torch.no_grad()
-    def run(self, x: torch.Tensor, machine: Callable[[], AbstractContextManager[None]]) -> torch.Tensor:
+    def run(self, x: torch.Tensor, machine: Machine) -> torch.Tensor:
         """What the next block gets."""
         return _batched(lambda part: self._forward(self.best, part), x, self.recipe.batch, machine)
 
     def named(self) -> dict[str, torch.Tensor]:
         """The better weights by their names in the student."""
-        return {f"model.layers.{self.index}.{n}": value for n, value in self.best.items()}
+        return {n.replace(LAYER, f"model.layers.{self.index}."): value for n, value in self.best.items()}
 
     def _forward(self, block: Weights, x: torch.Tensor) -> torch.Tensor:
         masked = {n: v * self.masks[n] if n in self.masks else v for n, v in block.items()}
         if not self.rounding:
-            return block_output(self.network, masked, x)
+            return block_output(self.network, {**self.outside, **masked}, x)
         forms = matmul_formats(self.alone)
-        rounded = {n: fake_quantize(v, forms[k]) if (k := f"model.layers.0.{n}") in forms else v for n, v in masked.items()}
+        rounded = {n: fake_quantize(v, forms[n]) if n in forms else v for n, v in masked.items()}
         with self.network.activations(self.alone):
-            return block_output(self.network, rounded, x)
+            return block_output(self.network, {**self.outside, **rounded}, x)
 
 
-def block_output(network: Network, block: Weights, x: torch.Tensor) -> torch.Tensor:
+def block_output(network: Network, weights: Weights, x: torch.Tensor) -> torch.Tensor:
     """Output of one decoder layer [windows, length, hidden] for the input `x` of that shape.
 
-    `network` has depth 1; `block` are the layer's weights by their names inside the layer.
+    `network` has depth 1, `weights` are those of `layer_alone`. What the embedding makes is replaced by `x` on its way in.
     """
-    inner = {f"layers.0.{name}": value for name, value in block.items()}
-    inner["norm.weight"] = torch.ones(x.shape[-1])
-    with layer_outputs(network) as outputs:
-        torch.func.functional_call(
-            network.module.model, inner, (), {"inputs_embeds": x, "use_cache": False}, tie_weights=False
-        )
+
+    def feed(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (x, *inputs[1:])
+
+    handle = network.layers[0].register_forward_pre_hook(feed)
+    try:
+        with layer_outputs(network) as outputs:
+            network.hidden(weights, torch.zeros(x.shape[:2], dtype=torch.long))
+    finally:
+        handle.remove()
     return outputs[0]
+
+
+@torch.no_grad()
+def first_input(
+    network: Network, weights: Weights, ids: torch.Tensor, batch: int, machine: Machine
+) -> torch.Tensor:
+    """What the first layer reads for token ids [windows, length]: hidden states [windows, length, hidden] in float32."""
+    found: list[torch.Tensor] = []
+    handle = network.layers[0].register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float()))
+    try:
+        for start in range(0, len(ids), batch):
+            with machine():
+                network.hidden(weights, ids[start : start + batch])
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+def layer_alone(weights: Weights, index: int) -> dict[str, torch.Tensor]:
+    """The tensors outside the layers, and those of one layer by the names that they have in a model of depth 1."""
+    prefix = f"model.layers.{index}."
+    return {
+        name.replace(prefix, LAYER): value
+        for name, value in weights.items()
+        if name.startswith(prefix) or ".layers." not in name
+    }
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -174,7 +211,7 @@ def _run(
     block: Weights,
     x: torch.Tensor,
     batch: int,
-    machine: Callable[[], AbstractContextManager[None]],
+    machine: Machine,
 ) -> torch.Tensor:
     with torch.no_grad():
         return _batched(lambda part: block_output(network, block, part), x, batch, machine)
@@ -184,19 +221,13 @@ def _batched(
     function: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     batch: int,
-    machine: Callable[[], AbstractContextManager[None]],
+    machine: Machine,
 ) -> torch.Tensor:
     found = torch.empty_like(x)
     for start in range(0, len(x), batch):
         with machine(), torch.autocast("cpu", torch.bfloat16):
             found[start : start + batch] = function(x[start : start + batch])
     return found
-
-
-def _block(weights: Weights, index: int) -> dict[str, torch.Tensor]:
-    """The tensors of one layer by their names inside it."""
-    prefix = f"model.layers.{index}."
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _windows(tokens: Any, recipe: RecoveryRecipe, hidden: int) -> torch.Tensor:
