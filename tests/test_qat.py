@@ -98,14 +98,16 @@ def test_the_integers_that_ship_are_those_that_training_computed_with(training: 
     codes = shipped(folder / "onnx" / "model.onnx")
     forms = matmul_formats(CANDIDATE)
     for i in range(3):
-        for node, name in (("self_attn/o_proj", "self_attn.o_proj"), ("mlp/down_proj", "mlp.down_proj")):
+        for node, name in (("attn/o_proj", "self_attn.o_proj"), ("mlp/down_proj", "mlp.down_proj")):
             full = f"model.layers.{i}.{name}.weight"
             scales = quantize(found[full], forms[full]).scales.repeat_interleave(32, 1)
             assert torch.equal(torch.from_numpy(codes[f"/model/layers.{i}/{node}"]).float() * scales, last[full])
-    # controls: other weights, one weight moved by half a step, one bit coarser
+    # controls: one weight moved by a step, another grid, the weights from before
     moved = {n: w.clone() for n, w in found.items()}
     name = "model.layers.1.mlp.down_proj.weight"
-    moved[name][3, 5] += 0.75 * quantize(found[name], INT4).scales[3, 0].abs()
+    grid = quantize(found[name], INT4)
+    row, column = (grid.codes.abs() < 4).nonzero()[0].tolist()  # away from the ends of the grid
+    moved[name][row, column] += grid.scales[row, column // 32]
     coarser = quantize(found[name], Format(8, 32)).dequantize()
     for other in (codes_of(moved, CANDIDATE)[name], coarser, codes_of(training.teacher.weights(), CANDIDATE)[name]):
         assert not torch.equal(other, last[name])

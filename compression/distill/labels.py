@@ -1,8 +1,8 @@
 """The teacher's soft labels for a batch: computed anew, or cut to the likeliest tokens and kept on disk.
 
 All recoveries of a study read the same text in the same order, so what the teacher says about it can be kept: per token the
-k likeliest tokens with their log-probabilities (float16) and one bucket for all others, a zstd file per batch (sparse logits
-as in Raffel-style offline distillation; the bias of cutting without a bucket is shown by Anshumann et al. 2025,
+k likeliest tokens with their log-probabilities (float16) and one bucket for all others, a zstd file per batch. What cutting
+without the bucket does to the student is shown by Anshumann et al. 2025 (sparse logit sampling,
 arXiv 2503.16870). A kept label and a fresh one are the same bit for bit, so a hit changes nothing but the time.
 
 Suggested k: 64 for 4,096 tokens of vocabulary (docs/log.md has the error). It hurts with a high temperature, where the
