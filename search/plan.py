@@ -33,6 +33,7 @@ class Plan:
     memory_bytes: int
     free_memory_bytes: int
     notes: tuple[str, ...]
+    most_finalists: int = 0
 
 
 def training_tokens_per_parameter(spec: Spec, teacher: Teacher, profile: Profile) -> float:
@@ -77,6 +78,7 @@ def make_plan(
         int(size * 12 + 2.5e9),
         _available_memory(),
         tuple(notes),
+        spec.most_finalists,
     )
 
 
@@ -90,3 +92,4 @@ def _available_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
+    return sys.maxsize

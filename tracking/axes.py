@@ -15,11 +15,11 @@ from paretune.tracking.points import (
     Group,
     bounds,
     column,
-    whiskers,
     scaled,
     size_ticks,
     staircase,
     title,
+    whiskers,
     window,
 )
 from paretune.tracking.wording import SHORT

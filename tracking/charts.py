@@ -22,11 +22,11 @@ from paretune.tracking.points import (
     colours_of,
     column,
     diameters,
-    whiskers,
     groups,
     is_below,
     scaled,
     staircase,
+    whiskers,
 )
 from paretune.tracking.wording import SHORT, is_disturbed, measurement, recommended, with_interval
 
