@@ -72,7 +72,9 @@ def escalate(tried: Tried, stakes: Stakes) -> Escalation:
         return _classical(tried, stakes.teacher_search, stakes.max_loss)
     cost = tried.ptq_nll - tried.unquantized_nll
     if tried.cost_low <= 0:
-        return Escalation(False, f"rounding costs {cost:+.4f} nats/token, which may be chance: there is nothing to win back")
+        return Escalation(
+            False, f"rounding costs {cost:+.4f} nats/token, which may be chance: there is nothing to win back"
+        )
     best = _optimistic(tried, stakes)
     better = next((v for v in stakes.front if dominates(v, best)), None)
     if better is not None:

@@ -127,7 +127,9 @@ class _Choice:
         low = paired_difference(rounded, exact)[1]
         self.tried = Tried(rounded.mean_nll, exact.mean_nll, low)
         self.made = (
-            Escalation(True, "its layers have fewer than 8 bits") if self.stakes is None else escalate(self.tried, self.stakes)
+            Escalation(True, "its layers have fewer than 8 bits")
+            if self.stakes is None
+            else escalate(self.tried, self.stakes)
         )
         return self.made.qat
 
@@ -136,5 +138,7 @@ class _Choice:
         reason = self.made.reason + (
             "; training made nothing better, so the weights are those from before" if not kept else ""
         )
-        found = {} if self.tried is None else {"ptq_nll": self.tried.ptq_nll, "unquantized_nll": self.tried.unquantized_nll}
+        found = (
+            {} if self.tried is None else {"ptq_nll": self.tried.ptq_nll, "unquantized_nll": self.tried.unquantized_nll}
+        )
         return {"qat": bool(trained) and kept, "qat_reason": reason, **found}

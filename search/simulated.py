@@ -79,7 +79,9 @@ class SimulatedEvaluator:
                 facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
             )
         assert work.candidate is not None
-        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](work.candidate, work)
+        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](
+            work.candidate, work
+        )
 
     def close(self) -> None:
         """Nothing is held."""
@@ -93,7 +95,9 @@ class SimulatedEvaluator:
         """Training leaves 60 % of what cuts and zeros cost, and of what rounding costs only if it sees the rounding."""
         choice = not_eligible(candidate)
         if may_escalate(candidate) and "stakes" in work.options:
-            ptq, exact = (TEACHER_NLL["search"] + recovered_loss(candidate, c) for c in (candidate, unrounded(candidate)))
+            ptq, exact = (
+                TEACHER_NLL["search"] + recovered_loss(candidate, c) for c in (candidate, unrounded(candidate))
+            )
             choice = escalate(Tried(ptq, exact, ptq - exact), Stakes.from_dict(work.options["stakes"]))
         increase = 0.6 * loss(candidate) if choice.qat else recovered_loss(candidate, candidate)
         return Outcome(

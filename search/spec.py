@@ -57,7 +57,9 @@ class Recovery(BaseModel):
     @model_validator(mode="after")
     def _learns_something(self) -> Recovery:
         if self.kl_weight + self.ce_weight + self.hidden_weight == 0:
-            raise ValueError("kl_weight, ce_weight and hidden_weight must not all be 0, or there is nothing to learn from")
+            raise ValueError(
+                "kl_weight, ce_weight and hidden_weight must not all be 0, or there is nothing to learn from"
+            )
         return self
 
 

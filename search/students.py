@@ -48,7 +48,11 @@ def _check(space: Space, config: StudentConfig, where: str) -> None:
     )
     for name, value, low, high in limits:
         if not low <= value <= high:
-            why = "; the budget allows mild cuts only, a longer --budget allows more" if space.mild and value < low else ""
+            why = (
+                "; the budget allows mild cuts only, a longer --budget allows more"
+                if space.mild and value < low
+                else ""
+            )
             raise UsageError(
                 f"{where}: {name} must be {low} to {high} to be a slice of this teacher{why}, but got {value}",
                 f"choose {name} from {low} to {high}",

@@ -76,7 +76,9 @@ def trained(tiny_teacher: Teacher, tiny_tokens: dict[str, TokenSplit]) -> Traine
         return made.setdefault(depth, Network(tiny_teacher.config, tiny_teacher.shape, depth))
 
     train = torch.as_tensor(tiny_tokens["train"].ids[:].astype("int64"))
-    parameters = {n: torch.nn.Parameter(0.3 * w if w.ndim == 2 else w.clone()) for n, w in tiny_teacher.weights().items()}
+    parameters = {
+        n: torch.nn.Parameter(0.3 * w if w.ndim == 2 else w.clone()) for n, w in tiny_teacher.weights().items()
+    }
     optimizers, batches = Optimizers(parameters, 0.02, 3e-3), Batches(train, 64, 8, 0)
     for step in range(250):
         ids = batches.at(step)
@@ -119,7 +121,16 @@ RECIPE = RecoveryRecipe(tokens=100 * 4 * 64, context=64, batch=4)
 
 def by_blocks(trained: Trained, recipe: RecoveryRecipe = RECIPE, masks: Weights | None = None, **options):  # type: ignore[no-untyped-def]
     return recover_blocks(
-        trained.weights, trained.student, masks or {}, CUT, trained.networks, 3, trained.train, recipe, kept=trained.kept, **options
+        trained.weights,
+        trained.student,
+        masks or {},
+        CUT,
+        trained.networks,
+        3,
+        trained.train,
+        recipe,
+        kept=trained.kept,
+        **options,
     )
 
 
@@ -146,7 +157,11 @@ def test_the_wrong_target_does_not_help(trained: Trained) -> None:
 
 
 def test_block_by_block_keeps_zeros_asks_once_and_stops(trained: Trained) -> None:
-    masks = {n: torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) > 0.5 for n, w in trained.student.items() if "mlp" in n}
+    masks = {
+        n: torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+        for n, w in trained.student.items()
+        if "mlp" in n
+    }
     masked = {n: w * masks[n] if n in masks else w for n, w in trained.student.items()}
     asked: list[int] = []
 
@@ -196,7 +211,15 @@ def test_matching_hidden_states_brings_them_nearer_than_the_logits_alone(trained
     short = replace(RECIPE, tokens=25 * 4 * 64, qat="never")
     found = [
         recover(
-            trained.weights, trained.student, {}, CUT, trained.networks, 3, trained.train, replace(short, hidden_weight=weight), kept=trained.kept
+            trained.weights,
+            trained.student,
+            {},
+            CUT,
+            trained.networks,
+            3,
+            trained.train,
+            replace(short, hidden_weight=weight),
+            kept=trained.kept,
         )[0]
         for weight in (0.0, 3.0)
     ]

@@ -39,7 +39,12 @@ TRIED = Tried(ptq_nll=2.10, unquantized_nll=2.00, cost_low=0.08)
     ("tried", "changes", "qat", "said"),
     [
         (TRIED, {}, True, r"non-dominated, and rounding costs \+0.1000"),
-        (TRIED, {"front": ((2.0, 0.30, 3e6),)}, False, r"2.070 nats/token.* dominated by a confirmed .*2.000 nats/token"),
+        (
+            TRIED,
+            {"front": ((2.0, 0.30, 3e6),)},
+            False,
+            r"2.070 nats/token.* dominated by a confirmed .*2.000 nats/token",
+        ),
         (TRIED, {"front": ((2.075, 0.29, 2.9e6),)}, True, "2.070 nats/token, 0.300 ms/token, 3.00 MB"),
         (TRIED, {"estimate": (2.01, 0.30, 3e6), "front": ((2.05, 0.29, 2.9e6),)}, True, "2.010 nats/token"),
         (replace(TRIED, cost_low=0.0), {}, False, "may be chance"),
@@ -118,7 +123,9 @@ def unquantized_at_its_cost(work: Work) -> tuple[float, ...]:
     return (min(estimate[0], nll), *estimate[1:])
 
 
-def test_by_value_qat_goes_to_those_that_would_be_on_the_front(by_value: tuple[list[tuple[Work, Outcome]], Store]) -> None:
+def test_by_value_qat_goes_to_those_that_would_be_on_the_front(
+    by_value: tuple[list[tuple[Work, Outcome]], Store],
+) -> None:
     """The oracle keeps the confirmed values itself and looks at every one of them."""
     confirmed: list[tuple[float, ...]] = []
     decided = []
@@ -128,7 +135,9 @@ def test_by_value_qat_goes_to_those_that_would_be_on_the_front(by_value: tuple[l
         if work.kind == "recover" and work.candidate is not None and may_escalate(work.candidate):
             mine = unquantized_at_its_cost(work)
             beaten = any(all(x <= y for x, y in zip(c, mine, strict=True)) and c != mine for c in confirmed)
-            costs = recovered_loss(work.candidate, work.candidate) > recovered_loss(work.candidate, unrounded(work.candidate))
+            costs = recovered_loss(work.candidate, work.candidate) > recovered_loss(
+                work.candidate, unrounded(work.candidate)
+            )
             assert outcome.facts["qat"] is (costs and not beaten), outcome.facts["qat_reason"]
             assert ("dominated by" in outcome.facts["qat_reason"]) is (costs and beaten)
             decided.append(outcome.facts["qat"])
@@ -210,9 +219,13 @@ def test_sizes_of_the_user_are_explored_first_and_are_choices_of_the_sampler(tmp
     found = [(len(c.layers), c.layers[0].ffn, c.layers[0].kv_groups, c.layers[0].ffn_format.bits) for c in first if c]
     assert found == [(5, 544, 3, bits) for bits in (32, 8, 4)] + [(3, 768, 4, bits) for bits in (32, 8, 4)]
     assert [r.source for r in store.candidates()][3:9] == ["seed"] * 6
-    space = with_students(Space.of(SHAPE, detected_profile().weight_formats), Spec(student_configs=sizes).student_configs)
+    space = with_students(
+        Space.of(SHAPE, detected_profile().weight_formats), Spec(student_configs=sizes).student_configs
+    )
     assert 544 in space.ffn_widths and 544 not in Space.of(SHAPE, detected_profile().weight_formats).ffn_widths
-    assert all(space.decode(space.encode(c)) == c for c in student_seeds(space, Spec(student_configs=sizes).student_configs))
+    assert all(
+        space.decode(space.encode(c)) == c for c in student_seeds(space, Spec(student_configs=sizes).student_configs)
+    )
 
 
 @pytest.mark.parametrize(

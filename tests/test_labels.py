@@ -180,5 +180,5 @@ def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None
 
 
 def test_no_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one token.*k=0"):
+    with pytest.raises(ValueError, match=r"at least one token.*k=0"):
         cache(tmp_path, k=0)

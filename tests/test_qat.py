@@ -35,11 +35,15 @@ def networks(tiny_teacher: Teacher) -> Callable[[int], Network]:
 class Training:
     """Recoveries of the teacher itself at 4 bits, with every set of weights that a forward pass of training computed with."""
 
-    def __init__(self, teacher: Teacher, networks: Callable[[int], Network], tokens: Any, monkeypatch: pytest.MonkeyPatch):
+    def __init__(
+        self, teacher: Teacher, networks: Callable[[int], Network], tokens: Any, monkeypatch: pytest.MonkeyPatch
+    ):
         self.teacher, self.networks, self.tokens, self.monkeypatch = teacher, networks, tokens, monkeypatch
         self.seen: list[Weights] = []
 
-    def run(self, recipe: RecoveryRecipe = RECIPE, steps: int = STEPS, **options: Any) -> tuple[Weights, dict[str, float]]:
+    def run(
+        self, recipe: RecoveryRecipe = RECIPE, steps: int = STEPS, **options: Any
+    ) -> tuple[Weights, dict[str, float]]:
         self.seen.clear()
         network, calls = self.networks(3), iter(range(10**6))
         teacher = self.teacher.weights()
@@ -49,20 +53,32 @@ class Training:
 
             activations, layers, module = network.activations, network.layers, network.module
 
-            def __call__(spied, weights: Weights, ids: torch.Tensor) -> torch.Tensor:  # noqa: N805
+            def __call__(spied, weights: Weights, ids: torch.Tensor) -> torch.Tensor:
                 if weights is not teacher:
                     self.seen.append({n: w.detach().clone() for n, w in weights.items()})
                 return network(weights, ids)
 
         spied: Any = Spied()
         return recover(
-            teacher, teacher, {}, CANDIDATE, lambda _depth: spied, 3, self.tokens, recipe, stop=lambda: next(calls) >= steps, **options
+            teacher,
+            teacher,
+            {},
+            CANDIDATE,
+            lambda _depth: spied,
+            3,
+            self.tokens,
+            recipe,
+            stop=lambda: next(calls) >= steps,
+            **options,
         )
 
 
 @pytest.fixture
 def training(
-    tiny_teacher: Teacher, networks: Callable[[int], Network], tiny_tokens: dict[str, TokenSplit], monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Teacher,
+    networks: Callable[[int], Network],
+    tiny_tokens: dict[str, TokenSplit],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Training:
     return Training(tiny_teacher, networks, tiny_tokens["train"].ids, monkeypatch)
 
@@ -128,13 +144,17 @@ def test_the_question_comes_once_after_its_share_of_the_steps(training: Training
 
     def decide(weights: Weights) -> bool:
         asked.append(len(training.seen))
-        assert training.seen == [] or not torch.equal(weights["model.norm.weight"], training.seen[-1]["model.norm.weight"])
+        assert training.seen == [] or not torch.equal(
+            weights["model.norm.weight"], training.seen[-1]["model.norm.weight"]
+        )
         return answer
 
     _, facts = training.run(replace(RECIPE, ptq_share=share), decide=decide)
     expected = min(round(STEPS * share), STEPS - 1)
     assert asked == [expected] and facts["qat"] == float(answer)
-    rounded = ["lm_head.weight" in weights for weights in training.seen]  # a tied head is a tensor of its own once rounded
+    rounded = [
+        "lm_head.weight" in weights for weights in training.seen
+    ]  # a tied head is a tensor of its own once rounded
     assert rounded == [False] * expected + [answer] * (STEPS - expected)
 
 

@@ -130,9 +130,7 @@ class _Block:
         return before, min(before, after)
 
     @torch.no_grad()
-    def error(
-        self, block: Weights, x: torch.Tensor, y: torch.Tensor, machine: Machine
-    ) -> float:
+    def error(self, block: Weights, x: torch.Tensor, y: torch.Tensor, machine: Machine) -> float:
         """Relative squared error of the block's output as it ships."""
         found = _batched(lambda part: self._forward(block, part), x, self.recipe.batch, machine)
         return float(relative_error(found, y))
@@ -175,9 +173,7 @@ def block_output(network: Network, weights: Weights, x: torch.Tensor) -> torch.T
 
 
 @torch.no_grad()
-def first_input(
-    network: Network, weights: Weights, ids: torch.Tensor, batch: int, machine: Machine
-) -> torch.Tensor:
+def first_input(network: Network, weights: Weights, ids: torch.Tensor, batch: int, machine: Machine) -> torch.Tensor:
     """What the first layer reads for token ids [windows, length]: hidden states [windows, length, hidden] in float32."""
     found: list[torch.Tensor] = []
     handle = network.layers[0].register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float()))
@@ -206,22 +202,13 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (error / wanted.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def _run(
-    network: Network,
-    block: Weights,
-    x: torch.Tensor,
-    batch: int,
-    machine: Machine,
-) -> torch.Tensor:
+def _run(network: Network, block: Weights, x: torch.Tensor, batch: int, machine: Machine) -> torch.Tensor:
     with torch.no_grad():
         return _batched(lambda part: block_output(network, block, part), x, batch, machine)
 
 
 def _batched(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    batch: int,
-    machine: Machine,
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int, machine: Machine
 ) -> torch.Tensor:
     found = torch.empty_like(x)
     for start in range(0, len(x), batch):

@@ -141,7 +141,10 @@ class _Recovery:
         recipe = self.recipe
         labels, targets = self._from_teacher(ids)
         masked = {n: v * self.masks[n] if n in self.masks else v for n, v in self.parameters.items()}
-        with layer_outputs(self.network) if recipe.hidden_weight else nullcontext([]) as outputs:
+        watching: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if recipe.hidden_weight:
+            watching = layer_outputs(self.network)
+        with watching as outputs:
             if rounding:
                 with self.network.activations(self.candidate):
                     logits = self.network(quantized_weights(masked, self.candidate), ids)

@@ -58,7 +58,7 @@ def search(
         "profile": profile,
         "budget": budget,
         "sampler": sampler,
-        "max_loss": fraction(max_loss),
+        "max_loss": fraction(max_loss, "--max-loss"),
         "seed": seed,
     }
     spec = make_spec(spec_file, preset, options)
