@@ -189,7 +189,7 @@ def test_an_impossible_max_loss_is_refused(bad: Any) -> None:
     if bad == "1":
         assert Spec.model_validate({"max_loss": bad}).max_loss == 1.0  # a fraction, as in JSON
         return
-    with pytest.raises(UsageError, match="max.loss"):
+    with pytest.raises(UsageError, match=r"max.loss"):
         make_spec(None, None, {"max_loss": bad})
 
 
