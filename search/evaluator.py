@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from paretune.compression.distill.elastic import ElasticTrainer
-from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
 from paretune.compression.student import EMBEDDING, Codes, quantized_weights
@@ -22,10 +21,11 @@ from paretune.hardware_profiles.files import write_atomically
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
 from paretune.search.measuring import Measuring
+from paretune.search.recovering import Recovering, sparsity_of
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate
-from paretune.teachers.checkpoint import load_tensors, save_tensors
+from paretune.teachers.checkpoint import load_tensors
 from paretune.teachers.families import POSITIONS
 from paretune.teachers.tokens import Windows
 
@@ -98,7 +98,7 @@ class Evaluator:
             sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape, codes)
         return Outcome(
             scores=scores,
-            facts=_sparsity(masks),
+            facts=sparsity_of(masks),
             measurements={
                 "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
                 "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
@@ -128,44 +128,7 @@ class Evaluator:
         return _scores(windows, self.space.tokens["search"].names, sums)
 
     def _recover(self, candidate: Candidate, work: Work) -> Outcome:
-        space = self.space
-        before, masks = space.sparsify(candidate, space.dense_weights(candidate))
-        batch = space.batch_within_memory(RecoveryRecipe.batch)
-        recipe = RecoveryRecipe(work.options["tokens"], context=space.window, batch=batch, seed=space.spec.seed + 1)
-        deadline = time.monotonic() + work.seconds_left
-        after, facts = recover(
-            space.teacher_weights,
-            before,
-            masks,
-            candidate,
-            space.network,
-            space.teacher.shape.layers,
-            space.tokens["train"].ids,
-            recipe,
-            space.lock.shared,
-            lambda: time.monotonic() > deadline,
-        )
-        if facts["tokens"] < work.options["tokens"] - batch * space.window:
-            return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
-        with space.lock.shared():
-            scores = self.score_in_torch(candidate, after, space.codes(candidate, after))
-            was = self.score_in_torch(candidate, before, space.codes(candidate, before))
-        better = scores.mean_nll <= was.mean_nll
-        file = space.folder / "recovered" / f"{candidate.key}.safetensors"
-        save_tensors(
-            file, {k: v.contiguous() for k, v in (after if better else before).items()}, {"key": candidate.key}
-        )
-        return Outcome(
-            scores=scores if better else was,
-            facts={
-                **facts,
-                "file": str(file),
-                "kept_recovery": better,
-                "search_nll_before": was.mean_nll,
-                "search_nll_after": scores.mean_nll,
-                **_sparsity(masks),
-            },
-        )
+        return Recovering(self.space, self.score_in_torch).run(candidate, work)
 
     def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
         recovered = work.options.get("recovered")
@@ -198,6 +161,7 @@ class Evaluator:
             "unrecovered": not recovered,
             "recovery_tokens": recovered["tokens"] if recovered else 0,
             "qat": bool(recovered and recovered["qat"]),
+            "qat_reason": recovered.get("qat_reason", "") if recovered else "the weights were not trained",
         }
         if not recovered:
             with self.space.lock.shared():
@@ -219,7 +183,7 @@ class Evaluator:
         return {
             "quality_text": text,
             "measurements": {n: m.to_dict() for n, m in measurements.items()},
-            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation"
+            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation, {_qat_text(recovered)}"
             if recovered
             else "none, the teacher's own weights",
         }
@@ -266,11 +230,9 @@ class Evaluator:
             start, size = stop, max(1, min(4 * size, int(size * SCORE_SLICE_S / seconds)))
 
 
-def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Fraction of the masked matrices' entries that are zero, and whether that is none at all."""
-    total = sum(mask.numel() for mask in masks.values())
-    kept = sum(int(mask.sum()) for mask in masks.values())
-    return {"sparsity": 1 - kept / total, **({"idle_masks": 1.0} if kept == total else {})} if total else {}
+def _qat_text(recovered: Mapping[str, Any]) -> str:
+    told = "under its rounding (QAT)" if recovered["qat"] else "without its rounding"
+    return f"{told}: {recovered['qat_reason']}" if recovered.get("qat_reason") else told
 
 
 def _scores(

@@ -13,6 +13,7 @@ from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerpri
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
+from paretune.search.students import with_students
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
 from paretune.teachers.teacher import EMBEDDED_FOLDER
@@ -62,11 +63,13 @@ def prepare(spec: Spec, home: Path) -> Ready:
         hidden=spec.hidden,
         given=_has_given_masks(spec, teacher),
     )
+    space = with_students(space, spec.student_configs)
     notes = []
     if affordable < AFFORDABLE:
         notes.append(
             f"the budget allows {affordable:.2g} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
-            "searched beside precision and masks. A longer --budget searches smaller students"
+            "searched beside precision and masks, and finalists are recovered block by block. A longer --budget searches smaller "
+            "students"
         )
     if (
         spec.data is None

@@ -39,6 +39,7 @@ from paretune.hardware_profiles.files import warn_damaged
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
+from paretune.search.students import with_students
 from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
@@ -95,7 +96,7 @@ class Workspace:
     @cached_property
     def space(self) -> Space:
         given = self.spec.keep_zeros or self.teacher.has_masks
-        return Space.of(
+        space = Space.of(
             self.teacher.shape,
             self.profile.weight_formats,
             self._mild,
@@ -103,6 +104,7 @@ class Workspace:
             hidden=self.spec.hidden,
             given=given,
         )
+        return with_students(space, self.spec.student_configs)
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -211,6 +213,12 @@ class Workspace:
             return self.teacher_weights
         weights, order = self._elastic
         return slice_weights(weights, candidate, order, self.teacher.shape)
+
+    def kept_layers(self, candidate: Candidate) -> list[int]:
+        """The teacher's layers that a candidate keeps, in their order."""
+        if len(candidate.layers) == self.teacher.shape.layers:
+            return list(range(self.teacher.shape.layers))
+        return self._elastic[1].kept_layers(len(candidate.layers))
 
     def sparsify(
         self, candidate: Candidate, dense: Mapping[str, torch.Tensor]

@@ -46,6 +46,7 @@ class Space:
 
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
     `min_hidden` bounds the residual stream, 0 leaves it alone. With `given` the teacher came with masks that can be kept.
+    `extra_ffn` are widths beside the usual ones.
     """
 
     shape: Shape
@@ -57,6 +58,7 @@ class Space:
     second_order: bool = True
     min_hidden: int = 0
     given: bool = False
+    extra_ffn: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -99,8 +101,9 @@ class Space:
 
     @property
     def ffn_widths(self) -> tuple[int, ...]:
-        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them; the teacher's own is the last."""
-        return _widths(self.min_ffn, self.shape.ffn)
+        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them and the extra ones; the teacher's own
+        is the last."""
+        return tuple(sorted({*_widths(self.min_ffn, self.shape.ffn), *self.extra_ffn}))
 
     @property
     def hidden_widths(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json
+from paretune.cli_options import HOME, Home, Json, fraction
 from paretune.cli_study import status_of
 from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
 
@@ -32,6 +32,10 @@ def search(
     profile: Annotated[str | None, typer.Option(help="Target machine: a name or a YAML file.")] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.")] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     study: Annotated[
         str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
@@ -54,6 +58,7 @@ def search(
         "profile": profile,
         "budget": budget,
         "sampler": sampler,
+        "max_loss": fraction(max_loss, "--max-loss"),
         "seed": seed,
     }
     spec = make_spec(spec_file, preset, options)
