@@ -184,7 +184,7 @@ def elastic_rank_agreement() -> Iterator[Figure]:
         Calibration(shape, pairs[:i] + pairs[i + 1 :]).estimate(p.candidate, p.rung0) for i, p in enumerate(pairs)
     ]
     raw, confirmed = [p.rung0 for p in pairs], [p.confirmed for p in pairs]
-    parameters = [-float(features(p.candidate, shape)[2:12].sum()) for p in pairs]
+    parameters = [-float(features(p.candidate, shape)[2:-1].sum()) for p in pairs]
     generator = np.random.default_rng(0)
     taus = []
     for _ in range(1000):

@@ -24,7 +24,8 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
     """Score the rows of `request["ids"]` (npy [n, length]) with `request["targets"]` (npy [n]) valid targets each.
 
     Writes npy files: `nll` [n] summed nats per window; with `reference` also `kl` [m] and `agree` [m] summed over the
-    targets of the first m windows whose reference log-probabilities are in that file; with `save_reference` writes them.
+    targets of the first m windows whose reference log-probabilities are in that file; with `save_reference` writes them;
+    with `one_by_one` no two windows share a run.
     """
     ids, targets = np.load(request["ids"], allow_pickle=False), np.load(request["targets"], allow_pickle=False)
     reference = np.load(request["reference"], mmap_mode="r", allow_pickle=False) if request.get("reference") else None
@@ -35,7 +36,7 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
             request["save_reference"], "w+", np.float32, (m, ids.shape[1] - 1, decoder.vocab)
         )
     nll, kl, agree = np.zeros(len(ids)), np.zeros(m), np.zeros(m)
-    rows = max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
+    rows = 1 if request.get("one_by_one") else max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
     for start in range(0, len(ids), rows):
         batch = ids[start : start + rows]
         log_probs = log_softmax(decoder.logits(batch)[:, :-1])

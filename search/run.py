@@ -108,8 +108,13 @@ def prepare(spec: Spec, home: Path) -> Ready:
     profile = load_profile(spec.profile, home)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
+    if missing := spec.choices.missing(profile.weight_formats):
+        raise UsageError(
+            f"the profile {profile.name} has no kernel for {', '.join(missing)}",
+            "leave it out of `precisions`, or add its pair to the profile's weight_formats",
+        )
     space = Space.of(
-        teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE, second_order=spec.second_order
+        teacher.shape, profile.weight_formats, affordable < AFFORDABLE, spec.second_order, spec.choices
     )
     notes = []
     if affordable < AFFORDABLE:

@@ -12,7 +12,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.front import Vector, non_dominated
 from paretune.search.store import CandidateRow, Evaluation, Event, Store
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.candidate import ALGORITHM_NAMES, Candidate
 
 LABELS = {
     "nll": "NLL (nats/token)",
@@ -56,7 +56,8 @@ class Point:
         if self.source == "baseline":
             return f"teacher {self.candidate.head_format.name}"
         sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
-        formats = f"{x.attention_format.name}/{x.ffn_format.name}{' GPTQ' if self.candidate.uses_gptq else ''}"
+        found_by = ALGORITHM_NAMES[self.candidate.quantizer]
+        formats = f"{x.attention_format.name}/{x.ffn_format.name}{f' {found_by}' if found_by else ''}"
         return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
     def value(self, objective: str) -> Measurement:

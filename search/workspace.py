@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
+from paretune.compression.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.distill.elastic import ElasticRecipe, ElasticTrainer, elastic_key, order_of
 from paretune.compression.prune import (
     Importance,
@@ -91,7 +91,9 @@ class Workspace:
 
     @cached_property
     def space(self) -> Space:
-        return Space.of(self.teacher.shape, self.profile.weight_formats, self._mild, self.spec.second_order)
+        return Space.of(
+            self.teacher.shape, self.profile.weight_formats, self._mild, self.spec.second_order, self.spec.choices
+        )
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -207,9 +209,9 @@ class Workspace:
         return weights, masks
 
     def codes(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Codes:
-        """Codes by GPTQ of the matrices that want them, from the weights as they are now (masked, recovered or not)."""
+        """Codes of the matrices whose format needs calibration text, from the weights as they are now (masked, recovered or not)."""
         with _infeasible_when_impossible():
-            return gptq_codes(self.network(len(candidate.layers)), weights, candidate, self.calibration_ids)
+            return calibrated_codes(self.network(len(candidate.layers)), weights, candidate, self.calibration_ids)
 
     def _layer_statistics(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> list[LayerStatistics]:
         key = candidate.structure_key

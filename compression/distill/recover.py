@@ -21,8 +21,8 @@ from paretune.teachers.batches import Batches
 class RecoveryRecipe:
     """`tokens` of distillation for every finalist alike. `qat` is "auto" (4-bit layers only), "always" or "never".
 
-    GPTQ and QAT exclude each other: a candidate whose codes come from GPTQ is trained without rounding, and GPTQ is done on
-    what comes out. So the candidate's `algorithm` is how its shipped codes were found, always.
+    Codes from calibration text (GPTQ, clipping, static activations) and QAT exclude each other: such a candidate is trained
+    without rounding, and calibrated on what comes out. So the candidate's `algorithm` is how its shipped codes were found, always.
     """
 
     tokens: int
@@ -35,8 +35,8 @@ class RecoveryRecipe:
     seed: int = 1
 
     def uses_qat(self, candidate: Candidate) -> bool:
-        """Whether training sees the rounding: with 4-bit layers, whose error a few steps can move, unless GPTQ rounds them."""
-        if candidate.uses_gptq:
+        """Whether training sees the rounding: with 4-bit layers, whose error a few steps can move, unless they are calibrated."""
+        if candidate.needs_calibration:
             return False
         if self.qat == "auto":
             return any(f.bits < 8 for layer in candidate.layers for f in (layer.attention_format, layer.ffn_format))

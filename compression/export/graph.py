@@ -4,13 +4,15 @@ The interface and node choice follow the graphs of the onnxruntime-genai builder
 rotary embedding inside, SkipSimplifiedLayerNormalization), so its runtime streams text from the file; a test holds what it
 streams against transformers. Written here because every layer carries its own widths and formats, and because a graph with
 weights takes milliseconds. Quantized matrices are MatMulNBits (half the load time of DequantizeLinear, which ONNX Runtime would
-fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format. Norms
+fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format. 16-bit
+weights pass a Cast, and one scale for all activations takes MatMulInteger, both in standard operators. Norms
 of q and k come between the packed matrix and GroupQueryAttention: its own inputs for them have no CPU kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +24,9 @@ import torch
 from onnx import TensorProto, helper
 
 from paretune.compression.quantize.grid import Quantized, quantize
+from paretune.compression.quantize.half import to_half
 from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of, plain_candidate, student_config
-from paretune.spaces.candidate import Candidate, Format, Layer, Shape
+from paretune.spaces.candidate import Candidate, Format, Layer, Shape, block_for, shares_table
 from paretune.teachers.families import family_of
 
 OPSET, IR_VERSION = 21, 10
@@ -43,7 +46,7 @@ def build_model(
 ) -> onnx.ModelProto:
     """The decoder of `candidate` with `weights` (unquantized, already masked; Hugging Face names, [out, in]).
 
-    `codes` holds those of the matrices whose format says "gptq". Raises ValueError if some are missing.
+    `codes` holds those of the matrices whose format needs calibration. Raises ValueError if some are missing.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, past + sequence] (int64), past_key_values.<i>.key/.value
     [batch, kv_heads, past, head_dim]. Outputs: logits [batch, sequence, vocab], present.<i>.key/.value.
@@ -116,6 +119,10 @@ class _Graph:
         return outputs[0]
 
     def constant(self, name: str, value: Array | torch.Tensor) -> str:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:  # numpy has none
+            raw = value.detach().contiguous().view(torch.int16).numpy().tobytes()
+            self.initializers[name] = helper.make_tensor(name, TensorProto.BFLOAT16, value.shape, raw, raw=True)
+            return name
         array = value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
         if name not in self.initializers:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -171,10 +178,10 @@ class _Graph:
         """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes."""
         parts = {n: self.weights[n] for n in names}
         weight, whole = torch.cat(list(parts.values())), None
-        if form.bits != 32:
-            codes = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
-            scales = torch.cat([q.scales for q in codes])
-            whole = Quantized(torch.cat([q.codes for q in codes]), scales, form.bits, codes[0].group_size)
+        if form.is_integer:
+            found = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
+            codes, scales = torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])
+            whole = replace(found[0], codes=codes, scales=scales)
         return self.matmul(weight, form, name, stream, bias, whole)
 
     def matmul(
@@ -187,17 +194,46 @@ class _Graph:
         codes: Quantized | None = None,
     ) -> str:
         """stream @ weight.T + bias with the weight [N, K] in `form`, rounded to nearest unless `codes` are given."""
-        if form.bits == 32:
-            product = self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
+        if not form.is_integer:
+            table = self.floating(f"{name}.weight", weight.t(), form, f"{name}/widen")
+            product = self.node("MatMul", [stream, table], name)
         else:
-            tables = self.packed(quantize(weight, form) if codes is None else codes, f"{name}.weight")
-            product = self.matmul_nbits(tables, weight.shape, form, name, stream)
+            q = quantize(weight, form) if codes is None else codes
+            product = self.integer_product(q, form, name, f"{name}.weight", stream)
         if bias is None:
             return product
         return self.node("Add", [product, self.constant(f"{name}.bias", bias.float())], f"{name}/add")
 
+    def floating(self, name: str, weight: torch.Tensor, form: Format, path: str) -> str:
+        """A constant in fp32, fp16 or bf16, as fp32."""
+        if form.bits == 32:
+            return self.constant(name, weight.float())
+        return self.node("Cast", [self.constant(name, to_half(weight, form.half))], path, to=TensorProto.FLOAT)
+
+    def integer_product(
+        self, q: Quantized, form: Format, name: str, table: str, stream: str, outputs: list[str] | None = None
+    ) -> str:
+        """stream @ W.T with the weights `q`, stored as `table`, by the kernel of their activations."""
+        if not form.is_per_tensor:
+            return self.matmul_nbits(self.packed(q, table), q.codes.shape, form, name, stream, outputs)
+        activations = [f"{name}/activations", f"{name}/activations/scale", f"{name}/activations/zero"]
+        if form.activation == "dynamic":
+            self.node("DynamicQuantizeLinear", [stream], f"{name}/round", activations)
+        else:
+            self.constant(activations[1], np.array(q.input_scale, np.float32))
+            self.constant(activations[2], np.array(128, np.uint8))
+            self.node("QuantizeLinear", [stream, *activations[1:]], f"{name}/round", activations[:1])
+        zero = self.constant("int8_zero", np.array(0, np.int8))
+        factors = [activations[0], self.constant(table, q.codes.t()), activations[2], zero]
+        sums = self.node("Cast", [self.node("MatMulInteger", factors, name)], f"{name}/cast", to=TensorProto.FLOAT)
+        scales = [activations[1], self.constant(f"{table}.scales", q.scales.flatten())]
+        return self.node("Mul", [sums, self.node("Mul", scales, f"{name}/scale")], f"{name}/real", outputs)
+
     def packed(self, q: Quantized, name: str) -> list[str]:
-        return [self.constant(name, pack(q)), self.constant(f"{name}.scales", q.scales)]
+        """The constants of MatMulNBits and GatherBlockQuantized; a scale per row is repeated for each of the row's blocks."""
+        block = block_for(q.group_size, q.codes.shape[1])
+        scales = q.scales.repeat_interleave(q.group_size // block, 1)
+        return [self.constant(name, pack(q)), self.constant(f"{name}.scales", scales)]
 
     def matmul_nbits(
         self,
@@ -208,7 +244,6 @@ class _Graph:
         stream: str,
         outputs: list[str] | None = None,
     ) -> str:
-        group = _group(form, size[1])
         return self.node(
             "MatMulNBits",
             [stream, *inputs],
@@ -218,7 +253,7 @@ class _Graph:
             N=size[0],
             K=size[1],
             bits=form.bits,
-            block_size=group,
+            block_size=block_for(form.group_size, size[1]),
             accuracy_level=ACCURACY_LEVEL[form.activation],
         )
 
@@ -276,14 +311,13 @@ class _Graph:
         """Make both tables, one of them where embedding and head are tied and have one format; returns the embedded tokens."""
         embedding, form = self.weights[EMBEDDING], candidate.embedding_format
         head = self.weights.get(HEAD, embedding)
-        shared = HEAD not in self.weights and (form.bits, form.group_size, "rtn") == (
-            candidate.head_format.bits,
-            candidate.head_format.group_size,
-            candidate.head_format.algorithm,
-        )
-        if form.bits == 32:
-            table = self.constant("embedding", embedding.float())
+        head_format = candidate.head_format
+        shared = HEAD not in self.weights and shares_table(head_format, form) and head_format.algorithm == "rtn"
+        if not form.is_integer:
+            table = self.constant("embedding", embedding.float() if form.bits == 32 else to_half(embedding, form.half))
             stream = self.node("Gather", [table, "input_ids"], "/model/embed_tokens", axis=0)
+            if form.bits == 16:
+                stream = self.node("Cast", [stream], "/model/embed_tokens/widen", to=TensorProto.FLOAT)
         else:
             tables = self.packed(quantize(embedding, form), "embedding")
             rows = np.array([embedding.shape[0], -1], np.int64)
@@ -294,27 +328,25 @@ class _Graph:
                 "/model/embed_tokens",
                 domain=MICROSOFT,
                 bits=form.bits,
-                block_size=_group(form, embedding.shape[1]),
+                block_size=block_for(form.group_size, embedding.shape[1]),
                 gather_axis=0,
                 quantize_axis=1,
             )
-        self.head_size = head.shape
-        if candidate.head_format.bits == 32:
-            table = "embedding" if shared else self.constant("lm_head", head.float())
+        if not head_format.is_integer:
+            table = self.floating("embedding" if shared else "lm_head", head, head_format, "/lm_head/widen")
             self.head_inputs = [self.node("Transpose", [table], "/lm_head/transpose", perm=[1, 0])]
         else:
-            self.head_inputs = (
-                ["embedding", "embedding.scales"]
-                if shared
-                else self.packed(codes_of(HEAD, head, candidate.head_format, self.codes), "lm_head")
-            )
+            self.head_codes = codes_of(HEAD, head, head_format, self.codes)
+            self.head_inputs = ["embedding", "embedding.scales"] if shared else []
         return stream
 
     def head(self, form: Format, normed: str) -> None:
-        if form.bits == 32:
+        if not form.is_integer:
             self.node("MatMul", [normed, *self.head_inputs], "/lm_head", ["logits"])
+        elif self.head_inputs:
+            self.matmul_nbits(self.head_inputs, self.head_codes.codes.shape, form, "/lm_head", normed, ["logits"])
         else:
-            self.matmul_nbits(self.head_inputs, self.head_size, form, "/lm_head", normed, ["logits"])
+            self.integer_product(self.head_codes, form, "/lm_head", "lm_head", normed, ["logits"])
 
     def finish(self, candidate: Candidate, shape: Shape) -> onnx.ModelProto:
         inputs = [
@@ -342,15 +374,11 @@ class _Graph:
 
 
 def pack(q: Quantized) -> Array:
-    """MatMulNBits layout: uint8 [N, groups, group_size * bits / 8], codes shifted by the implied zero point, low nibble first."""
+    """MatMulNBits layout: uint8 [N, blocks, block * bits / 8], codes shifted by the implied zero point, lowest bits first."""
     n, k = q.codes.shape
-    shifted = (q.codes.to(torch.int16) + 2 ** (q.bits - 1)).to(torch.uint8).view(n, k // q.group_size, q.group_size)
-    if q.bits == 4:
-        shifted = shifted[..., 0::2] | (shifted[..., 1::2] << 4)
-    return np.asarray(shifted.contiguous().numpy())
-
-
-def _group(form: Format, k: int) -> int:
-    from paretune.spaces.candidate import group_for
-
-    return group_for(form.group_size, k)
+    block, per_byte = block_for(q.group_size, k), 8 // q.bits
+    shifted = (q.codes.to(torch.int16) + 2 ** (q.bits - 1)).to(torch.uint8).view(n, k // block, block)
+    packed = shifted[..., 0::per_byte].clone()
+    for i in range(1, per_byte):
+        packed |= shifted[..., i::per_byte] << (q.bits * i)
+    return np.asarray(packed.contiguous().numpy())
