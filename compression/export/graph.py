@@ -220,10 +220,10 @@ class _Graph:
         if form.activation == "dynamic":
             self.node("DynamicQuantizeLinear", [stream], f"{name}/round", activations)
         else:
-            self.constant(activations[1], np.array(q.input_scale, np.float32))
-            self.constant(activations[2], np.array(128, np.uint8))
+            self.constant(activations[1], torch.tensor(q.input_scale))
+            self.constant(activations[2], torch.tensor(128, dtype=torch.uint8))
             self.node("QuantizeLinear", [stream, *activations[1:]], f"{name}/round", activations[:1])
-        zero = self.constant("int8_zero", np.array(0, np.int8))
+        zero = self.constant("int8_zero", torch.tensor(0, dtype=torch.int8))
         factors = [activations[0], self.constant(table, q.codes.t()), activations[2], zero]
         sums = self.node("Cast", [self.node("MatMulInteger", factors, name)], f"{name}/cast", to=TensorProto.FLOAT)
         scales = [activations[1], self.constant(f"{table}.scales", q.scales.flatten())]
