@@ -23,7 +23,9 @@ from paretune.spaces.candidate import Candidate, Format, Pattern
 Weights = Mapping[str, torch.Tensor]
 
 
-def calibrated_codes(network: Network, weights: Weights, candidate: Candidate, ids: torch.Tensor) -> dict[str, Quantized]:
+def calibrated_codes(
+    network: Network, weights: Weights, candidate: Candidate, ids: torch.Tensor
+) -> dict[str, Quantized]:
     """Codes of every matrix whose format needs calibration text, by weight name; nothing is run if none does.
 
     `weights` are the student's, masked and unquantized. In a sparse layer whatever is zero stays zero.

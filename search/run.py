@@ -113,9 +113,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the profile {profile.name} has no kernel for {', '.join(missing)}",
             "leave it out of `precisions`, or add its pair to the profile's weight_formats",
         )
-    space = Space.of(
-        teacher.shape, profile.weight_formats, affordable < AFFORDABLE, spec.second_order, spec.choices
-    )
+    space = Space.of(teacher.shape, profile.weight_formats, affordable < AFFORDABLE, spec.second_order, spec.choices)
     notes = []
     if affordable < AFFORDABLE:
         notes.append(

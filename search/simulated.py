@@ -155,7 +155,10 @@ def compressed_size(candidate: Candidate) -> float:
     attention = 2 * SHAPE.hidden * first.kv_groups * SHAPE.head_dim * (SHAPE.heads_per_group + 1)
     layer = attention * WEIGHT_BYTES[first.attention_format.bits]
     layer += 3 * SHAPE.hidden * first.ffn * WEIGHT_BYTES[first.ffn_format.bits]
-    tables = 1e6 * candidate.embedding_format.bits / 8 + SHAPE.vocab * SHAPE.hidden * WEIGHT_BYTES[candidate.head_format.bits]
+    tables = (
+        1e6 * candidate.embedding_format.bits / 8
+        + SHAPE.vocab * SHAPE.hidden * WEIGHT_BYTES[candidate.head_format.bits]
+    )
     return float(math.ceil(len(candidate.layers) * layer * (1 - 0.5 * first.pattern.ratio) + tables))
 
 

@@ -262,7 +262,9 @@ class Space:
     def size(self) -> int:
         """Number of distinct candidates, counted over canonical ones."""
         patterns = 1 + len(self.scores) + 2 * len(self.scores) * len(RATIOS)
-        int8_activations = self._settings.get("int8_activation") or self._activations("int8", INT8_ACTIVATIONS) or ("fp32",)
+        int8_activations = (
+            self._settings.get("int8_activation") or self._activations("int8", INT8_ACTIVATIONS) or ("fp32",)
+        )
         precisions = 0
         for combination in itertools.product(self.levels, repeat=4):
             chosen = int8_activations if "int8" in combination[:3] else int8_activations[:1]
@@ -277,7 +279,9 @@ class Space:
     def _variants(self, levels: tuple[str, ...], int8_activation: str) -> int:
         """Distinct settings of a combination of precisions (attention, FFN, head, embedding): groups, activations, quantizer."""
         matmuls, per_tensor = levels[:3], int8_activation in ("dynamic", "static")
-        in_groups = [x for i, x in enumerate(levels) if x.startswith("int") and not (per_tensor and x == "int8" and i < 3)]
+        in_groups = [
+            x for i, x in enumerate(levels) if x.startswith("int") and not (per_tensor and x == "int8" and i < 3)
+        ]
         one_table = self.shape.tied and levels[2] == levels[3]
         found_by_quantizer = {"int2", "int4"} & set(matmuls[:2] if one_table else matmuls)
         activations = len(self._settings.get("int4_activation", ("int8",))) if "int4" in matmuls else 1

@@ -108,9 +108,7 @@ def test_two_bits_are_the_slow_loop_and_four_codes_a_byte(group: int) -> None:
     found = quantize(weight, Format(2, group))
     for row, codes, scales in zip(weight.tolist(), found.codes.tolist(), found.scales.tolist(), strict=True):
         for g in range(128 // group):
-            assert (codes[g * group : (g + 1) * group], scales[g]) == slow_quantize(
-                row[g * group : (g + 1) * group], 2
-            )
+            assert (codes[g * group : (g + 1) * group], scales[g]) == slow_quantize(row[g * group : (g + 1) * group], 2)
     packed = pack(found)
     assert packed.shape == (3, 128 // group, group // 4)
     for row_, column in itertools.product(range(3), range(128)):
@@ -131,7 +129,9 @@ def test_dynamic_activations_are_the_slow_loop_sequence_by_sequence() -> None:
     expected = torch.tensor([slow_dynamic(sequence.tolist()) for sequence in x])
     assert torch.allclose(fake_quantize_dynamic(x), expected, rtol=1e-6, atol=0)
     assert torch.equal(fake_quantize_dynamic(x[1]), fake_quantize_dynamic(x)[1])
-    assert not torch.allclose(fake_quantize_dynamic(x.flatten(0, 1)[None])[0], expected.flatten(0, 1)), "one scale for all"
+    assert not torch.allclose(fake_quantize_dynamic(x.flatten(0, 1)[None])[0], expected.flatten(0, 1)), (
+        "one scale for all"
+    )
     assert fake_quantize_dynamic(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -146,7 +146,9 @@ def test_dynamic_activations_are_those_of_the_operator() -> None:
     ]
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["m", 96]) for n in "xy"]
     model = helper.make_model(
-        helper.make_graph(nodes, "g", values[:1], values[1:]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+        helper.make_graph(nodes, "g", values[:1], values[1:]),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
     )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert torch.allclose(fake_quantize_dynamic(x), torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), atol=1e-8)
@@ -175,7 +177,11 @@ def test_static_activations_clip_where_that_loses_least() -> None:
 
 
 def test_gradients_pass_straight_through() -> None:
-    for rounding in (fake_quantize_dynamic, lambda t: fake_quantize_static(t, 0.01), lambda t: fake_quantize(t, Format(16))):
+    for rounding in (
+        fake_quantize_dynamic,
+        lambda t: fake_quantize_static(t, 0.01),
+        lambda t: fake_quantize(t, Format(16)),
+    ):
         x = random_matrix(8, 64, 2).requires_grad_()
         upstream = random_matrix(8, 64, 1)
         rounding(x).backward(upstream)
@@ -438,7 +444,9 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
     assert agreement(in_torch(weights, candidate, teacher, short, codes)) >= 0.9
     controls = {
         "fake-quant off": in_torch(weights, uniform(FP32), teacher, short),
-        "one weight moved": in_torch(one_weight_moved(weights), candidate, teacher, short, codes={}) if not codes else None,
+        "one weight moved": in_torch(one_weight_moved(weights), candidate, teacher, short, codes={})
+        if not codes
+        else None,
         "one step coarser": in_torch(weights, changed(candidate, coarser), teacher, short),
     }
     if candidate != ROUNDED["int2/int8 in blocks of 16 rounds no activations"]:
@@ -520,7 +528,9 @@ def test_the_zeros_of_a_mask_ship(form: Format, pattern: Pattern, tiny_teacher: 
     weights, codes = calibrated(tiny_teacher, candidate)
     shipped = shipped_weights(build_model(weights, candidate, tiny_teacher.config, tiny_teacher.shape, codes))
     assert len(shipped) == 3 * 5  # packed qkv, o, gate, up, down
-    for i, (node, name) in itertools.product(range(3), (("attn/o_proj", "self_attn.o_proj"), ("mlp/up_proj", "mlp.up_proj"))):
+    for i, (node, name) in itertools.product(
+        range(3), (("attn/o_proj", "self_attn.o_proj"), ("mlp/up_proj", "mlp.up_proj"))
+    ):
         value = shipped[f"/model/layers.{i}/{node}"].astype(float)
         zeros = (weights[f"model.layers.{i}.{name}.weight"] == 0).numpy()
         assert zeros.mean() == pytest.approx(0.5, abs=0.01)
@@ -578,7 +588,10 @@ WIDE = PrecisionChoices(tuple(KERNELS_OF), (32, 64, 0), ("rtn", "clip", "gptq"))
 SMALL = [
     (Shape(1, 64, 32, 2, 2, 16, 100), PrecisionChoices(("fp32", "int8", "int8-dynamic", "int8-static"), (32, 0))),
     (Shape(1, 64, 32, 2, 2, 16, 100), PrecisionChoices(("fp32", "bf16", "int2"), (32, 64, 0), ("rtn", "clip"))),
-    (Shape(1, 64, 32, 2, 2, 16, 100, tied=False), PrecisionChoices(("fp32", "int4", "int8-static"), (0,), ("rtn", "clip"))),
+    (
+        Shape(1, 64, 32, 2, 2, 16, 100, tied=False),
+        PrecisionChoices(("fp32", "int4", "int8-static"), (0,), ("rtn", "clip")),
+    ),
 ]
 
 
@@ -647,7 +660,9 @@ def test_a_spec_widens_and_narrows_the_precisions(tmp_path: Path) -> None:
         assert problem in str(caught.value)
 
 
-def test_a_precision_without_kernel_is_refused_before_any_work(tiny_teacher_dir: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_a_precision_without_kernel_is_refused_before_any_work(
+    tiny_teacher_dir: Path, tiny_text: Path, tmp_path: Path
+) -> None:
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.hardware_profiles.yaml_file import dump_model
     from paretune.search.run import prepare

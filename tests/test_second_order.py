@@ -79,8 +79,8 @@ def mask_of(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.ones_like(weight, dtype=torch.bool) if kind == "none" else mask_for(weight, Pattern(kind, 0.5), None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("k", "group"), [(32, 16), (96, 32), (160, 32), (256, 256)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("k", "group"), [(32, 16), (96, 32), (160, 32), (256, 256), (160, 0)])
 @pytest.mark.parametrize("kind", ["none", "2:4", "block"])
 def test_gptq_is_the_slow_oracle(bits: int, k: int, group: int, kind: str) -> None:
     """Codes may differ by one where float32 lands on the other side of a tie (a tie can move what follows, so few may)."""
