@@ -36,7 +36,7 @@ ONNXRUNTIME_CPU: dict[Kernel, str] = {
     "int4/fp32": "MatMulNBits with fp32 arithmetic",
     "fp16/fp32": "Cast, folded into an fp32 MatMul at load: storage only",
     "bf16/fp32": "Cast, folded into an fp32 MatMul at load: storage only",
-    "int8/dynamic": "DynamicQuantizeLinear and MatMulInteger, one scale per activation tensor",
-    "int8/static": "QuantizeLinear and MatMulInteger, one calibrated scale per matrix",
+    "int8/dynamic": "DynamicQuantizeLinear and MatMulInteger, fused, one scale per activation tensor",
+    "int8/static": "QDQ, fused into MatMulIntegerToFloat, one calibrated scale per matrix",
     "int2/int8": "MatMulNBits, experimental",
 }

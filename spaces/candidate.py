@@ -19,6 +19,7 @@ Score = Literal["magnitude", "wanda", "sparsegpt"]
 BLOCK = 32
 # Runs of K that the engine's integer kernels know, largest first.
 ENGINE_BLOCKS = (256, 128, 64, 32, 16)
+LARGEST_INT2_BLOCK = 128
 PER_CHANNEL = 0
 
 
@@ -307,12 +308,12 @@ def group_for(group_size: int, k: int) -> int:
     return k if group_size == PER_CHANNEL else block_for(group_size, k)
 
 
-def block_for(group_size: int, k: int) -> int:
+def block_for(group_size: int, k: int, bits: int = 4) -> int:
     """The block that the engine computes groups of `group_size` in: for `PER_CHANNEL` the largest that divides K.
 
-    Activations are rounded per block. Raises ValueError if K is no multiple of 16.
+    Activations are rounded per block. 2-bit kernels know no block of 256. Raises ValueError if K is no multiple of 16.
     """
-    most = ENGINE_BLOCKS[0] if group_size == PER_CHANNEL else group_size
+    most = min(group_size or ENGINE_BLOCKS[0], LARGEST_INT2_BLOCK if bits == 2 else ENGINE_BLOCKS[0])
     sizes = [size for size in ENGINE_BLOCKS if size <= most and k % size == 0]
     if not sizes:
         raise ValueError(

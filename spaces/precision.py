@@ -47,3 +47,6 @@ class PrecisionChoices:
         """Precisions that were asked for beyond the default, of which `kernels` has none."""
         wanted = (name for name in self.names if name not in DEFAULT_PRECISIONS)
         return tuple(name for name in wanted if not set(KERNELS_OF[name]) & set(kernels))
+
+
+DEFAULT_CHOICES = PrecisionChoices()

@@ -27,7 +27,7 @@ from paretune.spaces.candidate import (
     Shape,
     group_for,
 )
-from paretune.spaces.precision import GROUP_SIZES, PrecisionChoices
+from paretune.spaces.precision import DEFAULT_CHOICES, GROUP_SIZES, PrecisionChoices
 
 __all__ = ["GROUP_SIZES", "RATIOS", "Space"]
 
@@ -63,7 +63,7 @@ class Space:
     min_kv_groups: int
     mild: bool = False
     second_order: bool = True
-    choices: PrecisionChoices = PrecisionChoices()
+    choices: PrecisionChoices = DEFAULT_CHOICES
 
     @classmethod
     def of(
@@ -72,7 +72,7 @@ class Space:
         kernels: tuple[str, ...],
         mild: bool = False,
         second_order: bool = True,
-        choices: PrecisionChoices = PrecisionChoices(),  # noqa: B008
+        choices: PrecisionChoices = DEFAULT_CHOICES,
     ) -> Space:
         """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each).
 

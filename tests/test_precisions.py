@@ -28,7 +28,7 @@ from paretune.compression.quantize.per_tensor import (
     fake_quantize_static,
     static_scale,
 )
-from paretune.compression.student import ATTENTION, FFN, HEAD, NO_CODES, Codes, Network, quantized_weights
+from paretune.compression.student import ATTENTION, FFN, NO_CODES, Codes, Network, quantized_weights
 from paretune.engines import EngineChild
 from paretune.hardware_profiles import UsageError
 from paretune.hardware_profiles.kernels import ONNXRUNTIME_CPU
@@ -165,7 +165,7 @@ def test_static_activations_clip_where_that_loses_least() -> None:
 
     found = static_scale(x)
     assert found == min((float(x.abs().max()) * c / 127 for c in CLIPPINGS), key=loss)
-    assert found < 0.9 * float(x.abs().max()) / 127
+    assert found < 0.99 * float(x.abs().max()) / 127
     even = torch.linspace(-1, 1, 1001)
     assert static_scale(even) == pytest.approx(1 / 127)
     assert static_scale(torch.zeros(3)) > 0
@@ -466,7 +466,7 @@ def test_rows_longer_than_the_largest_block_repeat_their_scale(
         weights = wide.weights()
         model = build_model(weights, candidate, wide.config, wide.shape)
         facts = {n.name: {a.name: a.i for a in n.attribute} for n in model.graph.node}
-        assert facts["/model/layers.0/mlp/down_proj"]["block_size"] == block_for(0, 512) == 256
+        assert facts["/model/layers.0/mlp/down_proj"]["block_size"] == block_for(0, 512, bits) == (128 if bits == 2 else 256)
         shipped = in_engine(child, tmp_path, model, ids)
         assert worst(shipped, in_torch(weights, candidate, wide, ids)) <= BAR
         grouped = changed(candidate, lambda f: dataclasses.replace(f, group_size=256))
@@ -497,7 +497,7 @@ def test_formats_that_need_calibration_cannot_ship_without_it(tiny_teacher: Teac
 def shipped_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     """What each product multiplies by, [N, K] by node name: integers, or 16-bit floats."""
     tensors = {t.name: t for t in model.graph.initializer}
-    casts = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}
+    widened = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type in ("Cast", "DequantizeLinear")}
     found = {}
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
@@ -508,8 +508,8 @@ def shipped_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             found[node.name] = codes - 2 ** (facts["bits"] - 1)
         elif node.op_type == "MatMulInteger":
             found[node.name] = onnx.numpy_helper.to_array(tensors[node.input[1]]).T
-        elif node.op_type == "MatMul" and node.input[1] in casts and casts[node.input[1]] in tensors:
-            found[node.name] = np.asarray(onnx.numpy_helper.to_array(tensors[casts[node.input[1]]])).T
+        elif node.op_type == "MatMul" and widened.get(node.input[1]) in tensors:
+            found[node.name] = np.asarray(onnx.numpy_helper.to_array(tensors[widened[node.input[1]]])).T
     return found
 
 

@@ -5,7 +5,7 @@ rotary embedding inside, SkipSimplifiedLayerNormalization), so its runtime strea
 streams against transformers. Written here because every layer carries its own widths and formats, and because a graph with
 weights takes milliseconds. Quantized matrices are MatMulNBits (half the load time of DequantizeLinear, which ONNX Runtime would
 fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format. 16-bit
-weights pass a Cast, and one scale for all activations takes MatMulInteger, both in standard operators. Norms
+weights pass a Cast; one scale for all activations is MatMulInteger (dynamic) or QDQ (static), in standard operators. Norms
 of q and k come between the packed matrix and GroupQueryAttention: its own inputs for them have no CPU kernel.
 """
 
@@ -33,6 +33,7 @@ OPSET, IR_VERSION = 21, 10
 INLINE_LIMIT_BYTES = 1_500_000_000
 MICROSOFT = "com.microsoft"
 ACCURACY_LEVEL = {"fp32": 0, "int8": 4}
+INT8_ZERO, UINT8_ZERO = torch.tensor(0, dtype=torch.int8), torch.tensor(128, dtype=torch.uint8)
 
 Array = npt.NDArray[Any]
 
@@ -216,22 +217,29 @@ class _Graph:
         """stream @ W.T with the weights `q`, stored as `table`, by the kernel of their activations."""
         if not form.is_per_tensor:
             return self.matmul_nbits(self.packed(q, table), q.codes.shape, form, name, stream, outputs)
-        activations = [f"{name}/activations", f"{name}/activations/scale", f"{name}/activations/zero"]
+        weight = [self.constant(table, q.codes.t()), self.constant(f"{table}.scales", q.scales.flatten())]
         if form.activation == "dynamic":
-            self.node("DynamicQuantizeLinear", [stream], f"{name}/round", activations)
-        else:
-            self.constant(activations[1], torch.tensor(q.input_scale))
-            self.constant(activations[2], torch.tensor(128, dtype=torch.uint8))
-            self.node("QuantizeLinear", [stream, *activations[1:]], f"{name}/round", activations[:1])
-        zero = self.constant("int8_zero", torch.tensor(0, dtype=torch.int8))
-        factors = [activations[0], self.constant(table, q.codes.t()), activations[2], zero]
-        sums = self.node("Cast", [self.node("MatMulInteger", factors, name)], f"{name}/cast", to=TensorProto.FLOAT)
-        scales = [activations[1], self.constant(f"{table}.scales", q.scales.flatten())]
-        return self.node("Mul", [sums, self.node("Mul", scales, f"{name}/scale")], f"{name}/real", outputs)
+            return self.dynamic_product(weight, name, stream, outputs)
+        grid = [self.constant(f"{name}/scale", torch.tensor(q.input_scale)), self.constant("uint8_zero", UINT8_ZERO)]
+        rounded = self.node("QuantizeLinear", [stream, *grid], f"{name}/round")
+        factors = [
+            self.node("DequantizeLinear", [rounded, *grid], f"{name}/activations"),
+            self.node("DequantizeLinear", weight, f"{name}/widen", axis=1),
+        ]
+        return self.node("MatMul", factors, name, outputs)
+
+    def dynamic_product(self, weight: list[str], name: str, stream: str, outputs: list[str] | None) -> str:
+        """stream @ W.T with int8 weights [K, N] and their scales [N], activations rounded by their own range."""
+        x, scale, point = f"{name}/activations", f"{name}/activations/scale", f"{name}/activations/zero"
+        self.node("DynamicQuantizeLinear", [stream], f"{name}/round", [x, scale, point])
+        zero = self.constant("int8_zero", INT8_ZERO)
+        sums = self.node("MatMulInteger", [x, weight[0], point, zero], name)
+        real = self.node("Cast", [sums], f"{name}/cast", to=TensorProto.FLOAT)
+        return self.node("Mul", [real, self.node("Mul", [scale, weight[1]], f"{name}/scale")], f"{name}/real", outputs)
 
     def packed(self, q: Quantized, name: str) -> list[str]:
         """The constants of MatMulNBits and GatherBlockQuantized; a scale per row is repeated for each of the row's blocks."""
-        block = block_for(q.group_size, q.codes.shape[1])
+        block = block_for(q.group_size, q.codes.shape[1], q.bits)
         scales = q.scales.repeat_interleave(q.group_size // block, 1)
         return [self.constant(name, pack(q)), self.constant(f"{name}.scales", scales)]
 
@@ -253,7 +261,7 @@ class _Graph:
             N=size[0],
             K=size[1],
             bits=form.bits,
-            block_size=block_for(form.group_size, size[1]),
+            block_size=block_for(form.group_size, size[1], form.bits),
             accuracy_level=ACCURACY_LEVEL[form.activation],
         )
 
@@ -328,7 +336,7 @@ class _Graph:
                 "/model/embed_tokens",
                 domain=MICROSOFT,
                 bits=form.bits,
-                block_size=block_for(form.group_size, embedding.shape[1]),
+                block_size=block_for(form.group_size, embedding.shape[1], form.bits),
                 gather_axis=0,
                 quantize_axis=1,
             )
@@ -376,7 +384,7 @@ class _Graph:
 def pack(q: Quantized) -> Array:
     """MatMulNBits layout: uint8 [N, blocks, block * bits / 8], codes shifted by the implied zero point, lowest bits first."""
     n, k = q.codes.shape
-    block, per_byte = block_for(q.group_size, k), 8 // q.bits
+    block, per_byte = block_for(q.group_size, k, q.bits), 8 // q.bits
     shifted = (q.codes.to(torch.int16) + 2 ** (q.bits - 1)).to(torch.uint8).view(n, k // block, block)
     packed = shifted[..., 0::per_byte].clone()
     for i in range(1, per_byte):

@@ -75,7 +75,7 @@ def fake_quantize_activations(x: torch.Tensor, group_size: int) -> torch.Tensor:
 def activation_block(form: Format, k: int) -> int:
     """The run of K in which "int8" activations share a scale, 0 where they are not rounded: ONNX Runtime has no int8 kernel for
     2-bit weights in blocks of 16, and falls back to fp32 arithmetic."""
-    block = block_for(form.group_size, k)
+    block = block_for(form.group_size, k, form.bits)
     return 0 if form.bits == 2 and block == 16 else block
 
 
