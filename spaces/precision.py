@@ -1,8 +1,8 @@
 """Which precisions a search may choose from, by the names that people use; a profile's kernels narrow them further.
 
-The default is fp32, int8 and int4. What else there is stays off until asked for, because on ONNX Runtime int8 beats it:
-fp16 and bf16 only halve the file, dynamic and static int8 round all of a tensor's activations with one scale, int2 loses far
-more than it saves. docs/log.md has the figures.
+The default is fp32, int8 and int4. What else there is stays off until asked for, because for decoding in ONNX Runtime int8 or
+int4 beats it: fp16 and bf16 only halve the file; dynamic and static int8 lose more and decode slower (they prefill faster:
+ask for them where `ttft_ms` is an objective); int2 loses far more than it saves. docs/log.md has the figures.
 """
 
 from __future__ import annotations

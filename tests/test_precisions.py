@@ -466,7 +466,11 @@ def test_rows_longer_than_the_largest_block_repeat_their_scale(
         weights = wide.weights()
         model = build_model(weights, candidate, wide.config, wide.shape)
         facts = {n.name: {a.name: a.i for a in n.attribute} for n in model.graph.node}
-        assert facts["/model/layers.0/mlp/down_proj"]["block_size"] == block_for(0, 512, bits) == (128 if bits == 2 else 256)
+        assert (
+            facts["/model/layers.0/mlp/down_proj"]["block_size"]
+            == block_for(0, 512, bits)
+            == (128 if bits == 2 else 256)
+        )
         shipped = in_engine(child, tmp_path, model, ids)
         assert worst(shipped, in_torch(weights, candidate, wide, ids)) <= BAR
         grouped = changed(candidate, lambda f: dataclasses.replace(f, group_size=256))
@@ -665,7 +669,7 @@ def test_a_precision_without_kernel_is_refused_before_any_work(
 ) -> None:
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.hardware_profiles.yaml_file import dump_model
-    from paretune.search.run import prepare
+    from paretune.search.prepare import prepare
 
     profile = detected_profile().model_copy(update={"weight_formats": OLD_KERNELS, "name": "old"})
     (tmp_path / "old.yaml").write_text(dump_model(profile, "kept from an earlier version"))
