@@ -49,16 +49,17 @@ class FitError:
 def weights_per_kernel(candidate: Candidate, shape: Shape) -> tuple[dict[str, float], dict[str, float]]:
     """Millions of weights that each kernel multiplies by: those of the layers, and those of the head."""
     layers, head = dict.fromkeys(KERNEL_BITS, 0.0), dict.fromkeys(KERNEL_BITS, 0.0)
+    hidden = candidate.width(shape)
     for layer in candidate.layers:
         width = layer.kv_groups * shape.head_dim * (shape.heads_per_group + 1)
-        layers[_computed(layer.attention_format)] += 2 * shape.hidden * width / 1e6
-        layers[_computed(layer.ffn_format)] += 3 * shape.hidden * layer.ffn / 1e6
-    head[_computed(candidate.head_format)] += shape.vocab * shape.hidden / 1e6
+        layers[_computed(layer.attention_format)] += 2 * hidden * width / 1e6
+        layers[_computed(layer.ffn_format)] += shape.ffn_matrices * hidden * layer.ffn / 1e6
+    head[_computed(candidate.head_format)] += shape.vocab * hidden / 1e6
     return layers, head
 
 
 def features(candidate: Candidate, shape: Shape) -> Array:
-    """The terms of one candidate, weights in millions."""
+    """The terms of one candidate, weights in millions. Zeros count in full: no kernel of the engine skips them."""
     layers, head = weights_per_kernel(candidate, shape)
     cache = sum(layer.kv_groups * shape.head_dim for layer in candidate.layers) / 1e3
     return np.array([1.0, len(candidate.layers), *layers.values(), *head.values(), cache])

@@ -13,6 +13,7 @@ from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerpri
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
+from paretune.search.students import with_students
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
 from paretune.teachers.teacher import EMBEDDED_FOLDER
@@ -59,12 +60,22 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the profile {profile.name} has no kernel for {', '.join(missing)}",
             "leave it out of `precisions`, or add its pair to the profile's weight_formats",
         )
-    space = Space.of(teacher.shape, profile.weight_formats, affordable < AFFORDABLE, spec.second_order, spec.choices)
+    space = Space.of(
+        teacher.shape,
+        profile.weight_formats,
+        mild=affordable < AFFORDABLE,
+        second_order=spec.second_order,
+        hidden=spec.hidden,
+        given=_has_given_masks(spec, teacher),
+        choices=spec.choices,
+    )
+    space = with_students(space, spec.student_configs)
     notes = []
     if affordable < AFFORDABLE:
         notes.append(
-            f"the budget allows {affordable:.3f} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
-            "searched beside precision and masks. A longer --budget searches smaller students"
+            f"the budget allows {affordable:.2g} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
+            "searched beside precision and masks, and finalists are recovered block by block. A longer --budget searches smaller "
+            "students"
         )
     if (
         spec.data is None
@@ -95,7 +106,23 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the search needs about {plan.disk_bytes / 1e9:.1f} GB of disk, but {home} has {plan.free_disk_bytes / 1e9:.1f} GB free",
             "free some, or choose another disk with --home",
         )
+    if plan.memory_bytes > plan.free_memory_bytes:
+        raise EnvironmentProblem(
+            f"a search on {teacher.parameters / 1e6:.0f}M parameters needs about {plan.memory_bytes / 1e9:.1f} GB of memory, but "
+            f"{plan.free_memory_bytes / 1e9:.1f} GB are free",
+            "end other programs, take a larger machine or a smaller teacher",
+        )
     return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
+
+
+def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
+    """Whether the teacher came with masks that a candidate can keep. Raises UsageError if zeros are to be kept, but there are none."""
+    if spec.keep_zeros and not teacher.masks(zeros=True):
+        raise UsageError(
+            f"keep_zeros needs a teacher of which a matrix has 5 % zeros or more, but {teacher.name} has none",
+            "leave keep_zeros out",
+        )
+    return spec.keep_zeros or teacher.has_masks
 
 
 def _check_home(home: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
 
@@ -36,4 +38,7 @@ def textbook_candidates(space: Space) -> list[Candidate]:
                 "group_size": 0,
             }
             found.append(space.decode(params))
+    if len(space.hidden_widths) > 1:
+        narrower = space.hidden_widths[-2]
+        found += [replace(c, hidden=narrower).canonical(s) for c in found if c.is_full_size(s)]
     return list(dict.fromkeys(found))

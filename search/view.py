@@ -60,7 +60,8 @@ class Point:
         sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
         found_by = ALGORITHM_NAMES[self.candidate.quantizer]
         formats = f"{x.attention_format.name}/{x.ffn_format.name}{f' {found_by}' if found_by else ''}"
-        return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
+        hidden = f" H{self.candidate.hidden}" if self.candidate.hidden else ""
+        return f"L{len(self.candidate.layers)}{hidden} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
     def value(self, objective: str) -> Measurement:
         """The measurement of an objective. A rung-0 point answers `nll` with its estimate, a confirmed one with the interval

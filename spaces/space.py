@@ -32,7 +32,7 @@ from paretune.spaces.precision import DEFAULT_CHOICES, GROUP_SIZES, PrecisionCho
 __all__ = ["GROUP_SIZES", "RATIOS", "Space"]
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
-PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "block")
+PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "threshold", "block")
 SCORES: tuple[Score, ...] = ("magnitude", "wanda", "sparsegpt")
 QUANTIZERS: tuple[Algorithm, ...] = ("rtn", "gptq")
 # Layers times the cube of the widest input: beyond this (about 200M parameters) GPTQ and SparseGPT take longer than all the
@@ -54,6 +54,8 @@ class Space:
     """All layer-uniform candidates of a teacher's `shape` that those of `kernels` (`int4/int8` …) in `choices` execute.
 
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
+    `min_hidden` bounds the residual stream, 0 leaves it alone. With `given` the teacher came with masks that can be kept.
+    `extra_ffn` are widths beside the usual ones.
     """
 
     shape: Shape
@@ -63,6 +65,9 @@ class Space:
     min_kv_groups: int
     mild: bool = False
     second_order: bool = True
+    min_hidden: int = 0
+    given: bool = False
+    extra_ffn: tuple[int, ...] = ()
     choices: PrecisionChoices = DEFAULT_CHOICES
 
     @classmethod
@@ -72,12 +77,16 @@ class Space:
         kernels: tuple[str, ...],
         mild: bool = False,
         second_order: bool = True,
+        hidden: bool = False,
+        given: bool = False,
         choices: PrecisionChoices = DEFAULT_CHOICES,
     ) -> Space:
         """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each).
 
-        `second_order` has GPTQ and SparseGPT in it, for teachers that are small enough.
+        `second_order` has GPTQ and SparseGPT in it, for teachers that are small enough; `hidden` has residual widths down to half
+        the teacher's (`mild`: three quarters).
         """
+        narrowest = _align((3 * shape.hidden // 4) if mild else shape.hidden // 2) if hidden and shape.gated else 0
         if mild:
             return cls(
                 shape,
@@ -87,7 +96,9 @@ class Space:
                 max(1, -(-3 * shape.kv_heads // 4)),
                 mild,
                 second_order,
-                choices,
+                narrowest,
+                given,
+                choices=choices,
             )
         return cls(
             shape,
@@ -96,16 +107,21 @@ class Space:
             _align(shape.ffn // 4),
             max(1, shape.kv_heads // 4),
             second_order=second_order,
+            min_hidden=narrowest,
+            given=given,
             choices=choices,
         )
 
     @property
     def ffn_widths(self) -> tuple[int, ...]:
-        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them; the teacher's own is the last."""
-        step = WIDTH_STEP if self.shape.ffn >= 4 * WIDTH_STEP else 32
-        inner = [w for w in range(self.min_ffn, self.shape.ffn, step) if w % step == 0]
-        stride = max(1, -(-len(inner) // (WIDTH_LEVELS - 1)))
-        return (*inner[::stride], self.shape.ffn)
+        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them and the extra ones; the teacher's own
+        is the last."""
+        return tuple(sorted({*_widths(self.min_ffn, self.shape.ffn), *self.extra_ffn}))
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Widths of the residual stream like those of the FFN; only the teacher's own unless they are searched."""
+        return _widths(self.min_hidden, self.shape.hidden) if self.min_hidden else (self.shape.hidden,)
 
     @cached_property
     def levels(self) -> tuple[str, ...]:
@@ -166,11 +182,12 @@ class Space:
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.levels) - 1
+        patterns: tuple[PatternKind, ...] = (*PATTERNS, "given") if self.given else PATTERNS
         found: dict[str, Distribution] = {
             "depth": ("int", (self.min_depth, self.shape.layers)),
             "ffn": ("int", (0, len(self.ffn_widths) - 1)),
             "kv_groups": ("int", (self.min_kv_groups, self.shape.kv_heads)),
-            "pattern": ("categorical", PATTERNS),
+            "pattern": ("categorical", patterns),
             "ratio": ("int", (0, len(RATIOS) - 1)),
             "score": ("categorical", self.scores),
             "attention_bits": ("int", (0, top)),
@@ -179,7 +196,10 @@ class Space:
             "embedding_bits": ("int", (0, top)),
             "group_size": ("int", (0, len(self.group_sizes) - 1)),
         }
-        return found | {name: ("categorical", values) for name, values in self._settings.items()}
+        found |= {name: ("categorical", values) for name, values in self._settings.items()}
+        if len(self.hidden_widths) > 1:  # steps below the teacher's width, so that 0 is what studies without it did
+            found["hidden"] = ("int", (0, len(self.hidden_widths) - 1))
+        return found
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
         """The canonical candidate of a sampler's parameters."""
@@ -196,7 +216,8 @@ class Space:
             ffn,
             Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]),
         )
-        return Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
+        hidden = self.hidden_widths[-1 - params.get("hidden", 0)]
+        return Candidate((layer,) * params["depth"], head, embedding, hidden).canonical(self.shape)
 
     def encode(self, candidate: Candidate) -> dict[str, Any]:
         """Sampler parameters of a layer-uniform candidate; `decode(encode(c)) == c`. Raises ValueError if it has none."""
@@ -210,7 +231,7 @@ class Space:
             "ffn": self.ffn_widths.index(x.ffn),
             "kv_groups": x.kv_groups,
             "pattern": x.pattern.kind,
-            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind in ("unstructured", "block") else 0,
+            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.ratio in RATIOS and x.pattern.kind != "2:4" else 0,
             "score": x.pattern.score,
             "attention_bits": attention,
             "ffn_bits": ffn,
@@ -220,6 +241,9 @@ class Space:
         used: dict[str, str] = {f"{f.name}_activation": f.activation for f in formats[:3]}
         used["quantizer"] = candidate.quantizer
         params |= {name: used.get(name, values[0]) for name, values in self._settings.items()}
+        if "hidden" in self.distributions():
+            widths = self.hidden_widths
+            params["hidden"] = len(widths) - 1 - widths.index(candidate.width(self.shape))
         for group in range(len(self.group_sizes)):
             if self.decode(params | {"group_size": group}) == candidate:
                 return params | {"group_size": group}
@@ -261,22 +285,26 @@ class Space:
 
     def size(self) -> int:
         """Number of distinct candidates, counted over canonical ones."""
-        patterns = 1 + len(self.scores) + 2 * len(self.scores) * len(RATIOS)
-        int8_activations = (
-            self._settings.get("int8_activation") or self._activations("int8", INT8_ACTIVATIONS) or ("fp32",)
-        )
-        precisions = 0
-        for combination in itertools.product(self.levels, repeat=4):
-            chosen = int8_activations if "int8" in combination[:3] else int8_activations[:1]
-            precisions += sum(self._variants(combination, activation) for activation in chosen)
+        ratios = len(self.scores) * len(RATIOS)
+        patterns = 1 + len(self.scores) + (len(PATTERNS) - 2) * ratios + int(self.given)
         sizes = (
             (self.shape.layers - self.min_depth + 1)
             * len(self.ffn_widths)
             * (self.shape.kv_heads - self.min_kv_groups + 1)
         )
-        return sizes * patterns * precisions
+        return sizes * patterns * sum(self._precisions(hidden) for hidden in self.hidden_widths)
 
-    def _variants(self, levels: tuple[str, ...], int8_activation: str) -> int:
+    def _precisions(self, hidden: int) -> int:
+        """Number of distinct precisions of a student of that width."""
+        groups = len({group_for(size, hidden) if size else PER_CHANNEL for size in self.group_sizes})
+        activations = self._settings.get("int8_activation") or self._activations("int8", INT8_ACTIVATIONS) or ("fp32",)
+        precisions = 0
+        for combination in itertools.product(self.levels, repeat=4):
+            chosen = activations if "int8" in combination[:3] else activations[:1]
+            precisions += sum(self._variants(combination, activation, groups) for activation in chosen)
+        return precisions
+
+    def _variants(self, levels: tuple[str, ...], int8_activation: str, groups: int) -> int:
         """Distinct settings of a combination of precisions (attention, FFN, head, embedding): groups, activations, quantizer."""
         matmuls, per_tensor = levels[:3], int8_activation in ("dynamic", "static")
         in_groups = [
@@ -286,11 +314,19 @@ class Space:
         found_by_quantizer = {"int2", "int4"} & set(matmuls[:2] if one_table else matmuls)
         activations = len(self._settings.get("int4_activation", ("int8",))) if "int4" in matmuls else 1
         quantizers = len(self._settings.get("quantizer", ("rtn",))) if found_by_quantizer else 1
-        return (len(self.group_sizes) if in_groups else 1) * activations * quantizers
+        return (groups if in_groups else 1) * activations * quantizers
 
     def smallest(self) -> tuple[int, int, int]:
         """(depth, FFN width, KV groups) of the smallest student."""
         return self.min_depth, self.ffn_widths[0], self.min_kv_groups
+
+
+def _widths(least: int, own: int) -> tuple[int, ...]:
+    """Ascending multiples of 64 (32 where `own` is below 256) from `least`, at most 12 with the teacher's own at the end."""
+    step = WIDTH_STEP if own >= 4 * WIDTH_STEP else 32
+    inner = [w for w in range(least, own, step) if w % step == 0]
+    stride = max(1, -(-len(inner) // (WIDTH_LEVELS - 1)))
+    return (*inner[::stride], own)
 
 
 def _align(width: int) -> int:

@@ -36,6 +36,7 @@ from paretune.search.spec import make_spec
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape, Space
 from paretune.spaces.candidate import DENSE, FP32, block_for, group_for
 from paretune.spaces.precision import KERNELS_OF, PrecisionChoices
+from paretune.spaces.space import PATTERNS, RATIOS
 from paretune.teachers import Teacher, load_teacher
 
 Weights = dict[str, torch.Tensor]
@@ -613,7 +614,7 @@ def combinations(space: Space) -> Iterator[dict[str, Any]]:
 def test_the_widened_space_counts_encodes_and_has_kernels(shape: Shape, choices: PrecisionChoices) -> None:
     space = Space(shape, tuple(ONNXRUNTIME_CPU), 1, 32, 2, choices=choices)
     found = {c.key: c for c in map(space.decode, combinations(space))}
-    patterns = 1 + len(space.scores) + 2 * len(space.scores) * 5
+    patterns = 1 + len(space.scores) + (len(PATTERNS) - 2) * len(space.scores) * len(RATIOS)
     assert space.size() == patterns * len(found)
     for candidate in found.values():
         assert space.decode(space.encode(candidate)) == candidate
