@@ -77,9 +77,9 @@ class Measuring:
         shape = self.space.teacher.shape
         model = self.space.folder / "work" / "fit.onnx"
         model.parent.mkdir(parents=True, exist_ok=True)
-        graph = build_model(
-            slice_weights(weights, candidate, order, shape), candidate, self.space.teacher.config, shape
-        )
+        sliced = slice_weights(weights, candidate, order, shape)
+        codes = self.space.codes(candidate, sliced)
+        graph = build_model(sliced, candidate, self.space.teacher.config, shape, codes)
         save_model(graph, model)
         result = self.measure(candidate, model, pair)
         if not result.stable:
