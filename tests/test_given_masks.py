@@ -197,8 +197,8 @@ def test_broken_masks_are_refused_by_name(write_teacher: Callable[..., Path], tm
     assert f"{name}_mask must hold zeros and ones" in problem_of(folder)
     saved(**{name + "_orig": whole[name + "_orig"] * float("nan")})
     assert f"{name}_orig" in problem_of(folder)
-    saved(**{"model.layers.0.self_attn.causal_mask": torch.ones(2)})  # a leftover buffer that means nothing here
-    load_teacher(str(folder)).weights()
+    saved(**{"model.layers.0.self_attn.causal_mask": torch.ones(2)})  # no mask of a parameter, and no tensor of a Llama
+    assert "no tensor model.layers.0.self_attn.causal_mask" in problem_of(folder)
 
 
 def test_plain_zeros_are_taken_only_where_there_are_many(tiny_weights: Weights) -> None:
