@@ -23,8 +23,9 @@ from paretune.search.finalists import Explored, next_finalist
 from paretune.search.front import Vector
 from paretune.search.spec import Spec
 from paretune.search.store import CandidateRow, Evaluation, Fidelity, Store
-from paretune.search.work import Outcome, Work
+from paretune.search.work import Kind, Outcome, Work
 from paretune.spaces.candidate import Candidate
+from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
 
 MAX_ATTEMPTS = 3
@@ -35,6 +36,7 @@ REFERENCE_PARAMETERS = 5.8e6
 STAGE = {
     "fit": "latency fit",
     "elastic": "elastic student",
+    "sensitivity": "sensitivity",
     "rung0": "explore",
     "recover": "recover and confirm",
     "confirm": "recover and confirm",
@@ -69,7 +71,7 @@ class Director:
         self.is_interrupted = False
         self.version = 0
         self._scale = max(1.0, space.shape.parameters / REFERENCE_PARAMETERS)
-        self._failures_in_a_row = 0
+        self._failures_in_a_row = self._lost_tables = 0
         self._rows: dict[str, CandidateRow] = {}
         self._latest: dict[tuple[str, Fidelity], Evaluation] = {}
         self._vectors: dict[str, tuple[int, Vector]] = {}
@@ -94,6 +96,8 @@ class Director:
             return self._hand_out("fit", None, {"design": self._design(), "seconds": self._fit_seconds()})
         if self.store.meta("elastic", {}).get("done") is not True:
             return self._hand_out("elastic", None)
+        if self.space.has_mixed and self.space.sensitivity is None:
+            return self._hand_out("sensitivity", None, {"formats": [dataclasses.asdict(f) for f in self.space.mixed_formats]})
         return self._explore_or_confirm()
 
     def register(self, candidate: Candidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
@@ -218,7 +222,7 @@ class Director:
 
     def _hand_out(
         self,
-        kind: Literal["fit", "elastic", "rung0", "recover", "confirm"],
+        kind: Kind,
         candidate: Candidate | None,
         options: dict[str, Any] | None = None,
     ) -> Decision:
@@ -255,6 +259,8 @@ class Director:
             self._fit_came_back(outcome)
         elif work.kind == "elastic":
             self._elastic_came_back(outcome)
+        elif work.kind == "sensitivity":
+            self._sensitivity_came_back(outcome)
         else:
             assert work.candidate is not None
             self._evaluation_came_back(work, work.candidate, outcome, seconds)
@@ -274,6 +280,10 @@ class Director:
             )
             self._refresh(work.candidate.key, fidelity)
             self._require_teacher(work.candidate.key, reason)
+        if work.kind == "sensitivity" and self.stop_reason is None:
+            self._lost_tables += 1
+            if self._lost_tables >= MAX_ATTEMPTS:
+                self._sensitivity_came_back(Outcome("failed", reason=reason))
         self._watch_failures(Outcome("failed", reason=reason))
         self.notify("lost", {"kind": work.kind, "reason": reason})
 
@@ -321,6 +331,27 @@ class Director:
         )
         self.store.event("elastic", f"elastic student {kept}")
         self.notify("elastic", {"done": True, **outcome.facts})
+
+    def _sensitivity_came_back(self, outcome: Outcome) -> None:
+        """The table opens the mixed part of the space; without it the search goes on with uniform precision."""
+        if outcome.status == "complete":
+            self.store.set_meta(sensitivity=outcome.facts)
+            table = Sensitivity.from_dict(outcome.facts["table"])
+            group, form, loss = table.worst()
+            told = "taken from an earlier search" if outcome.facts["kept"] else "measured"
+            self.store.event("sensitivity", f"sensitivity table {told}; {group} in {form.label} loses most, {loss:.3g} nats")
+        elif outcome.status != "fatal":
+            self.store.set_meta(sensitivity={"table": None, "reason": outcome.reason})
+            self.store.event("sensitivity", f"no mixed precision is searched: {outcome.reason}")
+        self._open_mixed()
+        self.notify("sensitivity", {"reason": outcome.reason, **{k: v for k, v in outcome.facts.items() if k != "table"}})
+
+    def _open_mixed(self) -> None:
+        known = self.store.meta("sensitivity")
+        if known is not None and self.space.has_mixed:
+            table = None if known["table"] is None else Sensitivity.from_dict(known["table"])
+            self.space = dataclasses.replace(self.space, mixed=table is not None, sensitivity=table)
+            self.version += 1
 
     def _evaluation_came_back(self, work: Work, candidate: Candidate, outcome: Outcome, seconds: float) -> None:
         fidelity = FIDELITY[work.kind]
@@ -502,6 +533,7 @@ class Director:
         first = self.space.baselines()[0].key
         if (first, "confirmed") in self._latest:
             self._require_teacher(first, self._latest[first, "confirmed"].reason)
+        self._open_mixed()
         if self.store.meta("fit_done") is True:
             self._refit()
         self._calibrate()

@@ -25,7 +25,7 @@ from paretune.objectives.quality import Scores, quality_measurements, sum_by_doc
 from paretune.search.measuring import Measuring
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.candidate import Candidate, Format
 from paretune.teachers.checkpoint import load_tensors, save_tensors
 from paretune.teachers.tokens import Windows
 
@@ -50,6 +50,8 @@ class Evaluator:
                 return self._elastic(work)
             if work.kind == "fit":
                 return self.measuring.fit(work)
+            if work.kind == "sensitivity":
+                return self._sensitivity(work)
             assert work.candidate is not None
             action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
             return action(work.candidate, work)
@@ -87,6 +89,14 @@ class Evaluator:
         if trainer.done:
             self._trainer = None
         return Outcome(done=trainer.done, facts=facts)
+
+    def _sensitivity(self, work: Work) -> Outcome:
+        start = time.monotonic()
+        try:
+            table, kept = self.space.sensitivity(tuple(Format(**f) for f in work.options["formats"]))
+        except ValueError as error:
+            return Outcome("failed", reason=str(error))
+        return Outcome(facts={"table": table.to_dict(), "kept": kept, "seconds": time.monotonic() - start})
 
     def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
         weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))

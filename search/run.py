@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from paretune.search.director import MAX_ATTEMPTS, Director
 from paretune.search.execute import run_ray
 from paretune.search.spec import Spec
 from paretune.search.store import Store
+from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens, expected_seconds
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
 from paretune.teachers.teacher import EMBEDDED_FOLDER
@@ -112,6 +113,14 @@ def prepare(spec: Spec, home: Path) -> Ready:
         teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE, second_order=spec.second_order
     )
     notes = []
+    if spec.mixed_precision:
+        tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)
+        space = replace(space, mixed=tokens > 0)
+        if not tokens:
+            notes.append(
+                f"mixed precision is not searched: to measure what each layer loses takes more than {BUDGET_SHARE:.0%} of the "
+                "budget. A longer --budget searches it"
+            )
     if affordable < AFFORDABLE:
         notes.append(
             f"the budget allows {affordable:.3f} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
@@ -317,6 +326,10 @@ def _plan(
         "latency fit": spec.fit_points * (0.7 + 0.4 * scale),
         "elastic student": spec.budget_s * spec.shares.elastic,
     }
+    if space.has_mixed:
+        formats = len(space.mixed_formats)
+        tokens = affordable_tokens(teacher.shape, formats, spec.budget_s, profile.cores)
+        seconds["sensitivity"] = expected_seconds(teacher.shape, formats, tokens, profile.cores)
     left = max(0.0, spec.budget_s - sum(seconds.values()))
     seconds["explore"] = left * spec.shares.explore / (spec.shares.explore + spec.shares.confirm)
     seconds["recover and confirm"] = left - seconds["explore"]

@@ -41,6 +41,7 @@ class Spec(BaseModel):
     """Settings of one search. Durations are like `90s`, `45m`, `8h`.
 
     `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score.
+    `mixed_precision` adds candidates whose layers differ in precision, by how much each loses.
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
     the sampler is kept below it and finalists come from below it.
     """
@@ -59,6 +60,7 @@ class Spec(BaseModel):
         default_factory=dict
     )
     second_order: bool = False
+    mixed_precision: bool = True
     loss_of_interest: float = Field(default=0.25, gt=0)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)

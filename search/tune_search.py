@@ -124,6 +124,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         if self._built >= 0 and self.director.spec.sampler == "nsga2":
             self._built = self.director.version  # its generations live in the study: rebuilt at a launch only
         if self._built != self.director.version:
+            self._distributions = self._space = distributions(self.director.space)  # mixed precision opens later
             self._ot_study, self._built = rebuild(self.director, sampler, self._distributions), self.director.version
         self._ot_study.sampler = sampler
         self._asked += 1

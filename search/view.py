@@ -12,7 +12,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.front import Vector, non_dominated
 from paretune.search.store import CandidateRow, Evaluation, Event, Store
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.candidate import Candidate, Format
 
 LABELS = {
     "nll": "NLL (nats/token)",
@@ -56,7 +56,9 @@ class Point:
         if self.source == "baseline":
             return f"teacher {self.candidate.head_format.name}"
         sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
-        formats = f"{x.attention_format.name}/{x.ffn_format.name}{' GPTQ' if self.candidate.uses_gptq else ''}"
+        layers = self.candidate.layers
+        attention, ffn = _names([y.attention_format for y in layers]), _names([y.ffn_format for y in layers])
+        formats = f"{attention}/{ffn}{' GPTQ' if self.candidate.uses_gptq else ''}"
         return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
     def value(self, objective: str) -> Measurement:
@@ -188,6 +190,11 @@ def failure_counts(view: StudyView) -> Counter[str]:
     return Counter(
         f"{e.fidelity} {e.status}: {e.reason.splitlines()[0][:160] if e.reason else 'no reason'}" for e in view.failures
     )
+
+
+def _names(formats: Sequence[Format]) -> str:
+    """`int4`, or `int4+int8` where layers differ."""
+    return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
 def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"]) -> Point:

@@ -1,5 +1,8 @@
 """The space a sampler sees: a few ordered integers and categories, decoded into layer-uniform candidates.
 
+Or, where precision is mixed, into candidates whose layers differ in it: one integer, the mean bits per weight, is decoded
+through the teacher's sensitivity table. The formats per matrix group then have no say.
+
 Ordered choices (depth, widths, bits, group size, ratio) are integers, because every Optuna sampler treats categories as
 unordered. What the profile has no kernel for is left out of the choices, so it is never proposed.
 """
@@ -7,8 +10,9 @@ unordered. What the profile has no kernel for is left out of the choices, so it 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paretune.spaces.candidate import (
@@ -25,6 +29,7 @@ from paretune.spaces.candidate import (
     Shape,
     group_for,
 )
+from paretune.spaces.mixed import Sensitivity, mean_bits, mix, stored_bits
 
 GROUP_SIZES = (32, 64, 128)
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -36,6 +41,8 @@ QUANTIZERS: tuple[Algorithm, ...] = ("rtn", "gptq")
 MOST_SECOND_ORDER = 3e11
 WIDTH_LEVELS = 12
 WIDTH_STEP = 64
+BITS_STEP = 0.25  # of the mean bits per weight of mixed candidates
+STRUCTURE_AND_MIX = ("depth", "ffn", "kv_groups", "hidden", "effective_bits", "int4_activation", "quantizer")
 
 Distribution = tuple[str, Any]
 
@@ -44,6 +51,7 @@ Distribution = tuple[str, Any]
 class Space:
     """All layer-uniform candidates of a teacher's `shape` that the kernels in `kernels` (`int4/int8` …) execute.
 
+    With `mixed`, those also that `sensitivity` assigns a format per layer; nothing can be decoded into one before it is known.
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
     """
 
@@ -54,6 +62,8 @@ class Space:
     min_kv_groups: int
     mild: bool = False
     second_order: bool = True
+    mixed: bool = False
+    sensitivity: Sensitivity | None = None
 
     @classmethod
     def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False, second_order: bool = True) -> Space:
@@ -115,6 +125,25 @@ class Space:
         """What can find the codes of a 4-bit matrix."""
         return QUANTIZERS if self.has_second_order else ("rtn",)
 
+    @property
+    def mixed_formats(self) -> tuple[Format, ...]:
+        """What a mixed candidate is made of: every group size up to 4 bits, the largest beyond, where it hardly matters."""
+        groups = self.group_sizes
+        return tuple(self.format(b, g) for b in self.bits for g in (groups if b <= 4 else groups[-1:]))
+
+    @property
+    def effective_bits(self) -> tuple[float, ...]:
+        """Ascending mean bits per weight, scales included, from the smallest to the largest integer format in quarters."""
+        k = self.shape.hidden
+        found = [stored_bits(f, [(1, k)]) / k for f in self.mixed_formats if f.bits < 16] or [0.0]
+        first, last = math.ceil(min(found) / BITS_STEP), math.floor(max(found) / BITS_STEP)
+        return tuple(i * BITS_STEP for i in range(first, last + 1))
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether mixed candidates are searched: if wanted, and if there are formats to mix."""
+        return self.mixed and len(self.effective_bits) > 1
+
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.bits) - 1
@@ -135,6 +164,9 @@ class Space:
             found["int4_activation"] = ("categorical", ("int8", "fp32"))
         if 4 in self.bits and len(self.quantizers) > 1:
             found["quantizer"] = ("categorical", self.quantizers)
+        if self.has_mixed:
+            found["precision_mode"] = ("categorical", ("uniform", "mixed"))
+            found["effective_bits"] = ("int", (0, len(self.effective_bits) - 1))
         return found
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
@@ -152,10 +184,58 @@ class Space:
             ffn,
             Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]),
         )
-        return Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
+        uniform = Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
+        return self._mix(uniform, params) if params.get("precision_mode") == "mixed" else uniform
+
+    def _mix(self, uniform: Candidate, params: Mapping[str, Any]) -> Candidate:
+        """The student of `uniform` with the formats that `effective_bits` buys, their activations and quantizer as wanted."""
+        if self.sensitivity is None:
+            raise ValueError(
+                "a mixed candidate is decoded through the sensitivity table, but the space has none: measure it first"
+            )
+        target = self.effective_bits[params["effective_bits"]]
+        found = mix(uniform, self.sensitivity, self.shape, self.shape.hidden, target)
+        wanted, quantizer = params.get("int4_activation", "int8"), params.get("quantizer", "rtn")
+
+        def dressed(form: Format) -> Format:
+            return self.format(form.bits, form.group_size, wanted, quantizer)
+
+        layers = tuple(
+            replace(x, attention_format=dressed(x.attention_format), ffn_format=dressed(x.ffn_format))
+            for x in found.layers
+        )
+        head, embedding = dressed(found.head_format), dressed(found.embedding_format)
+        return replace(found, layers=layers, head_format=head, embedding_format=embedding).canonical(self.shape)
 
     def encode(self, candidate: Candidate) -> dict[str, Any]:
-        """Sampler parameters of a layer-uniform candidate; `decode(encode(c)) == c`. Raises ValueError if it has none."""
+        """Sampler parameters of a candidate; `decode(encode(c)) == c`. Raises ValueError if it has none.
+
+        The variable that has no say, `effective_bits` of a uniform candidate, is the level nearest to the bits it takes.
+        """
+        if not self.has_mixed:
+            return self._encode_uniform(candidate)
+        try:
+            params = self._encode_uniform(candidate) | {"precision_mode": "uniform"}
+        except ValueError:
+            return self._encode_mixed(candidate)
+        levels, bits = self.effective_bits, mean_bits(candidate, self.shape, self.shape.hidden)
+        return params | {"effective_bits": min(range(len(levels)), key=lambda i: abs(levels[i] - bits))}
+
+    def _encode_mixed(self, candidate: Candidate) -> dict[str, Any]:
+        """The lowest level of `effective_bits` that decodes into the candidate."""
+        plain = self.format(self.bits[-1], self.group_sizes[0])
+        layers = tuple(replace(x, attention_format=plain, ffn_format=plain) for x in candidate.layers)
+        bare = replace(candidate, layers=layers, head_format=plain, embedding_format=plain).canonical(self.shape)
+        params = self._encode_uniform(bare) | {"precision_mode": "mixed"}
+        ranges = self._values("effective_bits", "int4_activation", "quantizer")
+        for values in itertools.product(*ranges.values()) if self.sensitivity is not None else ():
+            found = params | dict(zip(ranges, values, strict=True))
+            if self.decode(found) == candidate:
+                return found
+        raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
+
+    def _encode_uniform(self, candidate: Candidate) -> dict[str, Any]:
+        """Sampler parameters of a layer-uniform candidate."""
         x = candidate.layers[0]
         if any(layer != x for layer in candidate.layers):
             raise ValueError("only layer-uniform candidates have sampler parameters")
@@ -209,7 +289,7 @@ class Space:
         return found
 
     def size(self) -> int:
-        """Number of distinct candidates, counted over canonical ones."""
+        """Number of distinct candidates, counted over canonical ones; mixed ones at most so, before the table is known."""
         bits, groups, activations = (
             self.bits,
             len(self.group_sizes),
@@ -228,7 +308,34 @@ class Space:
             * len(self.ffn_widths)
             * (self.shape.kv_heads - self.min_kv_groups + 1)
         )
-        return sizes * patterns * precisions
+        return sizes * patterns * precisions + patterns * self._mixed_size()
+
+    def _mixed_size(self) -> int:
+        """How many dense candidates are mixed and no uniform ones besides."""
+        if not self.has_mixed:
+            return 0
+        ranges = self._values(*STRUCTURE_AND_MIX)
+        if self.sensitivity is None:
+            return math.prod(map(len, ranges.values()))
+        base = self._encode_uniform(self.baselines()[0]) | {"precision_mode": "mixed"}
+        rows = (dict(zip(ranges, values, strict=True)) for values in itertools.product(*ranges.values()))
+        return sum(not self._is_uniform(c) for c in {self.decode(base | row) for row in rows})
+
+    def _is_uniform(self, candidate: Candidate) -> bool:
+        try:
+            self._encode_uniform(candidate)
+        except ValueError:
+            return False
+        return True
+
+    def _values(self, *names: str) -> dict[str, tuple[Any, ...]]:
+        """All values of those variables that the space has."""
+        found = self.distributions()
+        return {
+            name: tuple(range(bounds[0], bounds[1] + 1)) if kind == "int" else bounds
+            for name, (kind, bounds) in found.items()
+            if name in names
+        }
 
     def smallest(self) -> tuple[int, int, int]:
         """(depth, FFN width, KV groups) of the smallest student."""
