@@ -97,7 +97,9 @@ class Director:
         if self.store.meta("elastic", {}).get("done") is not True:
             return self._hand_out("elastic", None)
         if self.space.has_mixed and self.space.sensitivity is None:
-            return self._hand_out("sensitivity", None, {"formats": [dataclasses.asdict(f) for f in self.space.mixed_formats]})
+            return self._hand_out(
+                "sensitivity", None, {"formats": [dataclasses.asdict(f) for f in self.space.mixed_formats]}
+            )
         return self._explore_or_confirm()
 
     def register(self, candidate: Candidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
@@ -220,12 +222,7 @@ class Director:
         seconds = [e.seconds for e in self._complete(fidelity)]
         return statistics.median(seconds[-5:]) if seconds else guess
 
-    def _hand_out(
-        self,
-        kind: Kind,
-        candidate: Candidate | None,
-        options: dict[str, Any] | None = None,
-    ) -> Decision:
+    def _hand_out(self, kind: Kind, candidate: Candidate | None, options: dict[str, Any] | None = None) -> Decision:
         left = self.budget.left_s
         timeout = self._scale * {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0}.get(
             kind, left + 60.0
@@ -339,12 +336,16 @@ class Director:
             table = Sensitivity.from_dict(outcome.facts["table"])
             group, form, loss = table.worst()
             told = "taken from an earlier search" if outcome.facts["kept"] else "measured"
-            self.store.event("sensitivity", f"sensitivity table {told}; {group} in {form.label} loses most, {loss:.3g} nats")
+            self.store.event(
+                "sensitivity", f"sensitivity table {told}; {group} in {form.label} loses most, {loss:.3g} nats"
+            )
         elif outcome.status != "fatal":
             self.store.set_meta(sensitivity={"table": None, "reason": outcome.reason})
             self.store.event("sensitivity", f"no mixed precision is searched: {outcome.reason}")
         self._open_mixed()
-        self.notify("sensitivity", {"reason": outcome.reason, **{k: v for k, v in outcome.facts.items() if k != "table"}})
+        self.notify(
+            "sensitivity", {"reason": outcome.reason, **{k: v for k, v in outcome.facts.items() if k != "table"}}
+        )
 
     def _open_mixed(self) -> None:
         known = self.store.meta("sensitivity")
@@ -493,7 +494,7 @@ class Director:
 
     def seeds(self) -> list[Candidate]:
         """Textbook candidates that every search should have seen, explored before the sampler proposes: each size cut alone and
-        together, each with the engine's two integer precisions."""
+        together, each with the engine's two integer precisions, and with two mixed ones."""
         s, found = self.space.shape, []
         widths = self.space.ffn_widths
         sizes = [
@@ -522,6 +523,12 @@ class Director:
                     "group_size": 0,
                 }
                 found.append(self.space.decode(params))
+            if self.space.sensitivity is not None and depth >= self.space.min_depth:
+                n = len(self.space.effective_bits)
+                for level in (n // 5, n // 2):  # about 5 and 6 bits
+                    mixed = {"precision_mode": "mixed", "effective_bits": level}
+                    sizes_of = {"depth": depth, "ffn": widths.index(ffn), "kv_groups": groups}
+                    found.append(self.space.decode(self.space.encode(self.space.baselines()[0]) | sizes_of | mixed))
         return [c for c in dict.fromkeys(found) if c.key not in self._rows]
 
     # from the store

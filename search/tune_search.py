@@ -20,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from paretune.search.director import Director
 from paretune.search.sampler import distributions, frozen_trial, make_sampler, rebuild, stable_seed, tell_constraints
 from paretune.search.work import Outcome, Work
+from paretune.spaces.candidate import Candidate
 
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
@@ -42,7 +43,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self._built = -1
         self._asked = int(director.store.meta("asked", 0))
         self._work: dict[str, tuple[Work, float]] = {}
-        self._seeds = director.seeds()
+        self._seeds: list[Candidate] | None = None
 
     def suggest(self, trial_id: str) -> Any:
         """The next Tune config, None if something must finish first, FINISHED at the end."""
@@ -90,6 +91,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")
 
     def _propose(self, trial_id: str) -> Work | None:
+        if self._seeds is None:  # not before the sensitivity table is known
+            self._seeds = self.director.seeds()
         while self._seeds:
             candidate = self._seeds.pop(0)
             work = self.director.register(candidate, "seed", self.director.space.encode(candidate))

@@ -224,13 +224,7 @@ class Candidate:
             f"ffn {_counted([layer.ffn_format for layer in self.layers])}, "
             f"head {self.head_format.label}, embed {self.embedding_format.name}"
         )
-        groups = sorted(
-            {
-                f.group_size
-                for f in (*self._matmul_formats, self.embedding_format)
-                if f.bits != 32
-            }
-        )
+        groups = sorted({f.group_size for f in (*self._matmul_formats, self.embedding_format) if f.bits != 32})
         group = f", groups of {'/'.join(map(str, groups))}" if groups else ""
         return f"{size}; {x.pattern.name}; {formats}{group}{_activations(self)}"
 

@@ -7,6 +7,7 @@ the linear relaxation (Sinha and Zoltners 1979), which is tight, so 60 layers ta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ def _hull(item: int, choices: Choices) -> tuple[tuple[int, float], list[_Step]]:
         while len(points) > 1 and _above(points[-2], points[-1], (cost, loss)):
             points.pop()
         points.append((cost, loss))
-    edges = zip(points, points[1:], strict=False)
+    edges = itertools.pairwise(points)
     return points[0], [_Step(item, b[0] - a[0], a[1] - b[1]) for a, b in edges]
 
 

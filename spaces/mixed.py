@@ -104,9 +104,7 @@ def stored_bits(form: Format, matrices: Iterable[tuple[int, int]]) -> int:
 
 
 @lru_cache(maxsize=8192)
-def _assign(
-    table: Sensitivity, widths: Widths, shape: Shape, hidden: int, effective_bits: float
-) -> tuple[int, ...]:
+def _assign(table: Sensitivity, widths: Widths, shape: Shape, hidden: int, effective_bits: float) -> tuple[int, ...]:
     """Index of the format of (attention, FFN) of every layer, head and embedding, in this order."""
     forms, kept = table.formats, table.kept_layers(len(widths))
     items, matrices = [], []
@@ -122,7 +120,7 @@ def _assign(
     items.append(
         [(_table_bits(forms[h], forms[e], both, shape.tied), table.head[h] + table.embedding[e]) for h, e in pairs]
     )
-    *layers, last = knapsack(items, math.floor(effective_bits * _weights(matrices) * (1 + 1e-12)))
+    *layers, last = knapsack(items, math.floor(effective_bits * _weights(matrices)))
     return (*layers, *pairs[last])
 
 

@@ -262,9 +262,7 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
 
 
 @pytest.mark.parametrize("level", [2, 5, 9])
-def test_mixed_precision_ships_every_layer_in_its_own_format(
-    level: int, teacher: Teacher, shipping: Shipping
-) -> None:
+def test_mixed_precision_ships_every_layer_in_its_own_format(level: int, teacher: Teacher, shipping: Shipping) -> None:
     """What the knapsack assigns; activations in fp32, so that the bar is tight. Controls: two layers' formats swapped, one
     layer a bit coarser, fake-quant off."""
     space = Space.of(teacher.shape, ("fp32/fp32", "int8/fp32", "int4/fp32"), second_order=False)

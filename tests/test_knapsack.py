@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 from paretune.spaces.knapsack import Choices, knapsack
 
 # Losses are small integers, so that sums are exact and equal ones are frequent.
-choices = st.lists(
-    st.tuples(st.integers(0, 12), st.integers(0, 6).map(float)),
-    min_size=1,
-    max_size=4,
-)
+choices = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6).map(float)), min_size=1, max_size=4)
 problems = st.tuples(st.lists(choices, max_size=5), st.integers(-3, 50))
 
 
@@ -61,7 +57,10 @@ def by_capacity(items: list[Choices], capacity: int) -> float:
     """The textbook table: least loss for every capacity, item by item."""
     best = [0.0] * (capacity + 1)
     for choices in items:
-        best = [min((best[room - c] + v for c, v in choices if c <= room), default=float("inf")) for room in range(capacity + 1)]
+        best = [
+            min((best[room - c] + v for c, v in choices if c <= room), default=float("inf"))
+            for room in range(capacity + 1)
+        ]
     return best[capacity]
 
 
@@ -83,7 +82,7 @@ def test_sixty_layers_of_different_widths_are_solved() -> None:
     """All costs differ, so that no two selections cost the same and only the bound keeps the states few."""
     source = random.Random(1)
     items: list[Choices] = []
-    for i in range(120):
+    for _ in range(120):
         size, worth = source.randint(10**6, 10**7), source.lognormvariate(0, 1.5)
         items.append([(size * bits, worth * 4.0**-bits * source.uniform(0.8, 1.2)) for bits in (4, 5, 8, 9)])
     capacity = sum(item[0][0] for item in items) * 5 // 4
