@@ -88,10 +88,11 @@ class _Row:
 
     def rounded(self, plain: Candidate, form: Format) -> Candidate:
         """`plain` with this group alone in `form`."""
+        changed: dict[str, Any] = {self.name: form}
         if self.name in ("head_format", "embedding_format"):
-            return replace(plain, **{self.name: form})
+            return replace(plain, **changed)
         layers = list(plain.layers)
-        layers[self.first] = replace(layers[self.first], **{self.name: form})
+        layers[self.first] = replace(layers[self.first], **changed)
         return replace(plain, layers=tuple(layers))
 
 
