@@ -10,7 +10,7 @@ from typing import Any
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune import slice_weights
-from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.objectives.lane import Lane, LaneResult, Pair
 from paretune.search.reference import open_lane
 from paretune.search.work import Outcome, Work
@@ -56,7 +56,7 @@ class Measuring:
         """
         if self._missing is None:
             designed = [Candidate.from_dict(d) for d in work.options["design"]]
-            self._missing = [c for c in designed if not self.kept_file(c).exists()]
+            self._missing = [c for c in designed if _kept(self.kept_file(c)) is None]
             self._rough, self._deadline = [], time.monotonic() + min(work.options["seconds"], work.seconds_left)
         start = time.monotonic()
         if self._missing:
@@ -96,8 +96,8 @@ class Measuring:
 
     def all_kept(self) -> list[dict[str, Any]]:
         """Everything kept for this teacher's shape on this machine: {"candidate", "decode_ms_per_token", "ttft_ms"}."""
-        found = [json.loads(path.read_text()) for path in sorted(self._folder().glob("*.json"))]
-        return [{"candidate": d["candidate"], **{name: d[name]["value"] for name in LATENCY}} for d in found]
+        found = (_kept(path) for path in sorted(self._folder().glob("*.json")))
+        return [kept for kept in found if kept is not None]
 
     def _folder(self) -> Path:
         s, p = self.space.teacher.shape, self.space.profile
@@ -108,3 +108,16 @@ class Measuring:
 
 def _plain(form: Format) -> Format:
     return replace(form, algorithm="rtn")
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """A kept measurement: {"candidate", "decode_ms_per_token", "ttft_ms"}; None if it is not there or damaged."""
+    found = read_kept(path)
+    try:
+        if found is None:
+            return None
+        Candidate.from_dict(found["candidate"])
+        return {"candidate": found["candidate"], **{name: float(found[name]["value"]) for name in LATENCY}}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        warn_damaged(path, error)
+        return None

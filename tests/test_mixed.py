@@ -28,11 +28,14 @@ from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
 from paretune.search.evaluator import Evaluator
 from paretune.search.execute import run_inline
-from paretune.search.run import Plan, Ready, create_study, run_study
+from paretune.search.plan import Plan
+from paretune.search.prepare import Ready
+from paretune.search.run import run_study
 from paretune.search.simulated import SHAPE as SIMULATED
 from paretune.search.simulated import SimulatedEvaluator, VirtualClock
 from paretune.search.spec import Spec
 from paretune.search.store import Store
+from paretune.search.studies import create_study
 from paretune.search.table_cost import affordable_tokens, expected_seconds
 from paretune.search.view import load_view
 from paretune.search.work import Outcome, Work

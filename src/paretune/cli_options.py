@@ -1,0 +1,84 @@
+"""What several commands take: the home, a study's name, JSON on stdout, sizes and percentages."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paretune.hardware_profiles.errors import UsageError
+
+if TYPE_CHECKING:
+    from paretune.search.view import StudyView
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar="PARETUNE_HOME", help="Where studies, caches and the MLflow database live.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Study = Annotated[str | None, typer.Argument(help="Study id; the latest one if left out.")]
+HOME = Path("mlruns")
+
+
+@contextlib.contextmanager
+def opened_view(study: str | None, home: Path) -> Iterator[StudyView]:
+    """The study as a view, read-only; also while a search runs on it."""
+    from paretune.search.store import Store
+    from paretune.search.view import load_view
+
+    store = Store.reader(study_folder(study, home))
+    try:
+        yield load_view(store)
+    finally:
+        store.close()
+
+
+def study_folder(study: str | None, home: Path) -> Path:
+    """Folder of the named study, or of the one that was written last."""
+    studies = home.resolve() / "studies"
+    if study is not None:
+        if Path(study).name != study:
+            raise UsageError(
+                f"a study is named by its id, but got {study!r}", "use the name that `paretune search` printed"
+            )
+        return studies / study
+    found = sorted(studies.glob("*/study.db"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(f"there is no study in {studies}", "start one with `paretune search`, or name its --home")
+    return found[-1].parent
+
+
+def size_in_bytes(text: str | None, option: str) -> float | None:
+    """Bytes of a size such as 3MB, 800kB or 12000000. Raises UsageError."""
+    if text is None:
+        return None
+    units = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "b": 1.0, "": 1.0}
+    number = text.strip().lower().rstrip("kmgb")
+    with contextlib.suppress(ValueError, KeyError):
+        value = float(number) * units[text.strip().lower()[len(number) :]]
+        return _positive(value, text, option, "a size such as 3MB")
+    raise UsageError(f"{option} must be a size such as 3MB, but got {text!r}", "write a number and kB, MB or GB")
+
+
+def milliseconds(value: float | None, option: str) -> float | None:
+    """A limit in milliseconds. Raises UsageError."""
+    return None if value is None else _positive(value, f"{value:g}", option, "milliseconds such as 0.5")
+
+
+def fraction(text: str | None, option: str) -> float | None:
+    """A fraction such as 0.01, or 1% as one. Raises UsageError."""
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        value = float(text.strip().rstrip("%")) / (100 if text.strip().endswith("%") else 1)
+        return _positive(value, text, option, "a percentage such as 1%")
+    raise UsageError(f"{option} must be a percentage such as 1% or 0.01, but got {text!r}", "write a percentage")
+
+
+def _positive(value: float, text: str, option: str, example: str) -> float:
+    if value > 0 and math.isfinite(value):
+        return value
+    raise UsageError(f"{option} must be more than 0 and finite, but got {text!r}", f"give {example}, or leave it out")
