@@ -70,6 +70,7 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
     layers = candidate.layers
     formats = [*(f for x in layers for f in (x.attention_format, x.ffn_format)), *[candidate.head_format] * len(layers)]
     kept = len(candidate.layers) / shape.layers * (first.ffn / shape.ffn + first.kv_groups / shape.kv_heads) / 2
+    kept *= candidate.width(shape) / shape.hidden
     return np.array(
         [
             0.1,

@@ -18,6 +18,7 @@ from paretune.search.records import Fidelity
 from paretune.search.seeds import textbook_candidates
 from paretune.search.spec import Spec
 from paretune.search.store import Store
+from paretune.search.students import student_seeds
 from paretune.search.work import Outcome, Work
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.mixed import Sensitivity
@@ -82,8 +83,9 @@ class Director:
         return self._hand_out(self.planning.work("rung0", candidate)).work
 
     def seeds(self) -> list[Candidate]:
-        """Textbook candidates that are not explored yet; they come before the sampler's."""
-        return [c for c in textbook_candidates(self.space) if c.key not in self.ledger.rows]
+        """The user's and textbook candidates that are not explored yet; they come before the sampler's."""
+        found = (*student_seeds(self.space, self.spec.student_configs), *textbook_candidates(self.space))
+        return [c for c in dict.fromkeys(found) if c.key not in self.ledger.rows]
 
     def explored_keys(self) -> list[str]:
         """Keys with a complete rung-0 evaluation in the order of their proposal."""
@@ -213,7 +215,9 @@ class Director:
         known = self.store.meta("sensitivity")
         if known is not None and self.space.has_mixed:
             table = None if known["table"] is None else Sensitivity.from_dict(known["table"])
-            self.space = self.planning.space = replace(self.space, mixed=table is not None, sensitivity=table)
+            self.space = self.planning.space = self.estimates.space = replace(
+                self.space, mixed=table is not None, sensitivity=table
+            )
             self.estimates.version += 1
 
     def _evaluation_came_back(self, work: Work, candidate: Candidate, outcome: Outcome, seconds: float) -> None:
@@ -239,6 +243,8 @@ class Director:
         )
         self.ledger.refresh(candidate.key, fidelity)
         self._require_teacher(candidate.key, outcome.reason)
+        if outcome.facts.get("idle_masks"):
+            self.store.event("nothing changed", f"the pattern drops no weight: {candidate.describe()}")
         if fidelity == "confirmed" and status == "complete":
             self.estimates.learn(candidate, measurements)
         elif fidelity == "rung0" and status == "complete":

@@ -65,6 +65,7 @@ class Measuring:
                     self._measure_random(self._missing.pop(0), pair)
         if self._missing and time.monotonic() < self._deadline:
             return Outcome(done=False, facts={"missing": len(self._missing)})
+        self.space.forget_sorted_teacher()
         kept = self.all_kept()
         disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
         skipped, self._missing = len(self._missing), None
@@ -91,7 +92,7 @@ class Measuring:
         layers = tuple(
             Layer(x.ffn, x.kv_groups, _plain(x.attention_format), _plain(x.ffn_format)) for x in candidate.layers
         )
-        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format)
+        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format, candidate.hidden)
         return self._folder() / f"{plain.key}.json"
 
     def all_kept(self) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
 
@@ -42,4 +44,7 @@ def textbook_candidates(space: Space) -> list[Candidate]:
                 changed = {"depth": depth, "ffn": widths.index(ffn), "kv_groups": groups, "effective_bits": level}
                 base = space.encode(space.baselines()[0]) | {"precision_mode": "mixed"}
                 found.append(space.decode(base | changed))
+    if len(space.hidden_widths) > 1:
+        narrower = space.hidden_widths[-2]
+        found += [replace(c, hidden=narrower).canonical(s) for c in found if c.is_full_size(s)]
     return list(dict.fromkeys(found))

@@ -12,12 +12,14 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from paretune.compression.export.checksums import CHECKSUMS, sha256, write_checksums
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.latency_fit import features
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements
+from paretune.search.escalation import Stakes, Tried, escalate, may_escalate, not_eligible, unrounded
 from paretune.search.spec import Spec
 from paretune.search.work import Outcome, Work
 from paretune.spaces.candidate import Candidate, Format, Shape
@@ -50,7 +52,10 @@ class SimulatedEvaluator:
         self.folder, self.home, self.clock = folder, home, clock
         self.spec = Spec.model_validate(setup["spec"])
         self.space = Space.of(
-            SHAPE, Profile.model_validate(setup["profile"]).weight_formats, second_order=self.spec.second_order
+            SHAPE,
+            Profile.model_validate(setup["profile"]).weight_formats,
+            second_order=self.spec.second_order,
+            hidden=self.spec.hidden,
         )
         self.log = folder / "simulated.log"
 
@@ -81,24 +86,36 @@ class SimulatedEvaluator:
             table = sensitivity(tuple(Format(**f) for f in work.options["formats"]))
             return Outcome(facts={"table": table.to_dict(), "kept": False, "seconds": SECONDS["sensitivity"]})
         assert work.candidate is not None
-        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](work.candidate)
+        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](
+            work.candidate, work
+        )
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _rung0(self, candidate: Candidate) -> Outcome:
+    def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
         size = compressed_size(candidate)
         found = {"bytes": Measurement.exact(size, "bytes"), "compressed_bytes": Measurement.exact(size, "bytes")}
         return Outcome(scores=_scores("search", loss(candidate)), measurements=found)
 
-    def _recover(self, candidate: Candidate) -> Outcome:
+    def _recover(self, candidate: Candidate, work: Work) -> Outcome:
+        """Training leaves 60 % of what cuts and zeros cost, and of what rounding costs only if it sees the rounding."""
+        choice = not_eligible(candidate)
+        if may_escalate(candidate) and "stakes" in work.options:
+            ptq, exact = (
+                TEACHER_NLL["search"] + recovered_loss(candidate, c) for c in (candidate, unrounded(candidate))
+            )
+            choice = escalate(Tried(ptq, exact, ptq - exact), Stakes.from_dict(work.options["stakes"]))
+        increase = 0.6 * loss(candidate) if choice.qat else recovered_loss(candidate, candidate)
         return Outcome(
-            scores=_scores("search", 0.6 * loss(candidate)), facts={"tokens": 40_960.0, "qat": 0.0, "file": ""}
+            scores=_scores("search", increase),
+            facts={"tokens": 40_960.0, "qat": choice.qat, "qat_reason": choice.reason, "file": ""},
         )
 
-    def _confirm(self, candidate: Candidate) -> Outcome:
-        full = candidate.is_full_size(SHAPE) and not candidate.is_sparse
-        scores = _scores("report", loss(candidate) * (1.0 if full else 0.6))
+    def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
+        recovered = work.options.get("recovered")
+        increase = 0.6 * loss(candidate) if recovered and recovered["qat"] else recovered_loss(candidate, candidate)
+        scores = _scores("report", increase if recovered else loss(candidate))
         quality = quality_measurements(scores, _scores("report", 0.0), 3.0, "simulated")
         decode, size = decode_ms(candidate), compressed_size(candidate)
         lane = {
@@ -110,7 +127,9 @@ class SimulatedEvaluator:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "paretune.json").write_text(json.dumps({"candidate": json.loads(candidate.to_json())}))
         write_checksums(folder)
-        facts = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
+        facts: dict[str, Any] = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
+        if recovered:
+            facts |= {"qat": recovered["qat"], "qat_reason": recovered["qat_reason"]}
         artifact = (str(folder), sha256(folder / CHECKSUMS))
         return Outcome(measurements={**quality, **lane, **exact}, scores=scores, facts=facts, artifact=artifact)
 
@@ -122,6 +141,7 @@ def loss(candidate: Candidate) -> float:
         1.2 * (1 - len(candidate.layers) / SHAPE.layers) ** 1.5
         + 0.4 * (1 - x.ffn / SHAPE.ffn)
         + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
+        + 0.8 * (1 - candidate.width(SHAPE) / SHAPE.hidden)
     )
     weights = _layer_weights(len(candidate.layers))
     rounding = _rounding(candidate.head_format) + sum(
@@ -147,6 +167,12 @@ def _rounding(form: Format) -> float:
 def _layer_weights(depth: int) -> list[float]:
     """The share of each layer in what rounding loses: early layers are more sensitive."""
     return [2 * (depth - i) / (depth * (depth + 1)) for i in range(depth)]
+
+
+def recovered_loss(trained: Candidate, shipped: Candidate) -> float:
+    """What is left of the loss when training did not see the rounding of `shipped`, a form of what was `trained`."""
+    rounding = loss(trained) - loss(unrounded(trained))
+    return 0.6 * loss(unrounded(trained)) + (rounding if shipped.is_quantized else 0.0)
 
 
 def decode_ms(candidate: Candidate) -> float:

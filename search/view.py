@@ -61,7 +61,8 @@ class Point:
         layers = self.candidate.layers
         attention, ffn = _names([y.attention_format for y in layers]), _names([y.ffn_format for y in layers])
         formats = f"{attention}/{ffn}{' GPTQ' if self.candidate.uses_gptq else ''}"
-        return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
+        hidden = f" H{self.candidate.hidden}" if self.candidate.hidden else ""
+        return f"L{len(self.candidate.layers)}{hidden} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
     def value(self, objective: str) -> Measurement:
         """The measurement of an objective. A rung-0 point answers `nll` with its estimate, a confirmed one with the interval

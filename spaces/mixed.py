@@ -134,10 +134,13 @@ def _table_bits(head: Format, embedding: Format, table: list[tuple[int, int]], t
 def _layer_matrices(
     shape: Shape, hidden: int, ffn: int, kv_groups: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """[rows, K] of q, k, v, o and of gate, up, down."""
+    """[rows, K] of q, k, v, o and of gate (where there is one), up, down."""
     kv = kv_groups * shape.head_dim
     q = kv * shape.heads_per_group
-    return [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)], [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
+    return [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)], [
+        *[(ffn, hidden)] * (2 if shape.gated else 1),
+        (hidden, ffn),
+    ]
 
 
 def _weights(matrices: Iterable[Iterable[tuple[int, int]]]) -> int:

@@ -320,7 +320,7 @@ def entry(table: Sensitivity, group: str, layer: int) -> tuple[float, ...]:
     return table.head if group == "head_format" else table.embedding
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2"])
 def test_the_table_is_the_divergence_of_whole_passes(
     family: str, write_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -137,13 +137,7 @@ class _Probe:
     def _hidden(self, tail: Candidate, weights: Weights, first: int) -> torch.Tensor:
         network = self.networks(len(tail.layers))
         with network.activations(tail):
-            if first < 0:
-                return network.hidden(weights, self.ids)
-            inner = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-            inputs = {"inputs_embeds": self.entered[first], "use_cache": False}
-            output = torch.func.functional_call(network.module.model, inner, (), inputs, tie_weights=False)
-        found: torch.Tensor = output.last_hidden_state
-        return found
+            return network.hidden(weights, self.ids, None if first < 0 else self.entered[first])
 
     def _predictions(self, hidden: torch.Tensor, weights: Weights) -> torch.Tensor:
         """Log-probabilities [valid positions, vocab]."""
