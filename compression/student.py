@@ -103,10 +103,13 @@ class Network:
         """Those of the matrices `names` that the family's layers have: GPT-2 has no gate."""
         return tuple(name for name in names if not (self.gpt2 and name == GATE))
 
-    def hidden(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [batch, length, hidden] of token ids [batch, length]."""
+    def hidden(
+        self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor, entered: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Final hidden states [batch, length, hidden] of token ids [batch, length], or of what `entered` in their embeddings' place."""
         inner = {self._own_name(name): value for name, value in weights.items() if name.startswith("model.")}
-        output = torch.func.functional_call(self.model, inner, (ids,), {"use_cache": False}, tie_weights=False)
+        inputs = {"input_ids": ids} if entered is None else {"inputs_embeds": entered}
+        output = torch.func.functional_call(self.model, inner, (), inputs | {"use_cache": False}, tie_weights=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 

@@ -112,8 +112,8 @@ def design(space: Space, count: int, seed: int = 0) -> list[Candidate]:
     ranges = space.distributions()
     columns = {name: _shuffled(kind, count * 2, generator) for name, kind in ranges.items()}
     for row in range(count * 2):
-        params = {name: column[row] for name, column in columns.items()} | {"pattern": "none", "quantizer": "rtn"}
-        candidate = space.decode(params)
+        params = {name: column[row] for name, column in columns.items()}
+        candidate = space.decode(params | {"pattern": "none", "quantizer": "rtn", "precision_mode": "uniform"})
         if len(found) < count:
             found.setdefault(candidate.key, candidate)
     return list(found.values())

@@ -67,7 +67,8 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
     if candidate is None:
         return np.zeros(7)
     first = candidate.layers[0]
-    formats = (first.attention_format, first.ffn_format, candidate.head_format)
+    layers = candidate.layers
+    formats = [*(f for x in layers for f in (x.attention_format, x.ffn_format)), *[candidate.head_format] * len(layers)]
     kept = len(candidate.layers) / shape.layers * (first.ffn / shape.ffn + first.kv_groups / shape.kv_heads) / 2
     kept *= candidate.width(shape) / shape.hidden
     return np.array(
@@ -76,8 +77,8 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
             rung0 / (1 + rung0),
             first.pattern.ratio * rung0,
             float(first.pattern.kind == "2:4") * 0.3,
-            sum(f.bits <= 4 for f in formats) / 3 * 0.3,
-            sum(f.algorithm != "rtn" for f in formats) / 3 * 0.3,
+            sum(f.bits <= 4 for f in formats) / len(formats) * 0.3,
+            sum(f.algorithm != "rtn" for f in formats) / len(formats) * 0.3,
             (1 - kept) * 0.5,
         ]
     )

@@ -67,5 +67,7 @@ class Costs:
     def timeout_s(self, kind: Kind) -> float:
         """After how long a worker gives itself up."""
         left = self.budget.left_s
-        most = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0}.get(kind, left + 60.0)
+        most = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0, "sensitivity": 300.0}.get(
+            kind, left + 60.0
+        )
         return min(self.scale * most, left + 20.0)

@@ -6,6 +6,7 @@ Everything it knows it reads from the store, so resuming is asking again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from paretune.search.budget import Budget
@@ -20,12 +21,14 @@ from paretune.search.store import Store
 from paretune.search.students import student_seeds
 from paretune.search.work import Outcome, Work
 from paretune.spaces.candidate import Candidate
+from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
 
 MOST_FAILURES_IN_A_ROW = 8
 STAGE = {
     "fit": "latency fit",
     "elastic": "elastic student",
+    "sensitivity": "sensitivity",
     "rung0": "explore",
     "recover": "recover and confirm",
     "confirm": "recover and confirm",
@@ -50,9 +53,11 @@ class Director:
         self.exit_code = 0
         self.is_interrupted = False
         self._failures: list[Outcome] = []
+        self._lost_tables = 0
         self.ledger = Ledger(store)
         self.estimates = Estimates(store, spec, space, self.ledger)
         self.planning = Planning(store, spec, space, budget, self.ledger, self.estimates)
+        self._open_mixed()
         first = space.baselines()[0].key
         if (first, "confirmed") in self.ledger.latest:
             self._require_teacher(first, self.ledger.latest[first, "confirmed"].reason)
@@ -118,6 +123,8 @@ class Director:
             self._fit_came_back(outcome)
         elif work.kind == "elastic":
             self._elastic_came_back(outcome)
+        elif work.kind == "sensitivity":
+            self._sensitivity_came_back(outcome)
         else:
             assert work.candidate is not None
             self._evaluation_came_back(work, work.candidate, outcome, seconds)
@@ -141,6 +148,10 @@ class Director:
             )
             self.ledger.refresh(work.candidate.key, fidelity)
             self._require_teacher(work.candidate.key, reason)
+        if work.kind == "sensitivity":
+            self._lost_tables += 1
+            if self._lost_tables >= MAX_ATTEMPTS:
+                self._sensitivity_came_back(Outcome("failed", reason=reason))
         self._watch_failures(Outcome("failed", reason=reason))
         self.notify("lost", {"kind": work.kind, "reason": reason})
 
@@ -183,6 +194,31 @@ class Director:
         )
         self.store.event("elastic", f"elastic student {kept}")
         self.notify("elastic", {"done": True, **outcome.facts})
+
+    def _sensitivity_came_back(self, outcome: Outcome) -> None:
+        """The table opens the mixed part of the space; without it the search goes on with uniform precision."""
+        if outcome.status == "complete":
+            self.store.set_meta(sensitivity=outcome.facts)
+            group, form, loss = Sensitivity.from_dict(outcome.facts["table"]).worst()
+            told = "taken from an earlier search" if outcome.facts["kept"] else "measured"
+            self.store.event(
+                "sensitivity", f"sensitivity table {told}; {group} in {form.label} loses most, {loss:.3g} nats"
+            )
+        elif outcome.status != "fatal":
+            self.store.set_meta(sensitivity={"table": None, "reason": outcome.reason})
+            self.store.event("sensitivity", f"no mixed precision is searched: {outcome.reason}")
+        self._open_mixed()
+        facts = {k: v for k, v in outcome.facts.items() if k != "table"}
+        self.notify("sensitivity", {"reason": outcome.reason, **facts})
+
+    def _open_mixed(self) -> None:
+        known = self.store.meta("sensitivity")
+        if known is not None and self.space.has_mixed:
+            table = None if known["table"] is None else Sensitivity.from_dict(known["table"])
+            self.space = self.planning.space = self.estimates.space = replace(
+                self.space, mixed=table is not None, sensitivity=table
+            )
+            self.estimates.version += 1
 
     def _evaluation_came_back(self, work: Work, candidate: Candidate, outcome: Outcome, seconds: float) -> None:
         fidelity = FIDELITY[work.kind]

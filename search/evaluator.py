@@ -24,7 +24,7 @@ from paretune.search.measuring import Measuring
 from paretune.search.recovering import Recovering, sparsity_of
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.candidate import Candidate, Format
 from paretune.teachers.checkpoint import load_tensors
 from paretune.teachers.families import POSITIONS
 from paretune.teachers.tokens import Windows
@@ -51,6 +51,8 @@ class Evaluator:
                 return self._elastic(work)
             if work.kind == "fit":
                 return self.measuring.fit(work)
+            if work.kind == "sensitivity":
+                return self._sensitivity(work)
             assert work.candidate is not None
             action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
             return action(work.candidate, work)
@@ -89,6 +91,14 @@ class Evaluator:
         if trainer.done:
             self._trainer = None
         return Outcome(done=trainer.done, facts=facts)
+
+    def _sensitivity(self, work: Work) -> Outcome:
+        start = time.monotonic()
+        try:
+            table, kept = self.space.sensitivity(tuple(Format(**f) for f in work.options["formats"]))
+        except ValueError as error:
+            return Outcome("failed", reason=str(error))
+        return Outcome(facts={"table": table.to_dict(), "kept": kept, "seconds": time.monotonic() - start})
 
     def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
         weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))

@@ -10,6 +10,7 @@ from pathlib import Path
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.costs import CONFIRM_GUESS_S
 from paretune.search.spec import Spec
+from paretune.search.table_cost import affordable_tokens, expected_seconds
 from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.space import Space
 from paretune.teachers import Teacher
@@ -84,6 +85,10 @@ def make_plan(
         "latency fit": spec.fit_points * (0.7 + 0.4 * scale),
         "elastic student": spec.budget_s * spec.shares.elastic,
     }
+    if space.has_mixed:
+        formats = len(space.mixed_formats)
+        tokens = affordable_tokens(teacher.shape, formats, spec.budget_s, profile.cores)
+        seconds["sensitivity"] = expected_seconds(teacher.shape, formats, tokens, profile.cores)
     left = max(0.0, spec.budget_s - sum(seconds.values()))
     seconds["explore"] = left * spec.shares.explore / (spec.shares.explore + spec.shares.confirm)
     seconds["recover and confirm"] = left - seconds["explore"]

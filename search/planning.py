@@ -1,13 +1,14 @@
 """What is due next.
 
-Order: the baselines are confirmed, the latency fit is measured, the elastic student trained; then rung-0 candidates and
-recoveries with confirmations take turns by their shares of the budget. Everything is read from the ledger and the store.
+Order: the baselines are confirmed, the latency fit is measured, the elastic student trained, the sensitivity table measured;
+then rung-0 candidates and recoveries with confirmations take turns by their shares of the budget. Everything is read from
+the ledger and the store.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from paretune.objectives.latency_fit import design
@@ -55,6 +56,8 @@ class Planning:
             return self.work("fit", None, {"design": self._design(), "seconds": self.costs.fit_seconds()})
         if self.store.meta("elastic", {}).get("done") is not True:
             return self.work("elastic", None)
+        if self.space.has_mixed and self.space.sensitivity is None:
+            return self.work("sensitivity", None, {"formats": [asdict(f) for f in self.space.mixed_formats]})
         return self._explore_or_confirm()
 
     def work(self, kind: Kind, candidate: Candidate | None, options: dict[str, Any] | None = None) -> Decision:

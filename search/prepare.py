@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paretune import __version__
@@ -14,6 +14,7 @@ from paretune.hardware_profiles.profile import Profile
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
+from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
 from paretune.teachers.teacher import EMBEDDED_FOLDER
@@ -71,6 +72,14 @@ def prepare(spec: Spec, home: Path) -> Ready:
     )
     space = with_students(space, spec.student_configs)
     notes = []
+    if spec.mixed_precision:
+        tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)
+        space = replace(space, mixed=tokens > 0)
+        if not tokens:
+            notes.append(
+                f"mixed precision is not searched: to measure what each layer loses takes more than {BUDGET_SHARE:.0%} of the "
+                "budget. A longer --budget searches it"
+            )
     if affordable < AFFORDABLE:
         notes.append(
             f"the budget allows {affordable:.2g} training tokens per parameter; below {AFFORDABLE} only mild cuts are "

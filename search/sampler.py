@@ -21,7 +21,7 @@ from paretune.spaces.space import Space
 RANDOM_STARTS = 12
 POPULATION = 24
 # What studies of version 0.1, whose parameters lack it, did.
-SINCE_THEN = {"quantizer": "rtn", "hidden": 0}
+SINCE_THEN = {"quantizer": "rtn", "hidden": 0, "precision_mode": "uniform", "effective_bits": 0}
 
 
 def stable_seed(seed: int, number: int) -> int:

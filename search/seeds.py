@@ -9,7 +9,7 @@ from paretune.spaces.space import Space
 
 
 def textbook_candidates(space: Space) -> list[Candidate]:
-    """Each size cut alone and together, each with the engine's two integer precisions; without repetitions."""
+    """Each size cut alone and together, each with the engine's two integer precisions and two mixed ones; without repetitions."""
     s, found = space.shape, []
     widths = space.ffn_widths
     sizes = [
@@ -38,6 +38,12 @@ def textbook_candidates(space: Space) -> list[Candidate]:
                 "group_size": 0,
             }
             found.append(space.decode(params))
+        if space.sensitivity is not None and depth >= space.min_depth:
+            levels = len(space.effective_bits)
+            for level in (levels // 5, levels // 2):  # about 5 and 6 bits
+                changed = {"depth": depth, "ffn": widths.index(ffn), "kv_groups": groups, "effective_bits": level}
+                base = space.encode(space.baselines()[0]) | {"precision_mode": "mixed"}
+                found.append(space.decode(base | changed))
     if len(space.hidden_widths) > 1:
         narrower = space.hidden_widths[-2]
         found += [replace(c, hidden=narrower).canonical(s) for c in found if c.is_full_size(s)]

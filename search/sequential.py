@@ -22,6 +22,7 @@ from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.space import Distribution
 
 SIZE, MASK = ("depth", "ffn", "kv_groups", "hidden"), ("pattern", "ratio", "score")
+MIXED = ("precision_mode", "effective_bits")
 ALIKE = 0.04
 Params = dict[str, Any]
 
@@ -171,10 +172,12 @@ class SequentialPlan:
         names = bits if which == "bits" else self._precision_names()
         for choice in itertools.product(*map(self._choices, names)):
             yield fixed | dict(zip(names, choice, strict=True))
+        for level in self._choices("effective_bits") if "effective_bits" in self.variables else ():
+            yield fixed | {"precision_mode": "mixed", "effective_bits": level}
 
     def _precision_names(self) -> list[str]:
         """All variables that are neither of the size nor of the mask."""
-        return [name for name in self.variables if name not in (*SIZE, *MASK)]
+        return [name for name in self.variables if name not in (*SIZE, *MASK, *MIXED)]
 
     def _choices(self, name: str) -> list[Any]:
         return choices(self.variables[name])

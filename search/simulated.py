@@ -22,7 +22,8 @@ from paretune.objectives.quality import Scores, quality_measurements
 from paretune.search.escalation import Stakes, Tried, escalate, may_escalate, not_eligible, unrounded
 from paretune.search.spec import Spec
 from paretune.search.work import Outcome, Work
-from paretune.spaces.candidate import Candidate, Shape
+from paretune.spaces.candidate import Candidate, Format, Shape
+from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
 
 SHAPE = Shape(6, 256, 768, 8, 4, 32, 4096)
@@ -35,7 +36,7 @@ HEAD_COSTS = {"fp32/fp32": 0.018, "int8/int8": 0.012, "int8/fp32": 0.012, "int4/
 OTHER_COST = 0.02
 WEIGHT_BYTES = {2: 0.3, 4: 0.55, 8: 1.0, 16: 2.0, 32: 4.0}
 LOSS = {2: 0.2, 4: 0.012, 8: 0.0005, 16: 0.0, 32: 0.0}
-SECONDS = {"fit": 20.0, "elastic": 30.0, "rung0": 1.0, "recover": 9.0, "confirm": 5.0}
+SECONDS = {"fit": 20.0, "elastic": 30.0, "sensitivity": 3.0, "rung0": 1.0, "recover": 9.0, "confirm": 5.0}
 SLEEP = "PARETUNE_SIMULATED_SLEEP"
 
 
@@ -88,6 +89,9 @@ class SimulatedEvaluator:
             return Outcome(
                 facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
             )
+        if work.kind == "sensitivity":
+            table = sensitivity(tuple(Format(**f) for f in work.options["formats"]))
+            return Outcome(facts={"table": table.to_dict(), "kept": False, "seconds": SECONDS["sensitivity"]})
         assert work.candidate is not None
         return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](
             work.candidate, work
@@ -146,13 +150,30 @@ def loss(candidate: Candidate) -> float:
         + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
         + 0.8 * (1 - candidate.width(SHAPE) / SHAPE.hidden)
     )
-    rounding = sum(
-        LOSS[f.bits] * (1.0 if f.algorithm == "rtn" else 0.7)
-        for f in (x.attention_format, x.ffn_format, candidate.head_format)
+    weights = _layer_weights(len(candidate.layers))
+    rounding = _rounding(candidate.head_format) + sum(
+        weight * (_rounding(layer.attention_format) + _rounding(layer.ffn_format))
+        for weight, layer in zip(weights, candidate.layers, strict=True)
     )
     noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
     changed = cut + rounding + x.pattern.ratio > 0
     return float(cut + rounding + 0.5 * x.pattern.ratio**2 + (0.002 * noise if changed else 0.0))
+
+
+def sensitivity(formats: tuple[Format, ...]) -> Sensitivity:
+    """The table that `loss` implies; layers are kept in their order."""
+    losses = [tuple(weight * _rounding(f) for f in formats) for weight in _layer_weights(SHAPE.layers)]
+    nothing = (0.0,) * len(formats)
+    return Sensitivity(formats, tuple(losses), tuple(losses), tuple(map(_rounding, formats)), nothing)
+
+
+def _rounding(form: Format) -> float:
+    return LOSS[form.bits] * (1.0 if form.algorithm == "rtn" else 0.7)
+
+
+def _layer_weights(depth: int) -> list[float]:
+    """The share of each layer in what rounding loses: early layers are more sensitive."""
+    return [2 * (depth - i) / (depth * (depth + 1)) for i in range(depth)]
 
 
 def recovered_loss(trained: Candidate, shipped: Candidate) -> float:

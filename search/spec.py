@@ -90,7 +90,8 @@ class StudentConfig(BaseModel):
 class Spec(BaseModel):
     """Settings of one search. Durations are like `90s`, `45m`, `8h`.
 
-    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score. `hidden` adds cuts of the
+    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score. `mixed_precision` adds
+    candidates whose layers differ in precision, by how much each loses. `hidden` adds cuts of the
     residual stream. `keep_zeros` takes the zeros of a pruned teacher as given masks, which a candidate can keep through
     recovery; masks that `torch.nn.utils.prune` left in the checkpoint are always taken.
     `precisions` are those that may be proposed (spaces/precision.py says why not all are by default), `group_sizes` those of
@@ -120,6 +121,7 @@ class Spec(BaseModel):
     precisions: tuple[Precision, ...] = DEFAULT_PRECISIONS
     group_sizes: tuple[Literal[32, 64, 128, 256, "channel"], ...] = (32, 64, 128)
     quantizers: tuple[Algorithm, ...] | None = None
+    mixed_precision: bool = True
     hidden: bool = False
     keep_zeros: bool = False
     loss_of_interest: float = Field(default=0.25, gt=0)

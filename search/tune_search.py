@@ -21,6 +21,7 @@ from paretune.search.director import Director
 from paretune.search.sampler import distributions, frozen_trial, make_sampler, rebuild, stable_seed, tell_constraints
 from paretune.search.sequential import SequentialPlan
 from paretune.search.work import Outcome, Work
+from paretune.spaces.candidate import Candidate
 
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
@@ -44,8 +45,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self._built = -1
         self._asked = int(director.store.meta("asked", 0))
         self._work: dict[str, tuple[Work, float]] = {}
-        self._plan = SequentialPlan(director.estimates) if director.spec.sampler == "sequential" else None
-        self._seeds = director.seeds() if self._plan is None else []
+        self._plan: SequentialPlan | None = None
+        self._seeds: list[Candidate] | None = None
 
     def suggest(self, trial_id: str) -> Any:
         """The next Tune config, None if something must finish first, FINISHED at the end."""
@@ -93,6 +94,10 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")
 
     def _propose(self, trial_id: str) -> Work | None:
+        if self._seeds is None:  # not before the sensitivity table is known
+            sequential = self.director.spec.sampler == "sequential"
+            self._plan = SequentialPlan(self.director.estimates) if sequential else None
+            self._seeds = [] if sequential else self.director.seeds()
         if self._plan is not None:
             return self._planned(self._plan)
         while self._seeds:
@@ -137,6 +142,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         if self._built >= 0 and self.director.spec.sampler == "nsga2":
             self._built = self.estimates.version  # its generations live in the study: rebuilt at a launch only
         if self._built != self.estimates.version:
+            self._distributions = self._space = distributions(self.director.space)  # mixed precision opens later
             self._ot_study, self._built = rebuild(self.estimates, sampler, self._distributions), self.estimates.version
         self._ot_study.sampler = sampler
         self._asked += 1

@@ -14,7 +14,7 @@ from paretune.search.database import is_taken
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
 from paretune.search.store import Store
-from paretune.spaces.candidate import ALGORITHM_NAMES, Candidate
+from paretune.spaces.candidate import ALGORITHM_NAMES, Candidate, Format
 
 LABELS = {
     "nll": "NLL (nats/token)",
@@ -58,8 +58,10 @@ class Point:
         if self.source == "baseline":
             return f"teacher {self.candidate.head_format.name}"
         sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
+        layers = self.candidate.layers
+        attention, ffn = _names([y.attention_format for y in layers]), _names([y.ffn_format for y in layers])
         found_by = ALGORITHM_NAMES[self.candidate.quantizer]
-        formats = f"{x.attention_format.name}/{x.ffn_format.name}{f' {found_by}' if found_by else ''}"
+        formats = f"{attention}/{ffn}{f' {found_by}' if found_by else ''}"
         hidden = f" H{self.candidate.hidden}" if self.candidate.hidden else ""
         return f"L{len(self.candidate.layers)}{hidden} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
@@ -194,6 +196,11 @@ def failure_counts(view: StudyView) -> Counter[str]:
     return Counter(
         f"{e.fidelity} {e.status}: {e.reason.splitlines()[0][:160] if e.reason else 'no reason'}" for e in view.failures
     )
+
+
+def _names(formats: Sequence[Format]) -> str:
+    """`int4`, or `int4+int8` where layers differ."""
+    return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
 def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"]) -> Point:

@@ -10,7 +10,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.spaces.candidate import Candidate
 
-Kind = Literal["fit", "elastic", "rung0", "recover", "confirm"]
+Kind = Literal["fit", "elastic", "sensitivity", "rung0", "recover", "confirm"]
 
 
 @dataclass(frozen=True)

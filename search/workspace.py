@@ -32,16 +32,19 @@ from paretune.compression.prune import (
     sort_by_importance,
     warn_if_idle,
 )
+from paretune.compression.quantize.sensitivity import measure_sensitivity, sensitivity_key
 from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible
-from paretune.hardware_profiles.files import warn_damaged
+from paretune.hardware_profiles.files import warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
+from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
 from paretune.search.windows import WINDOW, batch_within_memory
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.candidate import Candidate, Format
+from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
 from paretune.teachers import (
     Corpus,
@@ -207,6 +210,29 @@ class Workspace:
         except DAMAGED as error:
             warn_damaged(self.elastic_file, error)
             return None
+
+    def sensitivity(self, formats: tuple[Format, ...]) -> tuple[Sensitivity, bool]:
+        """What the teacher's matrix groups lose in `formats`, and whether an earlier search had measured it.
+
+        Raises ValueError where the budget has no time for it.
+        """
+        shape, cores = self.teacher.shape, self.profile.cores
+        tokens = affordable_tokens(shape, len(formats), self.spec.budget_s, cores)
+        key = sensitivity_key(self.teacher, self.corpus_fingerprint, formats, tokens, self.window)
+        file = self.cache / "sensitivity" / f"{self.teacher.name}-{key}.json"
+        kept = file.exists()
+        if not kept:
+            if not tokens:
+                raise ValueError(f"the table takes more than {BUDGET_SHARE:.0%} of the budget")
+            text = self.tokens["calibration"].windows(self.window, tokens)
+            ids, targets = torch.from_numpy(text.ids), torch.from_numpy(text.targets)
+            batch = self.batch_within_memory(len(ids))
+            found = measure_sensitivity(
+                self.network, self.teacher_weights, shape, formats, ids, targets, batch, self.lock.shared
+            )
+            write_atomically(file, json.dumps(found.to_dict()).encode())
+        table = Sensitivity.from_dict(json.loads(file.read_text()))
+        return replace(table, order=self.sorted_teacher[1].layers), kept
 
     def dense_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
         """The teacher's own weights at full size, else a slice of the elastic student."""

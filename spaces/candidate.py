@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
@@ -220,7 +221,7 @@ class Candidate:
 
     @property
     def stratum(self) -> str:
-        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `block/int8`, …
+        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `block/mixed`, …
 
         A threshold leaves unstructured zeros, and a given mask costs a teacher that came with it nothing.
         """
@@ -228,7 +229,13 @@ class Candidate:
         kind = {"none": "dense", "given": "dense", "threshold": "unstructured"}.get(
             first.pattern.kind, first.pattern.kind
         )
-        return f"{kind}/{first.ffn_format.name}"
+        return f"{kind}/{self.layer_precision}"
+
+    @property
+    def layer_precision(self) -> str:
+        """Name of the FFN's format; "mixed" where layers differ in bits."""
+        kinds = {(x.attention_format.bits, x.ffn_format.bits) for x in self.layers}
+        return "mixed" if len(kinds) > 1 else self.layers[0].ffn_format.name
 
     def is_full_size(self, shape: Shape) -> bool:
         """Whether nothing is cut away, so that the teacher's own weights serve."""
@@ -294,25 +301,20 @@ class Candidate:
         )
 
     def describe(self) -> str:
-        """One line for people; layer-uniform candidates only need the first layer."""
+        """One line for people: sizes if they are the same in every layer, formats with the number of layers that have them."""
         x = self.layers[0]
-        uniform = all(layer == x for layer in self.layers)
+        uniform = len({(layer.ffn, layer.kv_groups, layer.pattern) for layer in self.layers}) == 1
         size = (
             f"{len(self.layers)} layers, FFN {x.ffn}, {x.kv_groups} KV groups"
             if uniform
             else f"{len(self.layers)} mixed layers"
         ) + (f", hidden {self.hidden}" if self.hidden else "")
         formats = (
-            f"attn {x.attention_format.label}, ffn {x.ffn_format.label}, "
+            f"attn {_counted([layer.attention_format for layer in self.layers])}, "
+            f"ffn {_counted([layer.ffn_format for layer in self.layers])}, "
             f"head {self.head_format.label}, embed {self.embedding_format.name}"
         )
-        groups = sorted(
-            {
-                f.group_size
-                for f in (x.attention_format, x.ffn_format, self.head_format, self.embedding_format)
-                if f.is_integer
-            }
-        )
+        groups = sorted({f.group_size for f in (*self._matmul_formats, self.embedding_format) if f.is_integer})
         sizes = "/".join(str(g) for g in groups if g != PER_CHANNEL)
         group = (f", groups of {sizes}" if sizes else "") + (", per channel" if PER_CHANNEL in groups else "")
         return f"{size}; {x.pattern.name}; {formats}{group}{_activations(self)}"
@@ -322,10 +324,15 @@ def _without_defaults(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if (name, value) not in DEFAULTS}
 
 
+def _counted(formats: list[Format]) -> str:
+    """`int4`, or `int4 x4, int8 x2` where layers differ."""
+    counts = Counter(f.label for f in sorted(formats, key=lambda f: f.bits))
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{label} x{n}" for label, n in counts.items())
+
+
 def _activations(candidate: Candidate) -> str:
-    formats = [candidate.head_format, candidate.layers[0].attention_format, candidate.layers[0].ffn_format]
     names = {"fp32": "fp32", "int8": "int8", "dynamic": "dynamic int8", "static": "static int8"}
-    kinds = sorted({names[f.activation] for f in formats if f.is_integer})
+    kinds = sorted({names[f.activation] for f in candidate._matmul_formats if f.is_integer})
     return f", {'/'.join(kinds)} activations" if kinds else ""
 
 

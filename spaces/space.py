@@ -1,5 +1,8 @@
 """The space a sampler sees: a few ordered integers and categories, decoded into layer-uniform candidates.
 
+Or, where precision is mixed, into candidates whose layers differ in it: one integer, the mean bits per weight, is decoded
+through the teacher's sensitivity table. The formats per matrix group then have no say.
+
 Ordered choices (depth, widths, bits, group size, ratio) are integers, because every Optuna sampler treats categories as
 unordered. What the profile has no kernel for is left out of the choices, so it is never proposed.
 """
@@ -7,8 +10,9 @@ unordered. What the profile has no kernel for is left out of the choices, so it 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +31,7 @@ from paretune.spaces.candidate import (
     Shape,
     group_for,
 )
+from paretune.spaces.mixed import Sensitivity, mean_bits, mix, stored_bits
 from paretune.spaces.precision import DEFAULT_CHOICES, GROUP_SIZES, PrecisionChoices
 
 __all__ = ["GROUP_SIZES", "RATIOS", "Space"]
@@ -40,6 +45,8 @@ QUANTIZERS: tuple[Algorithm, ...] = ("rtn", "gptq")
 MOST_SECOND_ORDER = 3e11
 WIDTH_LEVELS = 12
 WIDTH_STEP = 64
+BITS_STEP = 0.25  # of the mean bits per weight of mixed candidates
+STRUCTURE_AND_MIX = ("depth", "ffn", "kv_groups", "hidden", "effective_bits", "int4_activation", "quantizer")
 
 # Precisions of weights, coarse to fine, and their bits.
 LEVELS = {"int2": 2, "int4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
@@ -53,6 +60,7 @@ Distribution = tuple[str, Any]
 class Space:
     """All layer-uniform candidates of a teacher's `shape` that those of `kernels` (`int4/int8` …) in `choices` execute.
 
+    With `mixed`, those also that `sensitivity` assigns a format per layer; nothing can be decoded into one before it is known.
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
     `min_hidden` bounds the residual stream, 0 leaves it alone. With `given` the teacher came with masks that can be kept.
     `extra_ffn` are widths beside the usual ones.
@@ -69,6 +77,8 @@ class Space:
     given: bool = False
     extra_ffn: tuple[int, ...] = ()
     choices: PrecisionChoices = DEFAULT_CHOICES
+    mixed: bool = False
+    sensitivity: Sensitivity | None = None
 
     @classmethod
     def of(
@@ -179,6 +189,25 @@ class Space:
         }
         return {name: values for name, values in found.items() if len(values) > 1}
 
+    @property
+    def mixed_formats(self) -> tuple[Format, ...]:
+        """What a mixed candidate is made of: every group size up to 4 bits, the largest beyond, where it hardly matters."""
+        groups = self.group_sizes
+        return tuple(self.format(x, g) for x in self.levels for g in (groups if LEVELS[x] <= 4 else groups[-1:]))
+
+    @property
+    def effective_bits(self) -> tuple[float, ...]:
+        """Ascending mean bits per weight, scales included, from the smallest to the largest integer format in quarters."""
+        k = self.shape.hidden
+        found = [stored_bits(f, [(1, k)]) / k for f in self.mixed_formats if f.bits < 16] or [0.0]
+        first, last = math.ceil(min(found) / BITS_STEP), math.floor(max(found) / BITS_STEP)
+        return tuple(i * BITS_STEP for i in range(first, last + 1))
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether mixed candidates are searched: if wanted, and if there are formats to mix."""
+        return self.mixed and len(self.effective_bits) > 1
+
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.levels) - 1
@@ -199,6 +228,9 @@ class Space:
         found |= {name: ("categorical", values) for name, values in self._settings.items()}
         if len(self.hidden_widths) > 1:  # steps below the teacher's width, so that 0 is what studies without it did
             found["hidden"] = ("int", (0, len(self.hidden_widths) - 1))
+        if self.has_mixed:
+            found["precision_mode"] = ("categorical", ("uniform", "mixed"))
+            found["effective_bits"] = ("int", (0, len(self.effective_bits) - 1))
         return found
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
@@ -217,10 +249,58 @@ class Space:
             Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]),
         )
         hidden = self.hidden_widths[-1 - params.get("hidden", 0)]
-        return Candidate((layer,) * params["depth"], head, embedding, hidden).canonical(self.shape)
+        uniform = Candidate((layer,) * params["depth"], head, embedding, hidden).canonical(self.shape)
+        return self._mix(uniform, params) if params.get("precision_mode") == "mixed" else uniform
+
+    def _mix(self, uniform: Candidate, params: Mapping[str, Any]) -> Candidate:
+        """The student of `uniform` with the formats that `effective_bits` buys, their activations and quantizer as wanted."""
+        if self.sensitivity is None:
+            raise ValueError(
+                "a mixed candidate is decoded through the sensitivity table, but the space has none: measure it first"
+            )
+        target = self.effective_bits[params["effective_bits"]]
+        found = mix(uniform, self.sensitivity, self.shape, uniform.width(self.shape), target)
+        wanted, quantizer = params.get("int4_activation", "int8"), params.get("quantizer", "rtn")
+
+        def dressed(form: Format) -> Format:
+            return self.format(form.name, form.group_size, wanted, quantizer=quantizer)
+
+        layers = tuple(
+            replace(x, attention_format=dressed(x.attention_format), ffn_format=dressed(x.ffn_format))
+            for x in found.layers
+        )
+        head, embedding = dressed(found.head_format), dressed(found.embedding_format)
+        return replace(found, layers=layers, head_format=head, embedding_format=embedding).canonical(self.shape)
 
     def encode(self, candidate: Candidate) -> dict[str, Any]:
-        """Sampler parameters of a layer-uniform candidate; `decode(encode(c)) == c`. Raises ValueError if it has none."""
+        """Sampler parameters of a candidate; `decode(encode(c)) == c`. Raises ValueError if it has none.
+
+        The variable that has no say, `effective_bits` of a uniform candidate, is the level nearest to the bits it takes.
+        """
+        if not self.has_mixed:
+            return self._encode_uniform(candidate)
+        try:
+            params = self._encode_uniform(candidate) | {"precision_mode": "uniform"}
+        except ValueError:
+            return self._encode_mixed(candidate)
+        levels, bits = self.effective_bits, mean_bits(candidate, self.shape, candidate.width(self.shape))
+        return params | {"effective_bits": min(range(len(levels)), key=lambda i: abs(levels[i] - bits))}
+
+    def _encode_mixed(self, candidate: Candidate) -> dict[str, Any]:
+        """The lowest level of `effective_bits` that decodes into the candidate."""
+        plain = self.format(self.levels[-1], self.group_sizes[0])
+        layers = tuple(replace(x, attention_format=plain, ffn_format=plain) for x in candidate.layers)
+        bare = replace(candidate, layers=layers, head_format=plain, embedding_format=plain).canonical(self.shape)
+        params = self._encode_uniform(bare) | {"precision_mode": "mixed"}
+        ranges = self._values("effective_bits", "int4_activation", "quantizer")
+        for values in itertools.product(*ranges.values()) if self.sensitivity is not None else ():
+            found = params | dict(zip(ranges, values, strict=True))
+            if self.decode(found) == candidate:
+                return found
+        raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
+
+    def _encode_uniform(self, candidate: Candidate) -> dict[str, Any]:
+        """Sampler parameters of a layer-uniform candidate."""
         x = candidate.layers[0]
         if any(layer != x for layer in candidate.layers):
             raise ValueError("only layer-uniform candidates have sampler parameters")
@@ -284,7 +364,7 @@ class Space:
         return found
 
     def size(self) -> int:
-        """Number of distinct candidates, counted over canonical ones."""
+        """Number of distinct candidates, counted over canonical ones; mixed ones at most so, before the table is known."""
         ratios = len(self.scores) * len(RATIOS)
         patterns = 1 + len(self.scores) + (len(PATTERNS) - 2) * ratios + int(self.given)
         sizes = (
@@ -292,7 +372,10 @@ class Space:
             * len(self.ffn_widths)
             * (self.shape.kv_heads - self.min_kv_groups + 1)
         )
-        return sizes * patterns * sum(self._precisions(hidden) for hidden in self.hidden_widths)
+        return (
+            sizes * patterns * sum(self._precisions(hidden) for hidden in self.hidden_widths)
+            + patterns * self._mixed_size()
+        )
 
     def _precisions(self, hidden: int) -> int:
         """Number of distinct precisions of a student of that width."""
@@ -315,6 +398,33 @@ class Space:
         activations = len(self._settings.get("int4_activation", ("int8",))) if "int4" in matmuls else 1
         quantizers = len(self._settings.get("quantizer", ("rtn",))) if found_by_quantizer else 1
         return (groups if in_groups else 1) * activations * quantizers
+
+    def _mixed_size(self) -> int:
+        """How many dense candidates are mixed and no uniform ones besides."""
+        if not self.has_mixed:
+            return 0
+        ranges = self._values(*STRUCTURE_AND_MIX)
+        if self.sensitivity is None:
+            return math.prod(map(len, ranges.values()))
+        base = self._encode_uniform(self.baselines()[0]) | {"precision_mode": "mixed"}
+        rows = (dict(zip(ranges, values, strict=True)) for values in itertools.product(*ranges.values()))
+        return sum(not self._is_uniform(c) for c in {self.decode(base | row) for row in rows})
+
+    def _is_uniform(self, candidate: Candidate) -> bool:
+        try:
+            self._encode_uniform(candidate)
+        except ValueError:
+            return False
+        return True
+
+    def _values(self, *names: str) -> dict[str, tuple[Any, ...]]:
+        """All values of those variables that the space has."""
+        found = self.distributions()
+        return {
+            name: tuple(range(bounds[0], bounds[1] + 1)) if kind == "int" else bounds
+            for name, (kind, bounds) in found.items()
+            if name in names
+        }
 
     def smallest(self) -> tuple[int, int, int]:
         """(depth, FFN width, KV groups) of the smallest student."""

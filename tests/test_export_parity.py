@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from paretune.compression.student import ATTENTION, EMBEDDING, FFN, HEAD, NO_COD
 from paretune.engines import EngineChild
 from paretune.engines.onnxruntime_decoder import Decoder
 from paretune.hardware_profiles import Infeasible, UsageError
-from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
+from paretune.spaces import Candidate, Format, Layer, Pattern, Shape, Space
 from paretune.spaces.candidate import DENSE
+from paretune.spaces.mixed import Sensitivity
 from paretune.teachers import Teacher, load_teacher
 
 Weights = dict[str, torch.Tensor]
@@ -263,6 +265,31 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
     assert agreement(torch_logits(weights, candidate, teacher, shipping.ids)) >= 0.9
     for name, other in controls.items():
         assert agreement(other) <= 0.1, f"the control {name!r} passed"
+
+
+@pytest.mark.parametrize("level", [5, 9])
+def test_mixed_precision_ships_every_layer_in_its_own_format(level: int, teacher: Teacher, shipping: Shipping) -> None:
+    """What the knapsack assigns; activations in fp32, so that the bar is tight. Controls: two layers' formats swapped, one
+    layer a bit coarser, fake-quant off."""
+    space = Space.of(teacher.shape, ("fp32/fp32", "int8/fp32", "int4/fp32"), second_order=False)
+    losses = [tuple((i + 1) ** 2 * 4.0**-f.bits for f in space.mixed_formats) for i in (2, 0, 1)]
+    table = Sensitivity(space.mixed_formats, tuple(losses), tuple(losses[::-1]), losses[0], losses[1])
+    space = replace(space, mixed=True, sensitivity=table)
+    params = space.encode(space.baselines()[0]) | {"precision_mode": "mixed", "effective_bits": level}
+    candidate = space.decode(params)
+    assert len({(x.attention_format, x.ffn_format) for x in candidate.layers}) > 1
+    weights = student_weights(teacher, candidate)
+    shipped = shipping.logits(weights, candidate, teacher)
+    assert worst(shipped, torch_logits(weights, candidate, teacher, shipping.ids)) <= BAR
+    a, b, c = candidate.layers
+    swapped = next(
+        replace(candidate, layers=layers) for layers in ((b, a, c), (c, b, a), (a, c, b)) if layers != (a, b, c)
+    )
+    one = replace(candidate, layers=(a, coarser(replace(candidate, layers=(b,))).layers[0], c))
+    for other in (swapped, one):
+        assert other != candidate
+        assert worst(shipped, torch_logits(weights, other, teacher, shipping.ids)) > 10 * BAR
+    assert worst(shipped, torch_logits(weights, candidate, teacher, shipping.ids, rounded=False)) > 10 * BAR
 
 
 GPTQ = Format(4, 32, "fp32", "gptq")

@@ -171,6 +171,9 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
                 else f"trained on {data.get('tokens', 0):,.0f} tokens"
             )
         )
+    elif kind == "sensitivity":
+        why = f"not searched: {data['reason']}" if data["reason"] else "opened by what each layer loses in each format"
+        progress.say(f"mixed precision {why}")
     elif kind == "rung0":
         progress.explored += data["status"] == "complete"
         progress.update("exploring")
