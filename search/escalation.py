@@ -91,7 +91,7 @@ def escalate(tried: Tried, stakes: Stakes) -> Escalation:
 
 
 def may_escalate(candidate: Candidate) -> bool:
-    """Whether training may see the rounding at all: 4-bit layers, unless GPTQ finds the codes."""
+    """Whether training may see the rounding at all: layers of fewer than 8 bits, unless calibration finds the codes."""
     forms = [f for layer in candidate.layers for f in (layer.attention_format, layer.ffn_format)]
     return not candidate.needs_calibration and any(f.bits < 8 for f in forms)
 
@@ -101,7 +101,10 @@ def not_eligible(candidate: Candidate) -> Escalation:
     if not candidate.is_quantized:
         return Escalation(False, "nothing is quantized")
     if candidate.needs_calibration:
-        return Escalation(False, "its codes come from GPTQ, which rounds after training")
+        return Escalation(
+            False,
+            "its codes come from calibration text (GPTQ, clipping, static activations), which rounds after training",
+        )
     return Escalation(False, "its layers have 8 bits or more: what rounding costs there is less than training moves")
 
 

@@ -126,14 +126,14 @@ class _Graph:
         return outputs[0]
 
     def constant(self, name: str, value: Array | torch.Tensor) -> str:
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:  # numpy has none
-            raw = value.detach().contiguous().view(torch.int16).numpy().tobytes()
-            self.initializers[name] = helper.make_tensor(name, TensorProto.BFLOAT16, value.shape, raw, raw=True)
-            return name
-        array = value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
+        is_bf16 = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16  # numpy has none
+        if isinstance(value, torch.Tensor):
+            array = (value.view(torch.int16) if is_bf16 else value).detach().contiguous().numpy()
+        else:
+            array = np.ascontiguousarray(value)
         if name not in self.initializers:
             tensor = self.initializers[name] = self.model.graph.initializer.add(name=name, dims=array.shape)
-            tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+            tensor.data_type = TensorProto.BFLOAT16 if is_bf16 else helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor.raw_data = array.tobytes()
         return name
 
