@@ -30,8 +30,8 @@ from typing import Any
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError, UsageError
 from paretune.search.store import Store
 from paretune.search.view import load_view
-from paretune.tracking.charts import front_png
-from paretune.tracking.mlflow_sink import EXPERIMENT
+from paretune.tracking.mlflow_runs import EXPERIMENT
+from paretune.tracking.picture import front_png
 from paretune.tracking.ui import QUIET, server_command
 
 START_S, GRACE_S, PAGE_S = 90.0, 10.0, 30.0

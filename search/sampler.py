@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from paretune.search.director import Director
+from paretune.search.estimates import Estimates
 from paretune.spaces.space import Space
 
 RANDOM_STARTS = 12
@@ -44,10 +44,10 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, multivariate=True, n_startup_trials=RANDOM_STARTS, constant_liar=False)
 
 
-def frozen_trial(director: Director, key: str, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
+def frozen_trial(estimates: Estimates, key: str, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
     """A candidate of the store as a finished trial: COMPLETE with float objectives, or FAIL without values."""
-    vector = director.vector(key)
-    params = {name: director.params(key).get(name, SINCE_THEN.get(name)) for name in space}
+    vector = estimates.vector(key)
+    params = {name: estimates.params(key).get(name, SINCE_THEN.get(name)) for name in space}
     if vector is None:
         return create_trial(state=TrialState.FAIL, params=params, distributions=dict(space))
     return create_trial(
@@ -55,15 +55,15 @@ def frozen_trial(director: Director, key: str, space: Mapping[str, BaseDistribut
         params=params,
         distributions=dict(space),
         values=[float(v) for v in vector],
-        constraints=director.constraints(key),
+        constraints=estimates.constraints(key),
     )
 
 
-def rebuild(director: Director, sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> optuna.Study:
+def rebuild(estimates: Estimates, sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> optuna.Study:
     """A fresh study over everything explored so far, with the current estimates."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(directions=["minimize"] * len(director.spec.objectives), sampler=sampler)
-    study.add_trials([frozen_trial(director, key, space) for key in director.explored_keys()])
+    study = optuna.create_study(directions=["minimize"] * len(estimates.spec.objectives), sampler=sampler)
+    study.add_trials([frozen_trial(estimates, key, space) for key in estimates.ledger.explored_keys()])
     return study
 
 

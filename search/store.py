@@ -1,130 +1,33 @@
 """The truth of a study: one SQLite file, one writer. Optuna, Ray Tune, MLflow and the report are views of it.
 
-WAL with synchronous=FULL: a committed row survives SIGKILL and power loss. Starting is recovering: whatever was running
-when the process died is marked lost and becomes due again.
+Starting is recovering: whatever was running when the process died is marked lost and becomes due again.
 """
 
 from __future__ import annotations
 
-import datetime
-import fcntl
 import json
-import os
-import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
-from urllib.parse import quote
+from typing import IO, Any
 
 import sqlalchemy as sa
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
+from paretune.search.database import open_engine, require_study, take_lock
+from paretune.search.records import CandidateRow, Evaluation, Event, Fidelity, Status, evaluation_of, now
+from paretune.search.tables import (
+    SCHEMA_VERSION,
+    artifact_table,
+    candidate_table,
+    evaluation_table,
+    event_table,
+    meta_table,
+    metadata,
+    outbox_table,
+)
 from paretune.spaces.candidate import Candidate
-
-Fidelity = Literal["rung0", "recovered", "confirmed"]
-Status = Literal["running", "complete", "failed", "infeasible", "lost"]
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_MS = 20_000
-
-metadata = sa.MetaData()
-meta_table = sa.Table(
-    "meta", metadata, sa.Column("name", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
-)
-candidate_table = sa.Table(
-    "candidate",
-    metadata,
-    sa.Column("key", sa.Text, primary_key=True),
-    sa.Column("number", sa.Integer, nullable=False, unique=True),
-    sa.Column("source", sa.Text, nullable=False),
-    sa.Column("candidate", sa.Text, nullable=False),
-    sa.Column("params", sa.Text, nullable=False),
-    sa.Column("created", sa.Text, nullable=False),
-)
-evaluation_table = sa.Table(
-    "evaluation",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), nullable=False),
-    sa.Column("fidelity", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("measurements", sa.Text, nullable=False, default="{}"),
-    sa.Column("scores", sa.Text, nullable=False, default="null"),
-    sa.Column("facts", sa.Text, nullable=False, default="{}"),
-    sa.Column("reason", sa.Text, nullable=False, default=""),
-    sa.Column("seconds", sa.Float, nullable=False, default=0.0),
-    sa.Column("at", sa.Text, nullable=False),
-    sa.Index("evaluation_key", "key", "fidelity"),
-)
-artifact_table = sa.Table(
-    "artifact",
-    metadata,
-    sa.Column("key", sa.Text, sa.ForeignKey("candidate.key"), primary_key=True),
-    sa.Column("path", sa.Text, nullable=False),
-    sa.Column("sha256", sa.Text, nullable=False),
-)
-event_table = sa.Table(
-    "event",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("at", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("text", sa.Text, nullable=False),
-    sa.Column("data", sa.Text, nullable=False, default="{}"),
-)
-outbox_table = sa.Table(
-    "outbox",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("key", sa.Text, nullable=False),
-    sa.Column("done", sa.Integer, nullable=False, default=0),
-    sa.UniqueConstraint("kind", "key"),
-)
-
-
-@dataclass(frozen=True)
-class CandidateRow:
-    """A proposed candidate. `number` counts proposals from 0; `source` is "baseline", "seed" or "sampler"."""
-
-    key: str
-    number: int
-    source: str
-    candidate: Candidate
-    params: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One attempt to evaluate a candidate at a fidelity. `facts` say how (tokens, weights file, seconds per step …)."""
-
-    key: str
-    fidelity: Fidelity
-    status: Status
-    attempt: int
-    measurements: dict[str, Measurement]
-    scores: Scores | None
-    facts: dict[str, Any]
-    reason: str
-    seconds: float
-    at: str
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something an operator would want to read in the morning."""
-
-    at: str
-    kind: str
-    text: str
-    data: dict[str, Any] = field(default_factory=dict)
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 class Store:
@@ -140,13 +43,13 @@ class Store:
             raise UsageError(f"a study called {folder.name!r} exists", "choose another --study name")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _take(folder)
+            lock = take_lock(folder)
         except OSError as error:
             raise EnvironmentProblem(
                 f"the study folder {folder} cannot be written: {error.strerror}",
                 "free the disk or choose a folder with --home",
             ) from None
-        store = cls(folder, _engine(folder, "rwc"), lock)
+        store = cls(folder, open_engine(folder, "rwc"), lock)
         try:
             metadata.create_all(store._engine)
             store.set_meta(schema=SCHEMA_VERSION, created=now(), study=folder.name, **meta)
@@ -160,14 +63,14 @@ class Store:
     @classmethod
     def open_study(cls, folder: Path) -> Store:
         """Open for writing; raises UsageError if there is no study, EnvironmentProblem if another search runs on it."""
-        _require(folder)
-        return _checked(cls(folder, _engine(folder, "rw"), _take(folder)))
+        require_study(folder)
+        return _checked(cls(folder, open_engine(folder, "rw"), take_lock(folder)))
 
     @classmethod
     def reader(cls, folder: Path) -> Store:
         """Open read-only, also while a search runs."""
-        _require(folder)
-        return _checked(cls(folder, _engine(folder, "ro"), None))
+        require_study(folder)
+        return _checked(cls(folder, open_engine(folder, "ro"), None))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -280,13 +183,13 @@ class Store:
         if status is not None:
             query = query.where(evaluation_table.c.status == status)
         with self._engine.connect() as connection:
-            return [_evaluation(row) for row in connection.execute(query)]
+            return [evaluation_of(row) for row in connection.execute(query)]
 
     def evaluations_of(self, key: str) -> list[Evaluation]:
         """All evaluations of one candidate, oldest first."""
         query = sa.select(evaluation_table).where(evaluation_table.c.key == key).order_by(evaluation_table.c.id)
         with self._engine.connect() as connection:
-            return [_evaluation(row) for row in connection.execute(query)]
+            return [evaluation_of(row) for row in connection.execute(query)]
 
     def update_measurements(self, fidelity: Fidelity, fresh: Mapping[str, Mapping[str, Measurement]]) -> None:
         """Replace the measurements of complete evaluations (estimates change as the calibration learns), in one transaction."""
@@ -353,49 +256,6 @@ class Store:
             connection.execute(sa.update(outbox_table).values(done=0))
 
 
-def _evaluation(row: Any) -> Evaluation:
-    scores = json.loads(row.scores)
-    return Evaluation(
-        row.key,
-        row.fidelity,
-        row.status,
-        row.attempt,
-        {n: Measurement.from_dict(m) for n, m in json.loads(row.measurements).items()},
-        None if scores is None else Scores.from_dict(scores),
-        json.loads(row.facts),
-        row.reason,
-        row.seconds,
-        row.at,
-    )
-
-
-def _engine(folder: Path, mode: str) -> sa.Engine:
-    address = f"file:{quote(str(folder.resolve() / 'study.db'))}?mode={mode}"
-
-    def connect() -> sqlite3.Connection:
-        return sqlite3.connect(address, uri=True, check_same_thread=False)
-
-    engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.QueuePool)
-
-    def configure(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-        cursor.execute("PRAGMA foreign_keys=ON")
-        if mode != "ro":
-            cursor.execute("PRAGMA journal_mode=WAL")
-            cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
-
-    sa.event.listen(engine, "connect", configure)
-    return engine
-
-
-def _require(folder: Path) -> None:
-    if not (folder / "study.db").is_file():
-        known = sorted(p.parent.name for p in folder.parent.glob("*/study.db"))
-        raise UsageError(f"no study is called {folder.name!r}", f"known studies: {', '.join(known) or 'none yet'}")
-
-
 def _checked(store: Store) -> Store:
     try:
         version = store.meta("schema")
@@ -409,22 +269,3 @@ def _checked(store: Store) -> Store:
             "use the paretune version that wrote it",
         )
     return store
-
-
-def _take(folder: Path) -> IO[str]:
-    """The kernel lock of a study; released when the process ends, however it ends."""
-    lock = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise EnvironmentProblem(
-            f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there"
-        ) from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"pid {os.getpid()}")
-    lock.flush()
-    return lock

@@ -39,6 +39,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             sampler=make_sampler(director.spec.sampler, director.spec.seed),
         )
         self.director = director
+        self.estimates = director.estimates
         self._built = -1
         self._asked = int(director.store.meta("asked", 0))
         self._work: dict[str, tuple[Work, float]] = {}
@@ -122,9 +123,9 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
     def _ask(self, trial_id: str) -> dict[str, Any]:
         sampler = make_sampler(self.director.spec.sampler, stable_seed(self.director.spec.seed, self._asked))
         if self._built >= 0 and self.director.spec.sampler == "nsga2":
-            self._built = self.director.version  # its generations live in the study: rebuilt at a launch only
-        if self._built != self.director.version:
-            self._ot_study, self._built = rebuild(self.director, sampler, self._distributions), self.director.version
+            self._built = self.estimates.version  # its generations live in the study: rebuilt at a launch only
+        if self._built != self.estimates.version:
+            self._ot_study, self._built = rebuild(self.estimates, sampler, self._distributions), self.estimates.version
         self._ot_study.sampler = sampler
         self._asked += 1
         params: dict[str, Any] = super().suggest(trial_id)
@@ -133,15 +134,15 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
     def _tell(self, trial_id: str, key: str) -> None:
         """Tell Optuna what the store knows of the candidate that a trial proposed."""
         trial = self._ot_trials.pop(trial_id, None)
-        vector = self.director.vector(key)
-        if self._built != self.director.version and self.director.spec.sampler != "nsga2":
+        vector = self.estimates.vector(key)
+        if self._built != self.estimates.version and self.director.spec.sampler != "nsga2":
             return  # the study will be rebuilt with this value before the next ask
         if trial is None:
-            self._ot_study.add_trial(frozen_trial(self.director, key, self._distributions))
+            self._ot_study.add_trial(frozen_trial(self.estimates, key, self._distributions))
         elif vector is None or not all(math.isfinite(v) for v in vector):
             self._ot_study.tell(trial, state=TrialState.FAIL)
         else:
-            tell_constraints(trial, self.director.constraints(key))
+            tell_constraints(trial, self.estimates.constraints(key))
             self._ot_study.tell(trial, [float(v) for v in vector])
 
 

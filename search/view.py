@@ -11,7 +11,8 @@ from typing import Any, Literal
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.front import Vector, non_dominated
-from paretune.search.store import CandidateRow, Evaluation, Event, Store
+from paretune.search.records import CandidateRow, Evaluation, Event
+from paretune.search.store import Store
 from paretune.spaces.candidate import Candidate
 
 LABELS = {

@@ -140,8 +140,9 @@ def test_study_that_does_not_exist(run, tmp_path):
 def test_second_search_on_a_running_study(run, tmp_path):
     code, _, _ = run("search", "--dry-run")
     assert code == 0
-    from paretune.search.run import create_study, prepare
+    from paretune.search.prepare import prepare
     from paretune.search.spec import make_spec
+    from paretune.search.studies import create_study
 
     home = tmp_path / "home"
     running = create_study(prepare(make_spec(None, "quick", {}), home), home, "mine", "x")

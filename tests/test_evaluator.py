@@ -18,9 +18,11 @@ from paretune.objectives.latency_fit import design
 from paretune.objectives.measurement import Measurement
 from paretune.search.director import Director
 from paretune.search.evaluator import Evaluator
-from paretune.search.run import Plan, Ready, create_study
+from paretune.search.plan import Plan
+from paretune.search.prepare import Ready
 from paretune.search.sampler import distributions, frozen_trial
 from paretune.search.spec import Spec
+from paretune.search.studies import create_study
 from paretune.search.work import Work
 from paretune.search.workspace import Workspace
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space

@@ -15,11 +15,14 @@ from paretune.search.director import Director
 from paretune.search.execute import run_inline
 from paretune.search.finalists import Explored, next_finalist
 from paretune.search.front import dominates
+from paretune.search.plan import Plan
+from paretune.search.prepare import Ready
 from paretune.search.recommend import Limits, recommend
-from paretune.search.run import Plan, Ready, create_study, find_study, run_study
+from paretune.search.run import run_study
 from paretune.search.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.spec import Spec, make_spec, seconds
 from paretune.search.store import Store
+from paretune.search.studies import create_study, find_study
 from paretune.search.tune_search import Interrupt, JointSearch
 from paretune.search.view import load_view, tied
 from paretune.search.work import Outcome, Work

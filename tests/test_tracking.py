@@ -27,10 +27,12 @@ from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
 from paretune.tracking import MlflowSink, front_figure, front_png, rebuild, report_html, try_drain, write_report
-from paretune.tracking.charts import AXES, groups, recommended, staircase, window
-from paretune.tracking.mlflow_sink import EXPERIMENT, alias_of, model_name, tracking_uri
-from paretune.tracking.report import flat
+from paretune.tracking.mlflow_runs import EXPERIMENT, alias_of, model_name
+from paretune.tracking.mlflow_sink import tracking_uri
+from paretune.tracking.page import flat
+from paretune.tracking.points import AXES, groups, staircase, window
 from paretune.tracking.ui import serve_ui, server_command
+from paretune.tracking.wording import recommended
 
 INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")
 EVIL = "<script>alert('x')</script>"

@@ -1,7 +1,8 @@
 """Views of the store for people: charts, the report, MLflow. Each can be lost and rebuilt; the search reads none."""
 
-from paretune.tracking.charts import front_figure, front_png
+from paretune.tracking.charts import front_figure
 from paretune.tracking.mlflow_sink import MlflowSink, rebuild, try_drain
+from paretune.tracking.picture import front_png
 from paretune.tracking.report import report_html, write_report
 from paretune.tracking.ui import serve_ui
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -177,3 +180,15 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
     if data.get("status") in ("failed", "infeasible"):
         progress.failed += 1
         progress.say(f"[yellow]{kind} {data['status']}: {str(data['reason'])[:200]}[/yellow]")
+
+
+def program() -> str:
+    """How this shell would call us again."""
+    return "paretune" if shutil.which("paretune") else str(short(Path(sys.argv[0]).absolute()))
+
+
+def short(path: Path) -> Path:
+    """Relative to the working directory where that is shorter."""
+    with contextlib.suppress(ValueError):
+        return path.relative_to(Path.cwd())
+    return path

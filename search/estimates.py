@@ -1,0 +1,170 @@
+"""What the sampler and the choice of finalists are told: estimates from rung-0 scores, the latency fit and the calibration."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from paretune.objectives.latency_fit import MIN_POINTS, LatencyFit
+from paretune.objectives.measurement import Measurement
+from paretune.objectives.quality import Scores
+from paretune.search.calibration import Calibration, Pair
+from paretune.search.finalists import Explored
+from paretune.search.front import Vector
+from paretune.search.ledger import Ledger
+from paretune.search.records import Evaluation
+from paretune.search.spec import Spec
+from paretune.search.store import Store
+from paretune.spaces.candidate import Candidate
+from paretune.spaces.space import Space
+
+
+class Estimates:
+    """`version` counts how often fit or calibration have changed: everything told under another version is stale."""
+
+    def __init__(self, store: Store, spec: Spec, space: Space, ledger: Ledger) -> None:
+        self.store, self.spec, self.space, self.ledger = store, spec, space, ledger
+        self.version = 0
+        self.fits: dict[str, LatencyFit] = {}
+        self._calibration = Calibration(space.shape, [])
+        self._vectors: dict[str, tuple[int, Vector]] = {}
+        if store.meta("fit_done") is True:
+            self.refit()
+        self.calibrate()
+
+    def predictions(self, candidate: Candidate) -> dict[str, Measurement]:
+        """Latencies by the fit."""
+        return {name: fit.predict(candidate) for name, fit in self.fits.items()}
+
+    def vector(self, key: str) -> Vector | None:
+        """Estimated objectives of an explored candidate, or None if it failed or waits."""
+        known = self._vectors.get(key)
+        if known is not None and known[0] == self.version:
+            return known[1]
+        e = self.ledger.latest.get((key, "rung0"))
+        if e is None or e.status != "complete" or e.scores is None:
+            return None
+        candidate = self.ledger.rows[key].candidate
+        values = {**e.measurements, **self.predictions(candidate), "nll": self.estimated_nll(candidate, e.scores)}
+        vector = tuple(float(values[name].value) for name in self.spec.objectives)
+        self._vectors[key] = (self.version, vector)
+        return vector
+
+    def constraints(self, key: str) -> dict[str, float]:
+        """Amount by which each limit of the spec is exceeded (feasible at or below 0), as a fraction of the limit."""
+        e = self.ledger.latest[key, "rung0"]
+        assert e.scores is not None
+        candidate = self.ledger.rows[key].candidate
+        known = {**e.measurements, **self.predictions(candidate)}
+        teacher = self._teacher_nll()[1]
+        loss = self.estimated_nll(candidate, e.scores).value / teacher - 1
+        found = {"loss": loss / self.spec.loss_of_interest - 1}
+        for name, limit in sorted(self.spec.limits.items()):
+            found[name] = known[name].value / limit - 1
+        return found
+
+    def estimated_nll(self, candidate: Candidate, scores: Scores) -> Measurement:
+        """Calibrated estimate of the confirmed NLL on the report split."""
+        search, report = self._teacher_nll()
+        value = report + self._calibration.estimate(candidate, scores.mean_nll - search)
+        spread = 2.9 * (self._calibration.error if self._calibration.pairs else 0.1)
+        return Measurement(
+            value,
+            "nats/token",
+            value - spread,
+            value + spread,
+            "predicted",
+            self._calibration.pairs,
+            "",
+            "rung-0 score calibrated to confirmed values"
+            if self._calibration.pairs >= 4
+            else "rung-0 score, not calibrated yet",
+        )
+
+    def params(self, key: str) -> dict[str, Any]:
+        """What the sampler proposed for a candidate."""
+        return self.ledger.rows[key].params
+
+    def explored(self) -> list[Explored]:
+        """Explored candidates that are worth confirming: within the limits and the loss of interest."""
+        found = []
+        for key in self.ledger.explored_keys():
+            vector = self.vector(key)
+            if vector is not None and all(v <= 0 for v in self.constraints(key).values()):
+                found.append(Explored(key, self.ledger.rows[key].candidate.stratum, vector))
+        return found
+
+    def confirmed_vector(self, e: Evaluation) -> Vector:
+        """Objectives of a confirmed candidate."""
+        return tuple(float(e.measurements[name].value) for name in self.spec.objectives)
+
+    def learn(self, candidate: Candidate, measurements: dict[str, Measurement]) -> None:
+        """A confirmation sharpens the calibration and the latency fit."""
+        points = self.store.meta("fit_points", [])
+        if measurements["decode_ms_per_token"].provenance == "measured" and self.store.meta("fit_done") is True:
+            points.append(
+                {
+                    "candidate": json.loads(candidate.to_json()),
+                    **{n: measurements[n].value for n in ("decode_ms_per_token", "ttft_ms")},
+                }
+            )
+            self.store.set_meta(fit_points=points)
+            self.refit()
+        self.calibrate()
+        self.write(list(self.ledger.rows))
+
+    def refit(self) -> None:
+        """Fit the latencies anew, once there are MIN_POINTS measurements."""
+        points = [(Candidate.from_dict(p["candidate"]), p) for p in self.store.meta("fit_points", [])]
+        if len(points) < MIN_POINTS:
+            return
+        self.fits = {
+            name: LatencyFit(name, unit, self.space.shape, [(c, p[name]) for c, p in points])
+            for name, unit in (("decode_ms_per_token", "ms/token"), ("ttft_ms", "ms"))
+        }
+        self.store.set_meta(fit_error={name: fit.error.__dict__ for name, fit in self.fits.items()})
+        self.version += 1
+
+    def calibrate(self) -> None:
+        """Calibrate rung 0 anew by all confirmed candidates."""
+        search, report = self._teacher_nll() if self._teacher_scores() is not None else (0.0, 0.0)
+        pairs = []
+        for e in self.ledger.complete("confirmed"):
+            rung0 = self.ledger.latest.get((e.key, "rung0"))
+            if (
+                rung0 is not None
+                and rung0.scores is not None
+                and e.scores is not None
+                and self.ledger.rows[e.key].source != "baseline"
+            ):
+                pairs.append(
+                    Pair(self.ledger.rows[e.key].candidate, rung0.scores.mean_nll - search, e.scores.mean_nll - report)
+                )
+        self._calibration = Calibration(self.space.shape, pairs)
+        if pairs:
+            self.store.set_meta(calibration=self._calibration.to_dict())
+        self.version += 1
+
+    def write(self, keys: list[str]) -> None:
+        """Keep the current estimates beside the rung-0 rows, for everyone who reads the store."""
+        fresh = {}
+        for key in keys:
+            e = self.ledger.latest.get((key, "rung0"))
+            if e is not None and e.status == "complete" and e.scores is not None:
+                candidate = self.ledger.rows[key].candidate
+                fresh[key] = {
+                    **e.measurements,
+                    **self.predictions(candidate),
+                    "estimated_nll": self.estimated_nll(candidate, e.scores),
+                }
+        self.store.update_measurements("rung0", fresh)
+
+    def _teacher_scores(self) -> Scores | None:
+        e = self.ledger.latest.get((self.space.baselines()[0].key, "confirmed"))
+        return None if e is None or e.status != "complete" else e.scores
+
+    def _teacher_nll(self) -> tuple[float, float]:
+        """The fp32 teacher's NLL on the search and on the report split."""
+        e = self.ledger.latest[self.space.baselines()[0].key, "confirmed"]
+        assert e.scores is not None
+        return float(e.facts["search_nll"]), e.scores.mean_nll

@@ -1,0 +1,108 @@
+"""Everything that is checked before work starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from paretune import __version__
+from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
+from paretune.hardware_profiles.profile import Profile
+from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
+from paretune.search.spec import Spec
+from paretune.spaces.space import Space
+from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
+from paretune.teachers.teacher import EMBEDDED_FOLDER
+from paretune.teachers.text import SPLITS, library_mismatches
+
+MIN_BUDGET_S = 45.0
+AFFORDABLE = 0.05
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that was checked before work starts."""
+
+    spec: Spec
+    teacher: Teacher
+    profile: Profile
+    space: Space
+    plan: Plan
+    text: str = ""
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits over everything that must not change inside a study: settings, teacher, text, profile, machine, versions."""
+        parts = (
+            self.spec.digest(),
+            self.teacher.digest,
+            self.text,
+            self.profile.model_dump_json(),
+            fingerprint(),
+            __version__,
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def prepare(spec: Spec, home: Path) -> Ready:
+    """Check teacher, text, profile, budget, disk and memory. Raises UsageError or EnvironmentProblem before any work."""
+    _check_home(home)
+    teacher = load_teacher(spec.teacher)
+    profile = load_profile(spec.profile, home)
+    corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
+    affordable = training_tokens_per_parameter(spec, teacher, profile)
+    space = Space.of(
+        teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE, second_order=spec.second_order
+    )
+    notes = []
+    if affordable < AFFORDABLE:
+        notes.append(
+            f"the budget allows {affordable:.3f} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
+            "searched beside precision and masks. A longer --budget searches smaller students"
+        )
+    if (
+        spec.data is None
+        and teacher.name == EMBEDDED
+        and (differing := library_mismatches(EMBEDDED_FOLDER / "heldout.json"))
+    ):
+        notes.append(
+            f"the library of Python {platform.python_version()} differs from the teacher's in {len(differing)} held-out modules; "
+            f"figures carry the text's own fingerprint {corpus.fingerprint()}"
+        )
+    plan = make_plan(
+        spec,
+        teacher,
+        profile,
+        space,
+        {name: sum(len(d.text) for d in corpus.splits[name]) for name in SPLITS},
+        home,
+        notes,
+    )
+    if spec.budget_s < MIN_BUDGET_S * max(1.0, teacher.parameters / 6e6):
+        least = MIN_BUDGET_S * max(1.0, teacher.parameters / 6e6)
+        raise UsageError(
+            f"the budget must be at least {least:.0f} s, because the baselines alone take that long, but got {spec.budget}",
+            f"use --budget {least / 60:.0f}m or more",
+        )
+    if plan.disk_bytes > plan.free_disk_bytes:
+        raise EnvironmentProblem(
+            f"the search needs about {plan.disk_bytes / 1e9:.1f} GB of disk, but {home} has {plan.free_disk_bytes / 1e9:.1f} GB free",
+            "free some, or choose another disk with --home",
+        )
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
+
+
+def _check_home(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe = home / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the home folder {home} cannot be written: {error.strerror}",
+            "choose a writable folder with --home or PARETUNE_HOME",
+        ) from None

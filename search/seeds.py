@@ -1,0 +1,39 @@
+"""Candidates that every search should have seen."""
+
+from __future__ import annotations
+
+from paretune.spaces.candidate import Candidate
+from paretune.spaces.space import Space
+
+
+def textbook_candidates(space: Space) -> list[Candidate]:
+    """Each size cut alone and together, each with the engine's two integer precisions; without repetitions."""
+    s, found = space.shape, []
+    widths = space.ffn_widths
+    sizes = [
+        (s.layers, widths[-1], s.kv_heads),
+        (s.layers - 1, widths[-1], s.kv_heads),
+        (s.layers, widths[len(widths) // 2], s.kv_heads),
+        (s.layers - 1, widths[2 * len(widths) // 3], s.kv_heads),
+        (max(space.min_depth, 2 * s.layers // 3), widths[-1], s.kv_heads),
+    ]
+    for depth, ffn, groups in sizes:
+        for bits, head, embedding in ((8, 8, 8), (4, 8, 8), (4, 4, 8)):
+            if depth < space.min_depth or not {bits, head, embedding} <= set(space.bits):
+                continue
+            index = {b: i for i, b in enumerate(space.bits)}
+            params = {
+                "depth": depth,
+                "ffn": widths.index(ffn),
+                "kv_groups": groups,
+                "pattern": "none",
+                "ratio": 0,
+                "score": "magnitude",
+                "attention_bits": index[bits],
+                "ffn_bits": index[bits],
+                "head_bits": index[head],
+                "embedding_bits": index[embedding],
+                "group_size": 0,
+            }
+            found.append(space.decode(params))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,136 @@
+"""The studies of a home: make one, find the one that goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import platform
+import re
+from pathlib import Path
+
+from paretune import __version__
+from paretune.hardware_profiles import (
+    EnvironmentProblem,
+    ParetuneError,
+    UsageError,
+    detect_local,
+    fingerprint,
+    package_version,
+)
+from paretune.hardware_profiles.files import write_atomically
+from paretune.search.prepare import Ready
+from paretune.search.store import Store
+
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "onnx",
+    "transformers",
+    "optuna",
+    "ray",
+    "mlflow",
+    "numpy",
+    "sqlalchemy",
+)
+STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
+
+
+def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
+    """A new study folder with its settings."""
+    folder = home / "studies" / study
+    text = "standard library of the running Python" if ready.spec.data is None else ready.spec.data
+    if not (folder / "study.db").exists():
+        _write_setup(ready, folder)
+    store = Store.create(
+        folder,
+        {
+            "state": "new",
+            "spec": ready.spec.model_dump(mode="json"),
+            "identity": ready.identity,
+            "profile": ready.profile.model_dump(mode="json"),
+            "seed": ready.spec.seed,
+            "teacher": {
+                "name": ready.teacher.name,
+                "digest": ready.teacher.digest,
+                "parameters": ready.teacher.parameters,
+            },
+            "corpus": {"source": text, "fingerprint": ready.text},
+            "budget_s": ready.spec.budget_s,
+            "space_size": ready.plan.space_size,
+            "machine": {**detect_local().__dict__, "fingerprint": fingerprint()},
+            "versions": {
+                "paretune": __version__,
+                "python": platform.python_version(),
+                **{name: package_version(name) for name in PACKAGES},
+            },
+            "command": command,
+            "launches": 0,
+            "notes": list(ready.plan.notes),
+        },
+    )
+    return store
+
+
+def _write_setup(ready: Ready, folder: Path) -> None:
+    """What workers read; written before the database, so that a study that exists is complete."""
+    setup = {
+        "spec": ready.spec.model_dump(mode="json"),
+        "profile": ready.profile.model_dump(mode="json"),
+        "mild": ready.space.mild,
+    }
+    try:
+        write_atomically(folder / "setup.json", json.dumps(setup, indent=1).encode())
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the study folder {folder} cannot be written: {error.strerror}",
+            "free the disk or choose a folder with --home",
+        ) from None
+
+
+def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]:
+    """(study id, whether it exists and can go on). The same search again continues an unfinished study, else a new id is made.
+
+    Raises UsageError if the wanted study has an impossible name, is complete, or is another search (other settings, teacher,
+    text, profile or machine).
+    """
+    folder = home / "studies"
+    if wanted is not None:
+        if not STUDY_NAME.match(wanted):
+            raise UsageError(
+                f"a study's name has letters, digits, '.', '_' and '-' only, but got {wanted!r}",
+                "choose another --study",
+            )
+        if not (folder / wanted / "study.db").exists():
+            return wanted, False
+        identity, state = _identity(folder / wanted)
+        if state == "complete":
+            raise UsageError(
+                f"the study {wanted!r} is complete",
+                f"look at it with `paretune report {wanted}`, or use another --study name",
+            )
+        if identity != ready.identity:
+            raise UsageError(
+                f"the study {wanted!r} was started with other settings, or the teacher, text, profile or machine has changed since",
+                "use what it was started with, or another --study name",
+            )
+        return wanted, True
+    for path in sorted(folder.glob("*/study.db"), key=lambda p: p.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ParetuneError):  # a damaged study must not block a new one
+            identity, state = _identity(path.parent)
+            if identity == ready.identity and state != "complete":
+                return path.parent.name, True
+    base = f"{re.sub('[^a-z0-9-]+', '-', Path(ready.spec.teacher).name.lower())}-{datetime.date.today():%m%d}"
+    number = 1
+    while (folder / f"{base}-{number}").exists():
+        number += 1
+    return f"{base}-{number}", False
+
+
+def _identity(folder: Path) -> tuple[str | None, str | None]:
+    store = Store.reader(folder)
+    try:
+        return store.meta("identity"), store.meta("state")
+    finally:
+        store.close()

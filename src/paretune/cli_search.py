@@ -1,0 +1,150 @@
+"""The command that searches."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paretune.cli_options import HOME, Home, Json
+from paretune.cli_study import status_of
+from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
+
+if TYPE_CHECKING:
+    from paretune.search.plan import Plan
+    from paretune.search.prepare import Ready
+    from paretune.search.view import StudyView
+
+
+def search(
+    spec_file: Annotated[
+        Path | None, typer.Argument(metavar="SPEC.yaml", help="Settings; options override them.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3).")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
+    field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Target machine: a name or a YAML file.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe or nsga2.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost and stop.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster; a local one is started if left out.")
+    ] = None,
+    home: Home = HOME,
+    json: Json = False,
+) -> None:
+    """Search, or continue an interrupted search: the same command goes on where it stopped."""
+    from paretune.search.prepare import prepare
+    from paretune.search.spec import make_spec
+
+    options = {
+        "teacher": teacher,
+        "data": data,
+        "field": field,
+        "profile": profile,
+        "budget": budget,
+        "sampler": sampler,
+        "seed": seed,
+    }
+    spec = make_spec(spec_file, preset, options)
+    ready = prepare(spec, home.resolve())
+    if dry_run:
+        _show_plan(ready.plan, json)
+        return
+    code = _run(ready, home.resolve(), study, address, json)
+    raise typer.Exit(code)
+
+
+def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
+    from paretune.search.run import run_study
+    from paretune.search.store import Store
+    from paretune.search.studies import create_study, find_study
+    from paretune.search.view import load_view
+    from paretune.tracking.housekeeper import Housekeeper
+
+    name, exists = find_study(home, ready, wanted)
+    command = "paretune " + shlex.join(sys.argv[1:])
+    store = Store.open_study(home / "studies" / name) if exists else create_study(ready, home, name, command)
+    talk.print(
+        f"study [bold]{name}[/bold]{' (continued)' if exists else ''}: {ready.teacher.name}, {ready.teacher.parameters / 1e6:.1f}M parameters, "
+        f"{ready.plan.space_size:,} candidates, profile {ready.profile.name}, budget {ready.spec.budget}"
+    )
+    for note in ready.plan.notes:
+        talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+    keeper = Housekeeper(store, home)
+    with Progress(ready.spec.budget_s, float(store.meta("spent_s", 0.0) or 0.0)) as progress:
+        before = load_view(store)
+        progress.explored, progress.confirmed = len(before.rung0), len(before.confirmed)
+
+        def notify(kind: str, data: dict[str, Any]) -> None:
+            handle(progress, kind, data)
+            if kind == "confirmed" and data["status"] == "complete":
+                keeper.tidy()
+                progress.saw_confirmation(load_view(store), data["key"])
+
+        try:
+            code = run_study(store, ready, home, notify, address)
+        finally:
+            left = keeper.finish()
+    _show_end(load_view(store), home, code, left, json)
+    store.close()
+    return code
+
+
+def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bool) -> None:
+    from paretune.hardware_profiles.errors import NothingFeasible
+    from paretune.search.recommend import Limits, recommend
+
+    if view.front:
+        talk.print(front_table(view, f"{view.study}: the front"))
+    with contextlib.suppress(NothingFeasible):
+        found = recommend(view, Limits())
+        talk.print(f"[bold]recommended: {found.chosen.name}[/bold] ({found.chosen.key[:8]})")
+        for sentence in found.why:
+            talk.print(f"  · {sentence}", soft_wrap=True)
+        artifact = view.folder / "artifacts" / found.chosen.key
+        talk.print(f'  {program()} generate {short(artifact)} --prompt "def "', soft_wrap=True, markup=False)
+    talk.print(f"report: {short(view.folder / 'report.html')}   MLflow: {program()} ui", soft_wrap=True)
+    if left:
+        talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
+    if code == 3:
+        talk.print(
+            "[yellow]the budget ended before a finalist was confirmed[/yellow]: the baselines are usable; a longer --budget finds students"
+        )
+    if code == 130:
+        talk.print("interrupted; the same command goes on")
+    if json:
+        print_json(status_of(view))
+    else:
+        print_text(str(short(view.folder / "report.html")))
+
+
+def _show_plan(plan: Plan, json: bool) -> None:
+    if json:
+        print_json(plan.__dict__)
+        return
+    print_text(
+        f"{plan.teacher}: {plan.parameters / 1e6:.1f}M parameters, {plan.space_size:,} candidates for {plan.profile}"
+    )
+    print_text(f"text: {', '.join(f'{name} {n:,}' for name, n in plan.text.items())} characters")
+    print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
+    print_text(
+        f"about {plan.expected_candidates} candidates explored, up to {plan.expected_finalists} finalists recovered and confirmed"
+    )
+    print_text(
+        f"disk about {plan.disk_bytes / 1e9:.1f} GB ({plan.free_disk_bytes / 1e9:.0f} GB free), memory about {plan.memory_bytes / 1e9:.1f} GB "
+        f"({plan.free_memory_bytes / 1e9:.0f} GB free)"
+    )
+    for note in plan.notes:
+        talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)

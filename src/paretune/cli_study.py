@@ -1,0 +1,101 @@
+"""The commands that read a study: how it stands, its front, the one to take."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paretune.cli_options import HOME, Home, Json, Study, fraction, opened_view, size_in_bytes
+from paretune.console import front_table, print_json, print_text, short, talk
+
+if TYPE_CHECKING:
+    from paretune.search.view import StudyView
+
+
+def status(study: Study = None, home: Home = HOME, json: Json = False) -> None:
+    """How a study stands."""
+    with opened_view(study, home) as view:
+        data = status_of(view)
+        if json:
+            print_json(data)
+            return
+        talk.print(
+            f"[bold]{view.study}[/bold]: {data['state']}, {data['spent_s']:.0f} of {data['budget_s']:.0f} s used"
+        )
+        print_text(
+            f"{data['explored']} explored, {data['confirmed']} confirmed, front {data['front']} ({data['ties']} ties), {data['failures']} failures"
+        )
+        for event in view.events[-8:]:
+            talk.print(f"  [dim]{event.at[:19]}[/dim] {event.text}", soft_wrap=True)
+
+
+def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
+    """The Pareto front of a study: confirmed candidates only."""
+    from rich.console import Console
+
+    from paretune.search.recommend import point_dict
+
+    with opened_view(study, home) as view:
+        if json:
+            print_json(
+                {
+                    "study": view.study,
+                    "objectives": view.objectives,
+                    "ties": view.ties,
+                    "front": [point_dict(p) for p in view.front],
+                }
+            )
+        else:
+            Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(front_table(view, view.study))
+
+
+def recommend(
+    study: Study = None,
+    max_latency: Annotated[float | None, typer.Option(help="Decode milliseconds per token.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Compressed artifact size such as 3MB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Peak memory of the engine such as 40MB.")] = None,
+    max_loss: Annotated[str | None, typer.Option(help="NLL increase over the fp32 teacher such as 1%.")] = None,
+    home: Home = HOME,
+    json: Json = False,
+) -> None:
+    """One candidate for your limits, with reasons and the runner-up's price."""
+    from paretune.search.recommend import Limits
+    from paretune.search.recommend import recommend as decide
+
+    limits = Limits(
+        max_latency, size_in_bytes(max_size, "--max-size"), size_in_bytes(max_memory, "--max-memory"), fraction(max_loss)
+    )
+    with opened_view(study, home) as view:
+        found = decide(view, limits)
+        artifact = view.folder / "artifacts" / found.chosen.key
+        if json:
+            print_json({**found.to_dict(), "study": view.study, "artifact": str(artifact)})
+            return
+        print_text(f"{found.chosen.name} ({found.chosen.key})\n{found.chosen.description}")
+        for sentence in found.why:
+            print_text(f"- {sentence}")
+        if found.runner_up is not None:
+            print_text(f"- runner-up: {found.price}")
+        print_text(f"artifact: {short(artifact)}")
+
+
+def status_of(view: StudyView) -> dict[str, Any]:
+    """How a study stands, as JSON-able data."""
+    meta = view.meta
+    return {
+        "study": view.study,
+        "state": meta["state"],
+        "spent_s": meta["spent_s"] or 0.0,
+        "budget_s": meta["budget_s"],
+        "explored": len(view.rung0),
+        "confirmed": len(view.confirmed),
+        "front": len(view.front),
+        "ties": len(view.ties),
+        "failures": len(view.failures),
+        "seconds_by_stage": view.seconds_by_stage,
+        "calibration": meta["calibration"],
+        "latency_fit": meta["fit_error"],
+        "folder": str(view.folder),
+    }

@@ -1,0 +1,44 @@
+"""The commands that show a study elsewhere: the report, MLflow."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from paretune.cli_options import HOME, Home, Json, Study, opened_view, study_folder
+from paretune.console import print_json, print_text
+
+
+def report(study: Study = None, home: Home = HOME, json: Json = False) -> None:
+    """Write report.html and front.png of a study anew."""
+    from paretune.tracking.report import write_report
+
+    with opened_view(study, home) as view:
+        write_report(view)
+        paths = {"report": str(view.folder / "report.html"), "picture": str(view.folder / "front.png")}
+        if json:
+            print_json(paths)
+        else:
+            print_text(paths["report"])
+
+
+def ui(
+    home: Home = HOME, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000
+) -> None:
+    """Open the MLflow UI on this home: one worker, loopback only."""
+    from paretune.tracking.ui import serve_ui
+
+    raise typer.Exit(serve_ui(home.resolve(), port))
+
+
+def sync(study: Study = None, home: Home = HOME, json: Json = False) -> None:
+    """Rebuild a study's runs in MLflow from its store."""
+    from paretune.tracking.mlflow_sink import rebuild
+
+    folder = study_folder(study, home)
+    number = rebuild(home.resolve(), folder)
+    if json:
+        print_json({"study": folder.name, "synced": number})
+    else:
+        print_text(f"{number} runs of {folder.name} are in MLflow")

@@ -1,0 +1,106 @@
+"""What the runs say: parameters, tags, metrics, the note, the table of rung 0."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from paretune.search.recommend import Recommendation
+from paretune.search.view import Point, StudyView
+from paretune.tracking.page import flat
+from paretune.tracking.wording import headline, measurement, named, with_interval
+
+METRICS = (
+    "nll",
+    "relative_loss",
+    "decode_ms_per_token",
+    "ttft_ms",
+    "peak_memory_bytes",
+    "compressed_bytes",
+    "kl",
+    "top1_agreement",
+)
+RUNG0_COLUMNS = ("estimated_nll", "decode_ms_per_token", "ttft_ms", "bytes", "compressed_bytes")
+
+
+def note(view: StudyView, chosen: Recommendation | None) -> str:
+    """The parent run's description in Markdown; all values are measured unless they say otherwise."""
+    why = ["No candidate is confirmed yet."]
+    if chosen is not None:
+        why = [
+            f"**Recommended: {chosen.chosen.name}** (`{chosen.chosen.key[:8]}`)",
+            "",
+            *(f"- {reason}" for reason in chosen.why),
+        ]
+    columns = ("nll", "decode_ms_per_token", "compressed_bytes")
+    rows = [f"| {p.name} | {' | '.join(_cell(p, name) for name in columns)} |" for p in view.front[:25]]
+    state = f"State: {view.meta.get('state') or 'running'}. Open `report.html` or `front.html` under Artifacts."
+    table = ["| front member | NLL | decode per token | compressed |", "| --- | --- | --- | --- |", *rows]
+    return "\n".join([f"### {headline(view)}", "", state, "", *why, "", *table])
+
+
+def rung0_table(view: StudyView) -> dict[str, Any]:
+    """All rung-0 rows as MLflow's table format; values are estimates, bytes are counted."""
+
+    def cells(point: Point) -> list[float | None]:
+        return [m.value if (m := point.measurements.get(name)) else None for name in RUNG0_COLUMNS]
+
+    rows = [[p.key, p.number, p.source, p.description, *cells(p)] for p in view.rung0]
+    return {"columns": ["key", "number", "source", "description", *RUNG0_COLUMNS], "data": rows}
+
+
+def _cell(point: Point, name: str) -> str:
+    m = measurement(point, name)
+    return with_interval(name, m) + ("" if m is None or m.provenance == "measured" else f" ({m.provenance})")
+
+
+def candidate_params(point: Point) -> dict[str, str]:
+    """What varies between candidates; mixed layers are listed with slashes."""
+    x = point.candidate
+    executed = [x.head_format, *(f for layer in x.layers for f in (layer.attention_format, layer.ffn_format))]
+    sizes = {f.group_size for f in (x.embedding_format, *executed) if f.bits != 32}
+
+    def joined(values: Any) -> str:
+        return "/".join(str(v) for v in dict.fromkeys(values)) or "none"
+
+    return {
+        "layers": str(len(x.layers)),
+        "ffn": joined(layer.ffn for layer in x.layers),
+        "kv_groups": joined(layer.kv_groups for layer in x.layers),
+        "pattern": joined(layer.pattern.kind for layer in x.layers),
+        "sparsity": joined(layer.pattern.ratio for layer in x.layers),
+        "attention": joined(layer.attention_format.name for layer in x.layers),
+        "ffn_precision": joined(layer.ffn_format.name for layer in x.layers),
+        "quantizer": "gptq" if x.uses_gptq else "rtn",
+        "head": x.head_format.name,
+        "embedding": x.embedding_format.name,
+        "group_size": joined(sorted(sizes)),
+        "activations": joined(sorted({f.activation for f in executed})),
+    }
+
+
+def candidate_tags(point: Point) -> dict[str, str]:
+    latency = measurement(point, "decode_ms_per_token")
+    return {
+        "source": point.source,
+        "latency": "none" if latency is None else latency.provenance,
+        "mlflow.note.content": point.description,
+    }
+
+
+def metrics(point: Point) -> dict[str, float]:
+    return {name: m.value for name in METRICS if (m := measurement(point, name)) is not None}
+
+
+def study_params(view: StudyView) -> dict[str, str]:
+    """What is constant in a study: teacher, profile, seed, objectives, settings, versions."""
+    meta = view.meta
+    found = {
+        "teacher": named(meta.get("teacher")),
+        "profile": named(meta.get("profile")),
+        "seed": str(meta.get("seed")),
+        "objectives": ", ".join(view.objectives),
+    }
+    for prefix, value in (("spec", meta.get("spec")), ("version", meta.get("versions"))):
+        found |= {re.sub(r"[^\w./ -]", "_", f"{prefix}.{name}")[:250]: text for name, text in flat(value)}
+    return found

@@ -1,0 +1,72 @@
+"""Numbers, names and the answer of a study in words, the same in every chart, page and run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paretune.hardware_profiles.errors import NothingFeasible
+from paretune.objectives.measurement import Measurement
+from paretune.search.recommend import Limits, Recommendation, recommend
+from paretune.search.view import Point, StudyView
+
+SHORT = {
+    "nll": "NLL",
+    "relative_loss": "loss vs teacher",
+    "decode_ms_per_token": "decode",
+    "ttft_ms": "TTFT",
+    "compressed_bytes": "compressed",
+    "bytes": "uncompressed",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+def headline(view: StudyView) -> str:
+    """Which study, for which machine, how many points."""
+    counts = f"{len(view.front)} of {len(view.confirmed)} confirmed on the front"
+    return f"{view.study} on {named(view.meta.get('profile'))}: {counts}"
+
+
+def recommended(view: StudyView) -> Recommendation | None:
+    """The recommendation without limits; None before the first confirmation."""
+    try:
+        return recommend(view, Limits())
+    except NothingFeasible:
+        return None
+
+
+def named(value: Any, otherwise: str = "unknown") -> str:
+    """The name of a profile or teacher, which the store holds as text or as a mapping with `name`."""
+    return str((value.get("name") if isinstance(value, dict) else value) or otherwise)
+
+
+def measurement(point: Point, name: str) -> Measurement | None:
+    """A point's measurement, None where this fidelity has none (a rung-0 point has no peak memory)."""
+    if name == "nll" and point.kind == "rung0":
+        return point.measurements.get("estimated_nll")
+    if name == "nll" and "nll" in point.measurements:
+        return point.value("nll")  # its interval is the paired one
+    return point.measurements.get(name)
+
+
+def plain(name: str, value: float) -> str:
+    """A value with its unit, bytes in MB."""
+    if name.endswith("bytes"):
+        return f"{value / 1e6:.2f} MB"
+    if name == "relative_loss":
+        return f"{value:+.1%}"
+    return f"{value:.3f}" + (" ms" if "ms" in name.split("_") else "")
+
+
+def with_interval(name: str, m: Measurement | None) -> str:
+    """`2.164 [2.101, 2.229]`; the value alone where it was counted, a dash where there is none."""
+    if m is None:
+        return "–"
+    if m.low == m.high:
+        return plain(name, m.value)
+    return f"{plain(name, m.value)} [{plain(name, m.low)}, {plain(name, m.high)}]"
+
+
+def is_disturbed(view: StudyView, point: Point) -> bool:
+    """Whether an objective was measured while something else used the machine."""
+    found = (measurement(point, name) for name in view.objectives)
+    return any(m is not None and m.provenance == "disturbed" for m in found)
