@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+KIND = "paretune.module"  # the key in the metadata of a graph
 MOST_SECONDS = 0.5
 TYPES = {
     "tensor(float)": np.float32,

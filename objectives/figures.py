@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from paretune.objectives.measurement import Measurement
+
+# Milliseconds of one forward of a plug-in's module at the plug-in's batch shape.
+FORWARD = "forward_ms"
+RENAMED = {"decode_ms_per_token": FORWARD, "decode_p90_ms": "forward_p90_ms"}
+LEFT_OUT = ("ttft_ms",)
 
 
 @dataclass(frozen=True)
@@ -61,3 +68,12 @@ class Figures:
 
 
 DECODER = Figures()
+
+
+def forward_measurements(measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    """The lane's measurements of a module under its own names: what the lane calls a decode step was one forward."""
+    return {
+        RENAMED.get(name, name): replace(m, unit="ms") if name in RENAMED else m
+        for name, m in measurements.items()
+        if name not in LEFT_OUT
+    }

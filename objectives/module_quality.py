@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from paretune.hardware_profiles.errors import Infeasible, UsageError
-from paretune.objectives.figures import Figures
+from paretune.objectives.figures import FORWARD, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, interval_of_ratio, paired_difference
 from paretune.teachers.plugin import Batch, Outputs, TeacherPlugin
 from paretune.teachers.plugin_check import quality_values
 
-LATENCY = "forward_ms"
 MOST_CLUSTERS = 256
 Array = npt.NDArray[np.float64]
 
@@ -36,10 +35,10 @@ def figures_of(plugin: TeacherPlugin) -> Figures:
     labels += [
         (first.objective, f"{objective} ({first.unit})"),
         (f"estimated_{first.objective}", f"estimated {objective} ({first.unit})"),
-        (LATENCY, "forward (ms)"),
+        (FORWARD, "forward (ms)"),
     ]
     others = tuple(q.name for q in plugin.qualities if q.name != first.objective)
-    return Figures(first.objective, first.unit, ((LATENCY, "ms"),), others, tuple(dict(labels).items()))
+    return Figures(first.objective, first.unit, ((FORWARD, "ms"),), others, tuple(dict(labels).items()))
 
 
 def judge(plugin: TeacherPlugin, batches: Sequence[Batch], outputs: Iterable[Outputs]) -> Judged:

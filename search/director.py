@@ -17,8 +17,7 @@ from paretune.search.seeds import textbook_candidates
 from paretune.search.spec import Spec
 from paretune.search.store import Store
 from paretune.search.work import Outcome, Work
-from paretune.spaces.candidate import Candidate
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnyCandidate, AnySpace
 
 MOST_FAILURES_IN_A_ROW = 8
 STAGE = {
@@ -38,7 +37,7 @@ class Director:
         self,
         store: Store,
         spec: Spec,
-        space: Space,
+        space: AnySpace,
         budget: Budget,
         notify: Callable[[str, dict[str, Any]], None] = lambda _kind, _data: None,
     ) -> None:
@@ -68,13 +67,13 @@ class Director:
             self.stop_reason = decision.reason
         return self._hand_out(decision)
 
-    def register(self, candidate: Candidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
+    def register(self, candidate: AnyCandidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
         """Take a proposal: rung-0 work, or None if the store already has this candidate."""
         if not self.ledger.add(candidate, source, params, **meta):
             return None
         return self._hand_out(self.planning.work("rung0", candidate)).work
 
-    def seeds(self) -> list[Candidate]:
+    def seeds(self) -> list[AnyCandidate]:
         """Textbook candidates that are not explored yet; they come before the sampler's."""
         return [c for c in textbook_candidates(self.space) if c.key not in self.ledger.rows]
 
@@ -167,15 +166,16 @@ class Director:
                 self._give_up(f"the elastic student could not be trained: {outcome.reason}", 1)
             return
         self.store.set_meta(elastic={**outcome.facts, "done": True})
-        kept = (
-            "taken from an earlier search"
-            if outcome.facts["kept"]
-            else f"trained for {outcome.facts['elapsed_s']:.0f} s on {outcome.facts['tokens']:,.0f} tokens"
-        )
-        self.store.event("elastic", f"elastic student {kept}")
+        elapsed, tokens = outcome.facts["elapsed_s"], outcome.facts["tokens"]
+        if not self.space.has_elastic:
+            self.store.event("elastic", f"training speed {tokens / max(elapsed, 1e-9):,.0f} examples/s")
+        elif outcome.facts["kept"]:
+            self.store.event("elastic", "elastic student taken from an earlier search")
+        else:
+            self.store.event("elastic", f"elastic student trained for {elapsed:.0f} s on {tokens:,.0f} tokens")
         self.notify("elastic", {"done": True, **outcome.facts})
 
-    def _evaluation_came_back(self, work: Work, candidate: Candidate, outcome: Outcome, seconds: float) -> None:
+    def _evaluation_came_back(self, work: Work, candidate: AnyCandidate, outcome: Outcome, seconds: float) -> None:
         fidelity = FIDELITY[work.kind]
         measurements = dict(outcome.measurements)
         if fidelity == "rung0" and outcome.status == "complete":
@@ -228,6 +228,8 @@ class Director:
             if work.kind == "confirm"
             and work.candidate is not None
             and self.ledger.rows[work.candidate.key].source == "baseline"
+            else "training speed"
+            if work.kind == "elastic" and not self.space.has_elastic
             else STAGE[work.kind]
         )
         self.budget.charge(stage, seconds)

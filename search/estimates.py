@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from paretune.objectives.figures import Figures
 from paretune.objectives.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
@@ -15,15 +16,15 @@ from paretune.search.ledger import Ledger
 from paretune.search.records import Evaluation
 from paretune.search.spec import Spec
 from paretune.search.store import Store
-from paretune.spaces.candidate import Candidate
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnyCandidate, AnySpace, candidate_from_dict
 
 
 class Estimates:
     """`version` counts how often fit or calibration have changed: everything told under another version is stale."""
 
-    def __init__(self, store: Store, spec: Spec, space: Space, ledger: Ledger) -> None:
+    def __init__(self, store: Store, spec: Spec, space: AnySpace, ledger: Ledger) -> None:
         self.store, self.spec, self.space, self.ledger = store, spec, space, ledger
+        self.figures = Figures.of(store.meta("figures"))
         self.version = 0
         self.fits: dict[str, LatencyFit] = {}
         self._calibration = Calibration(space.shape, [])
@@ -32,7 +33,7 @@ class Estimates:
             self.refit()
         self.calibrate()
 
-    def predictions(self, candidate: Candidate) -> dict[str, Measurement]:
+    def predictions(self, candidate: AnyCandidate) -> dict[str, Measurement]:
         """Latencies by the fit."""
         return {name: fit.predict(candidate) for name, fit in self.fits.items()}
 
@@ -45,7 +46,8 @@ class Estimates:
         if e is None or e.status != "complete" or e.scores is None:
             return None
         candidate = self.ledger.rows[key].candidate
-        values = {**e.measurements, **self.predictions(candidate), "nll": self.estimated_nll(candidate, e.scores)}
+        estimate = {self.figures.quality: self.estimated_nll(candidate, e.scores)}
+        values = {**e.measurements, **self.predictions(candidate), **estimate}
         vector = tuple(float(values[name].value) for name in self.spec.objectives)
         self._vectors[key] = (self.version, vector)
         return vector
@@ -57,20 +59,20 @@ class Estimates:
         candidate = self.ledger.rows[key].candidate
         known = {**e.measurements, **self.predictions(candidate)}
         teacher = self._teacher_nll()[1]
-        loss = self.estimated_nll(candidate, e.scores).value / teacher - 1
+        loss = (self.estimated_nll(candidate, e.scores).value - teacher) / abs(teacher)
         found = {"loss": loss / self.spec.loss_of_interest - 1}
         for name, limit in sorted(self.spec.limits.items()):
             found[name] = known[name].value / limit - 1
         return found
 
-    def estimated_nll(self, candidate: Candidate, scores: Scores) -> Measurement:
-        """Calibrated estimate of the confirmed NLL on the report split."""
+    def estimated_nll(self, candidate: AnyCandidate, scores: Scores) -> Measurement:
+        """Calibrated estimate of the confirmed NLL (or a plug-in's quality) on the report split."""
         search, report = self._teacher_nll()
         value = report + self._calibration.estimate(candidate, scores.mean_nll - search)
         spread = 2.9 * (self._calibration.error if self._calibration.pairs else 0.1)
         return Measurement(
             value,
-            "nats/token",
+            self.figures.quality_unit,
             value - spread,
             value + spread,
             "predicted",
@@ -98,14 +100,14 @@ class Estimates:
         """Objectives of a confirmed candidate."""
         return tuple(float(e.measurements[name].value) for name in self.spec.objectives)
 
-    def learn(self, candidate: Candidate, measurements: dict[str, Measurement]) -> None:
+    def learn(self, candidate: AnyCandidate, measurements: dict[str, Measurement]) -> None:
         """A confirmation sharpens the calibration and the latency fit."""
         points = self.store.meta("fit_points", [])
-        if measurements["decode_ms_per_token"].provenance == "measured" and self.store.meta("fit_done") is True:
+        if measurements[self.figures.latency].provenance == "measured" and self.store.meta("fit_done") is True:
             points.append(
                 {
                     "candidate": json.loads(candidate.to_json()),
-                    **{n: measurements[n].value for n in ("decode_ms_per_token", "ttft_ms")},
+                    **{n: measurements[n].value for n, _ in self.figures.latencies},
                 }
             )
             self.store.set_meta(fit_points=points)
@@ -115,12 +117,12 @@ class Estimates:
 
     def refit(self) -> None:
         """Fit the latencies anew, once there are MIN_POINTS measurements."""
-        points = [(Candidate.from_dict(p["candidate"]), p) for p in self.store.meta("fit_points", [])]
+        points = [(candidate_from_dict(p["candidate"]), p) for p in self.store.meta("fit_points", [])]
         if len(points) < MIN_POINTS:
             return
         self.fits = {
             name: LatencyFit(name, unit, self.space.shape, [(c, p[name]) for c, p in points])
-            for name, unit in (("decode_ms_per_token", "ms/token"), ("ttft_ms", "ms"))
+            for name, unit in self.figures.latencies
         }
         self.store.set_meta(fit_error={name: fit.error.__dict__ for name, fit in self.fits.items()})
         self.version += 1
@@ -155,7 +157,7 @@ class Estimates:
                 fresh[key] = {
                     **e.measurements,
                     **self.predictions(candidate),
-                    "estimated_nll": self.estimated_nll(candidate, e.scores),
+                    self.figures.estimate: self.estimated_nll(candidate, e.scores),
                 }
         self.store.update_measurements("rung0", fresh)
 
@@ -164,7 +166,7 @@ class Estimates:
         return None if e is None or e.status != "complete" else e.scores
 
     def _teacher_nll(self) -> tuple[float, float]:
-        """The fp32 teacher's NLL on the search and on the report split."""
+        """The fp32 teacher's NLL (or a plug-in's quality, minimized) on the search and on the report split."""
         e = self.ledger.latest[self.space.baselines()[0].key, "confirmed"]
         assert e.scores is not None
-        return float(e.facts["search_nll"]), e.scores.mean_nll
+        return float(e.facts[f"search_{self.figures.quality}"]), e.scores.mean_nll

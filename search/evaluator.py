@@ -50,7 +50,7 @@ class Evaluator:
                 return self._elastic(work)
             if work.kind == "fit":
                 return self.measuring.fit(work)
-            assert work.candidate is not None
+            assert isinstance(work.candidate, Candidate)
             action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
             return action(work.candidate, work)
         except Infeasible as error:

@@ -6,11 +6,15 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnySpace
 from paretune.teachers import Teacher
+
+if TYPE_CHECKING:
+    from paretune.teachers.plugin import PluginTeacher
 
 ARTIFACT_COPIES = 2.5
 
@@ -33,6 +37,8 @@ class Plan:
     memory_bytes: int
     free_memory_bytes: int
     notes: tuple[str, ...]
+    text_what: str = "text"
+    text_unit: str = "characters"
 
 
 def training_tokens_per_parameter(spec: Spec, teacher: Teacher, profile: Profile) -> float:
@@ -43,9 +49,9 @@ def training_tokens_per_parameter(spec: Spec, teacher: Teacher, profile: Profile
 
 def make_plan(
     spec: Spec,
-    teacher: Teacher,
+    teacher: Teacher | PluginTeacher,
     profile: Profile,
-    space: Space,
+    space: AnySpace,
     characters: dict[str, int],
     home: Path,
     notes: list[str],

@@ -13,12 +13,14 @@ import torch
 
 from paretune.compression.distill.module_recover import ModuleRecipe, recover_module
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
+from paretune.compression.export.graph import save_model
 from paretune.compression.export.module_artifact import describe_module, module_bytes, write_module_artifact
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.objectives.figures import FORWARD
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.module_quality import LATENCY, Judged, judge, module_measurements
+from paretune.objectives.module_quality import Judged, judge, module_measurements
 from paretune.objectives.quality import Scores
 from paretune.search.plugin_measuring import PluginMeasuring
 from paretune.search.plugin_workspace import PluginWorkspace
@@ -122,8 +124,8 @@ class PluginEvaluator:
         with space.lock.shared():
             effective = space.effective(candidate, weights)
             model = space.graph(candidate).fill(weights, space.forms(candidate))
+            difference = self._check_parity(candidate, effective, model)
             sizes = write_module_artifact(folder, model, effective, self._facts(candidate))
-            parity = self._check_parity(candidate, weights, folder / MODEL)
         lane = self.measuring.measure(candidate, folder / MODEL)
         with space.lock.shared():
             judged = self._judge_in_engine(folder / MODEL)
@@ -141,7 +143,7 @@ class PluginEvaluator:
             "unrecovered": not recovered,
             "recovery_tokens": recovered["tokens"] if recovered else 0,
             "qat": bool(recovered and recovered["qat"]),
-            "parity": parity,
+            "parity": difference,
             f"search_{objective}": search,
         }
         artifact = (str(folder), sha256(folder / CHECKSUMS))
@@ -163,7 +165,7 @@ class PluginEvaluator:
 
     def _told(self, measurements: Mapping[str, Measurement], recovered: Mapping[str, Any] | None) -> dict[str, Any]:
         """What was found out about a candidate, for its card and paretune.json."""
-        first, forward = self.space.teacher.plugin.qualities[0], measurements[LATENCY]
+        first, forward = self.space.teacher.plugin.qualities[0], measurements[FORWARD]
         text = (
             f"{first.name} {measurements[first.name].value:.5g} {first.unit} "
             f"({measurements['relative_loss'].value:+.2%} against the fp32 teacher), {forward.value:.3f} ms per forward on "
@@ -174,17 +176,20 @@ class PluginEvaluator:
             told["recovery_text"] = f"{int(recovered['tokens']):,} examples of distillation"
         return told
 
-    def _check_parity(self, candidate: ModuleCandidate, weights: Mapping[str, torch.Tensor], model: Path) -> float:
-        """Largest difference between the file in the engine and torch, relative to the largest output.
+    def _check_parity(self, candidate: ModuleCandidate, effective: Mapping[str, torch.Tensor], model: Any) -> float:
+        """Largest difference between the graph in the engine and torch, relative to the largest output.
 
-        Raises Infeasible above PARITY: then the file does not compute what was searched and trained.
+        Raises Infeasible above PARITY: then the file would not compute what was searched and trained.
         """
-        batch = self.space.batch
-        (found,) = self._in_engine(model, self.space.npz("parity", [batch]), 1)
+        batch, file = self.space.batch, self.space.folder / "work" / f"parity-{candidate.key}.onnx"
+        inputs = self.space.npz("parity", [batch])
+        try:
+            save_model(model, file)
+            (found,) = self._in_engine(file, inputs, 1)
+        finally:
+            file.unlink(missing_ok=True)
         with torch.no_grad():
-            wanted = self.space.forwarding(candidate).with_weights(
-                self.space.effective(candidate, weights), batch.inputs
-            )
+            wanted = self.space.forwarding(candidate).with_weights(effective, batch.inputs)
         return parity(found, wanted)
 
     def _judge_in_engine(self, model: Path) -> Judged:
@@ -195,7 +200,7 @@ class PluginEvaluator:
 
     def _in_engine(self, model: Path, inputs: Path, count: int) -> list[Outputs]:
         """The outputs of an engine child for batches in a file."""
-        out, cores = inputs.with_name(f"out-{model.parent.parent.name}.npz"), self.space.profile.cores
+        out, cores = inputs.with_name(f"{inputs.stem}-out.npz"), self.space.profile.cores
         try:
             with EngineChild(cores) as child:
                 child.ask(do="load", path=str(model), threads=cores)
@@ -210,8 +215,12 @@ class PluginEvaluator:
 
     def _reference(self, candidate: ModuleCandidate, judged: Judged) -> Scores:
         """The fp32 teacher's scores on the report split; it is the first to be confirmed."""
-        kept = self.space.folder / "work" / "teacher.json"
-        if candidate == self.space.space.baselines()[0] and not kept.exists():
+        kept, teacher = self.space.folder / "work" / "teacher.json", self.space.space.baselines()[0]
+        if not kept.exists():
+            if candidate != teacher:  # an earlier launch confirmed it and took its files away
+                file = kept.with_name("teacher.onnx")
+                save_model(self.space.graph(teacher).fill(self.space.sparsify(teacher)[0], {}), file)
+                judged = self._judge_in_engine(file)
             write_atomically(kept, json.dumps(judged.scores.__dict__).encode())
         return Scores.from_dict(json.loads(kept.read_text()))
 

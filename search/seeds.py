@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from paretune.spaces.candidate import Candidate
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnyCandidate, AnySpace
+from paretune.spaces.module_space import ModuleSpace
 
 
-def textbook_candidates(space: Space) -> list[Candidate]:
+def textbook_candidates(space: AnySpace) -> list[AnyCandidate]:
     """Each size cut alone and together, each with the engine's two integer precisions; without repetitions."""
+    if isinstance(space, ModuleSpace):
+        return list(space.seeds())
     s, found = space.shape, []
     widths = space.ffn_widths
     sizes = [

@@ -76,7 +76,7 @@ class SimulatedEvaluator:
             return Outcome(
                 facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
             )
-        assert work.candidate is not None
+        assert isinstance(work.candidate, Candidate)
         return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](work.candidate)
 
     def close(self) -> None:

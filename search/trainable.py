@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import json
 import os
 import sys
 import traceback
@@ -72,11 +73,9 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
 
 def _make_evaluator() -> Any:
-    """The real evaluator, or the simulated one that tests name by `module:class` in the environment."""
-    folder, home, name = (
-        Path(os.environ[FOLDER]),
-        Path(os.environ[HOME]),
-        os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator"),
-    )
+    """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
+    folder, home = Path(os.environ[FOLDER]), Path(os.environ[HOME])
+    usual = json.loads((folder / "setup.json").read_text()).get("evaluator", "paretune.search.evaluator:Evaluator")
+    name = os.environ.get(EVALUATOR, usual)
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

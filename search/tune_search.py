@@ -20,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from paretune.search.director import Director
 from paretune.search.sampler import distributions, frozen_trial, make_sampler, rebuild, stable_seed, tell_constraints
 from paretune.search.work import Outcome, Work
+from paretune.spaces.kinds import params_of
 
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
@@ -93,7 +94,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
     def _propose(self, trial_id: str) -> Work | None:
         while self._seeds:
             candidate = self._seeds.pop(0)
-            work = self.director.register(candidate, "seed", self.director.space.encode(candidate))
+            work = self.director.register(candidate, "seed", params_of(self.director.space, candidate))
             if work is not None:
                 return work
         for _ in range(MOST_DUPLICATES):

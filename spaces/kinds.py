@@ -22,3 +22,12 @@ def candidate_from_dict(data: dict[str, Any]) -> AnyCandidate:
 
 def candidate_from_json(text: str) -> AnyCandidate:
     return candidate_from_dict(json.loads(text))
+
+
+def params_of(space: AnySpace, candidate: AnyCandidate) -> dict[str, Any]:
+    """Sampler parameters of a candidate of this space. Raises ValueError if it has none."""
+    if isinstance(space, ModuleSpace):
+        assert isinstance(candidate, ModuleCandidate)
+        return space.encode(candidate)
+    assert isinstance(candidate, Candidate)
+    return space.encode(candidate)

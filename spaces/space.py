@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from paretune.spaces.candidate import (
     DENSE,
@@ -54,6 +54,8 @@ class Space:
     min_kv_groups: int
     mild: bool = False
     second_order: bool = True
+    # Sizes below the teacher's come from an elastic student.
+    has_elastic: ClassVar[bool] = True
 
     @classmethod
     def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False, second_order: bool = True) -> Space:

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from paretune.hardware_profiles.errors import UsageError
+from paretune.teachers.plugin_name import ENTRY_POINTS, PREFIX
 from paretune.teachers.text import Split
 
-PREFIX, ENTRY_POINTS = "plugin:", "paretune.teachers"
 PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
 Outputs = tuple[torch.Tensor, ...]
 
@@ -159,11 +159,6 @@ def still(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module
-
-
-def is_plugin(teacher: str) -> bool:
-    """Whether a search's teacher names a plug-in."""
-    return teacher.startswith(PREFIX)
 
 
 def find_plugin(teacher: str, folder: Path | None = None) -> TeacherPlugin:

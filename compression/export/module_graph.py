@@ -27,7 +27,7 @@ from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Format
 from paretune.teachers.plugin import Batch, Forwarding, TeacherPlugin
 
-KIND = "paretune.module"
+KIND = "paretune.module"  # as engines/onnxruntime_module.py looks for it
 INTEGER = {4: TensorProto.INT4, 8: TensorProto.INT8}
 Array = npt.NDArray[Any]
 
