@@ -36,6 +36,7 @@ def figures_of(plugin: TeacherPlugin) -> Figures:
         (first.objective, f"{objective} ({first.unit})"),
         (f"estimated_{first.objective}", f"estimated {objective} ({first.unit})"),
         (FORWARD, "forward (ms)"),
+        ("relative_loss", f"{objective} increase (fraction)"),
     ]
     others = tuple(q.name for q in plugin.qualities if q.name != first.objective)
     return Figures(first.objective, first.unit, ((FORWARD, "ms"),), others, tuple(dict(labels).items()))

@@ -56,10 +56,11 @@ class Calibration:
         return self.prior_error if np.isnan(self.median_error) else self.median_error
 
     def to_dict(self) -> dict[str, float]:
+        unit = "fraction" if isinstance(self.shape, ModuleShape) else "nats"
         return {
             "pairs": self.pairs,
-            "median_error_nats": self.error,
-            "median_error_uncalibrated_nats": self.prior_error,
+            f"median_error_{unit}": self.error,
+            f"median_error_uncalibrated_{unit}": self.prior_error,
         }
 
 
@@ -94,16 +95,16 @@ def _features_of(shape: AnyShape, candidate: AnyCandidate | None, rung0: float) 
 
 
 def _module_features(shape: ModuleShape, candidate: ModuleCandidate | None, rung0: float) -> Array:
-    """As for decoders, by the groups' shares of the weights; the level is relative to the rung-0 value, which has any unit."""
+    """As for decoders, by the groups' shares of the weights; losses are fractions of the teacher's own quality."""
     if candidate is None:
-        return np.zeros(4)
+        return np.zeros(5)
     total = sum(group.weights for group in shape.groups) or 1
     shares = [group.weights / total for group in shape.groups]
     chosen = list(zip(shares, candidate.groups, strict=True))
     sparse = sum(share * choice.pattern.ratio for share, choice in chosen)
     low = sum(share for share, choice in chosen if choice.format.bits < 8)
     kept = sum(candidate.weights(shape)) / total
-    return np.array([1.0, sparse, low, 1 - kept]) * rung0
+    return np.array([0.1, rung0 / (1 + abs(rung0)), sparse * rung0, low * 0.3, (1 - kept) * 0.5])
 
 
 def _design(shape: AnyShape, pairs: list[Pair]) -> tuple[Array, Array]:

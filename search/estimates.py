@@ -68,8 +68,9 @@ class Estimates:
     def estimated_nll(self, candidate: AnyCandidate, scores: Scores) -> Measurement:
         """Calibrated estimate of the confirmed NLL (or a plug-in's quality) on the report split."""
         search, report = self._teacher_nll()
-        value = report + self._calibration.estimate(candidate, scores.mean_nll - search)
-        spread = 2.9 * (self._calibration.error if self._calibration.pairs else 0.1)
+        scale = self._scale
+        value = report + scale * self._calibration.estimate(candidate, (scores.mean_nll - search) / scale)
+        spread = 2.9 * scale * (self._calibration.error if self._calibration.pairs else 0.1)
         return Measurement(
             value,
             self.figures.quality_unit,
@@ -139,9 +140,9 @@ class Estimates:
                 and e.scores is not None
                 and self.ledger.rows[e.key].source != "baseline"
             ):
-                pairs.append(
-                    Pair(self.ledger.rows[e.key].candidate, rung0.scores.mean_nll - search, e.scores.mean_nll - report)
-                )
+                before, after = rung0.scores.mean_nll - search, e.scores.mean_nll - report
+                scale = self._scale
+                pairs.append(Pair(self.ledger.rows[e.key].candidate, before / scale, after / scale))
         self._calibration = Calibration(self.space.shape, pairs)
         if pairs:
             self.store.set_meta(calibration=self._calibration.to_dict())
@@ -160,6 +161,11 @@ class Estimates:
                     self.figures.estimate: self.estimated_nll(candidate, e.scores),
                 }
         self.store.update_measurements("rung0", fresh)
+
+    @property
+    def _scale(self) -> float:
+        """What the calibration takes as 1: a nat per token, or the teacher's own value of a plug-in's quality."""
+        return 1.0 if self.figures.is_decoder else abs(self._teacher_nll()[1]) or 1.0
 
     def _teacher_scores(self) -> Scores | None:
         e = self.ledger.latest.get((self.space.baselines()[0].key, "confirmed"))

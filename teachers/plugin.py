@@ -117,7 +117,7 @@ class Forwarding(nn.Module):
     def with_weights(self, weights: Mapping[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> Outputs:
         """The outputs with other weights, named as in `module`."""
         named = {f"module.{name}": value for name, value in weights.items()}
-        found: Outputs = torch.func.functional_call(self, named, inputs, tie_weights=False)
+        found: Outputs = torch.func.functional_call(self, named, inputs)
         return found
 
 

@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from paretune.hardware_profiles.errors import UsageError
-from paretune.teachers.plugin import Batch, Forwarding, PluginTeacher, Quality, TeacherPlugin, Width, still
+from paretune.teachers.plugin import (
+    PLAIN_NAME,
+    Batch,
+    Forwarding,
+    PluginTeacher,
+    Quality,
+    TeacherPlugin,
+    Width,
+    still,
+)
 from paretune.teachers.text import SPLITS
 
 DIRECTIONS = ("minimize", "maximize")
@@ -146,6 +155,8 @@ def check_widths(teacher: PluginTeacher) -> Iterator[str]:
         _refuse(plugin, f"widths must have different names, but got {[w.name for w in plugin.widths]}", "rename one")
     full = {width.name: width.choices[-1] for width in plugin.widths if width.choices}
     for width in plugin.widths:
+        if not PLAIN_NAME.match(width.name):
+            _refuse(plugin, f"a width's name must have letters, digits, '_' and '-', but is {width.name!r}", "rename it")
         if not width.choices or list(width.choices) != sorted(set(width.choices)) or width.choices[0] < 1:
             _refuse(
                 plugin,

@@ -133,9 +133,9 @@ def _fold_transposes(model: onnx.ModelProto) -> None:
             continue
         value = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
         replaced = found[0].output[0]
-        tensor.CopyFrom(numpy_helper.from_array(value, f"{tensor.name}"))
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
         model.graph.node.remove(found[0])
-        for reader in readers[replaced]:
+        for reader in readers.get(replaced, []):
             for i, name in enumerate(reader.input):
                 if name == replaced:
                     reader.input[i] = tensor.name
