@@ -24,8 +24,9 @@ def stream(
 ) -> Generator[str | Pace, None, None]:
     """Pieces of text as they are made, then one Pace. The artifact's checksums are verified first.
 
-    Raises UsageError for a damaged artifact, an empty prompt or one that does not fit the model's context.
+    Raises UsageError for a damaged artifact, a prompt that is empty, no text, or longer than the model's context.
     """
+    _require_text(prompt)
     from paretune.compression.export.checksums import check_artifact
 
     if check_artifact(artifact).get("kind") == "module":
@@ -62,6 +63,18 @@ def stream(
         yield decoder.decode(generator.get_next_tokens()[0])
     rest = time.perf_counter() - start - first
     yield Pace(count, (count - 1) / rest if count > 1 and rest > 0 else 0.0, first * 1e3)
+
+
+def _require_text(prompt: str) -> None:
+    """The shell passes bytes that are not UTF-8 as lone surrogates, which no tokenizer takes."""
+    try:
+        prompt.encode("utf8")
+    except UnicodeEncodeError as error:
+        byte = ord(prompt[error.start]) & 0xFF
+        raise UsageError(
+            f"the prompt must be UTF-8 text, but character {error.start + 1} is the byte 0x{byte:02x}",
+            "convert it, for example with iconv",
+        ) from None
 
 
 def _context(artifact: Path) -> int:

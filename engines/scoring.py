@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,19 +26,21 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
 
     Writes npy files: `nll` [n] summed nats per window; with `reference` also `kl` [m] and `agree` [m] summed over the
     targets of the first m windows whose reference log-probabilities are in that file; with `save_reference` writes them.
+    With `start` and `stop` only those rows are scored and the rest of the files stays as an earlier request left it.
     """
     ids, targets = np.load(request["ids"], allow_pickle=False), np.load(request["targets"], allow_pickle=False)
     reference = np.load(request["reference"], mmap_mode="r", allow_pickle=False) if request.get("reference") else None
     m = int(request.get("reference_windows", 0))
+    first, last = int(request.get("start", 0)), int(request.get("stop", len(ids)))
     saved = None
     if request.get("save_reference"):
         saved = np.lib.format.open_memmap(
-            request["save_reference"], "w+", np.float32, (m, ids.shape[1] - 1, decoder.vocab)
+            request["save_reference"], "w+" if first == 0 else "r+", np.float32, (m, ids.shape[1] - 1, decoder.vocab)
         )
-    nll, kl, agree = np.zeros(len(ids)), np.zeros(m), np.zeros(m)
+    nll, kl, agree = (_begun(request.get(name), n, first) for name, n in (("nll", len(ids)), ("kl", m), ("agree", m)))
     rows = max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
-    for start in range(0, len(ids), rows):
-        batch = ids[start : start + rows]
+    for start in range(first, last, rows):
+        batch = ids[start : min(start + rows, last)]
         log_probs = log_softmax(decoder.logits(batch)[:, :-1])
         for row in range(len(batch)):
             i, n = start + row, int(targets[start + row])
@@ -55,4 +58,9 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
     if reference is not None:
         np.save(request["kl"], kl)
         np.save(request["agree"], agree)
-    return {"windows": len(ids)}
+    return {"windows": last - first}
+
+
+def _begun(file: str | None, n: int, first: int) -> npt.NDArray[np.float64]:
+    """`n` sums: those of an earlier request, zeros at the first one."""
+    return np.zeros(n) if first == 0 or file is None or not Path(file).exists() else np.load(file, allow_pickle=False)

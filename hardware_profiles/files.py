@@ -1,9 +1,15 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading them so that a damaged one is no crash."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import warnings
 from pathlib import Path
+from typing import Any
+
+from paretune.hardware_profiles.errors import EnvironmentProblem
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -28,3 +34,43 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything inside `folder` survive power loss: every file, then the folders from the innermost out."""
+    for path in sorted(folder.rglob("*"), key=lambda p: len(p.parts), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_kept(path: Path) -> Any | None:
+    """A kept JSON file; None if there is none, or with a warning if it is damaged: what is kept may be lost, never trusted."""
+    try:
+        return json.loads(path.read_text("utf8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warn_damaged(path, error)
+        return None
+
+
+def warn_damaged(path: Path, error: Exception) -> None:
+    """Say that a kept file is not used."""
+    reason = " ".join(str(error).split())[:200]
+    warnings.warn(f"{path} is damaged and is made anew ({type(error).__name__}: {reason})", RuntimeWarning, stacklevel=3)
+
+
+def disk_problem(error: OSError) -> EnvironmentProblem | None:
+    """What to tell the user of a disk that cannot be written; None for other errors."""
+    remedies = {
+        errno.ENOSPC: "free the disk, then run the same command again: it goes on",
+        errno.EDQUOT: "free some of your quota, then run the same command again: it goes on",
+        errno.EROFS: "mount it writable, then run the same command again: it goes on; or choose another disk with --home",
+    }
+    if error.errno not in remedies:
+        return None
+    return EnvironmentProblem(f"{error.strerror}: {error.filename}", remedies[error.errno])

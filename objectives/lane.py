@@ -20,6 +20,7 @@ from statistics import mean, median
 import numpy as np
 
 from paretune.engines.child import EngineChild
+from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.measurement import Measurement, Provenance
 from paretune.objectives.turns import Visit, load_and_warm, take_turns
@@ -95,6 +96,8 @@ class Lane:
             with self.pair() as pair:
                 load_and_warm(pair.candidate, model, self.threads)
                 visits.append(self._visit(pair))
+            if not visits[-1].alone:  # waiting as long again for every visit would stop the search instead
+                break
         quiet = [v for v in visits if self._stable(v)]
         stable = len(quiet) >= 2
         found = self._latencies(quiet if stable else visits, "measured" if stable else "disturbed")
@@ -124,7 +127,12 @@ class Lane:
         return LaneResult(self._latencies([visit], "measured" if stable else "disturbed"), stable)
 
     def _visit(self, pair: Pair) -> Visit:
-        with self.lock.exclusive():
+        """One visit under the machine lock. If other work of ours keeps the machine, it is made all the same and not called quiet."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.lock.exclusive())
+            except EnvironmentProblem:
+                return take_turns(pair.reference, pair.candidate, alone=False)
             self._learn_nominal()
             return take_turns(pair.reference, pair.candidate)
 
@@ -159,7 +167,8 @@ class Lane:
         foreign = max(v.foreign_cores for v in visits)
         fallback = Nominal(median(visits[0].reference_decode), median(visits[0].reference_ttft))
         known = self.nominal(None) or fallback
-        note = f"{len(visits)} fresh pairs of processes, corrected by the reference's drift; at most {foreign:.2f} other cores busy"
+        shared = "" if all(v.alone for v in visits) else "; other paretune work did not let go of the machine"
+        note = f"{len(visits)} fresh pairs of processes, corrected by the reference's drift; at most {foreign:.2f} cores of its CPUs taken by others{shared}"
         rounds = sum(len(v.decode_ratios) for v in visits)
         found = {}
         for name, unit, ratios, scale, spread in (

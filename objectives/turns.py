@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,11 +16,15 @@ from paretune.engines.child import EngineChild
 PROMPT, NEW_TOKENS = 128, 24
 ROUNDS = 8
 MOST_FOREIGN_CORES = 0.35
+STAT = Path("/proc/stat")
 
 
 @dataclass
 class Visit:
-    """What `rounds` R C C R turns gave: ratios candidate/reference, the reference's own milliseconds, the candidate's steps."""
+    """What `rounds` R C C R turns gave: ratios candidate/reference, the reference's own milliseconds, the candidate's steps.
+
+    `foreign_cores`: what others took on the lane's CPUs. `alone`: the machine lock was held.
+    """
 
     decode_ratios: list[float] = field(default_factory=list)
     ttft_ratios: list[float] = field(default_factory=list)
@@ -26,16 +32,19 @@ class Visit:
     reference_ttft: list[float] = field(default_factory=list)
     candidate_steps: list[float] = field(default_factory=list)
     foreign_cores: float = 0.0
+    alone: bool = True
 
     @property
     def quiet(self) -> bool:
-        """Whether others used less than a third of a core meanwhile."""
-        return self.foreign_cores <= MOST_FOREIGN_CORES
+        """Whether others took less than a third of a core from the lane meanwhile, and no other work held the machine lock."""
+        return self.alone and self.foreign_cores <= MOST_FOREIGN_CORES
 
 
-def take_turns(reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS) -> Visit:
-    """Both children have a model loaded and are warm. A disturbed visit ends after half of its rounds: it will be repeated."""
-    visit, watch = Visit(), _Watch([reference, candidate])
+def take_turns(
+    reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True
+) -> Visit:
+    """Both children have a model loaded and are warm; `alone`: the machine lock is held. A disturbed visit ends after half of its rounds: it will be repeated."""
+    visit, watch = Visit(alone=alone), _Watch([reference, candidate])
     for number in range(rounds):
         turns = [_turn(child) for child in (reference, candidate, candidate, reference)]
         r = median(turns[0]["step_ms"] + turns[3]["step_ms"])
@@ -64,26 +73,60 @@ def _turn(child: EngineChild) -> dict[str, Any]:
 
 
 class _Watch:
-    """How many cores other processes have used since it was made."""
+    """How many cores others took from the children since it was made: on the CPUs that the children may run on (steal
+    included), and as time that the children waited for a CPU. What runs on other CPUs does not disturb by itself; what it
+    does to shared caches and memory shows in the reference."""
 
     def __init__(self, children: list[EngineChild]) -> None:
         self.children = children
-        self.start, self.busy, self.own = time.monotonic(), busy_seconds(), self._own_seconds()
+        self.cpus = with_siblings(set().union(*(os.sched_getaffinity(child.pid) for child in children)))
+        self.start, self.busy, self.own = time.monotonic(), busy_seconds(self.cpus), self._own_seconds()
+        self.waited = self._waited_seconds()
 
     def foreign_cores(self) -> float:
         elapsed = max(1e-3, time.monotonic() - self.start)
-        return max(0.0, (busy_seconds() - self.busy - (self._own_seconds() - self.own)) / elapsed)
+        taken = busy_seconds(self.cpus) - self.busy - (self._own_seconds() - self.own)
+        return max(0.0, taken, self._waited_seconds() - self.waited) / elapsed
 
     def _own_seconds(self) -> float:
-        ticks, total = os.sysconf("SC_CLK_TCK"), time.process_time()
+        ticks, total = os.sysconf("SC_CLK_TCK"), 0.0
         for child in self.children:
             fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
             total += (int(fields[11]) + int(fields[12])) / ticks
         return total
 
+    def _waited_seconds(self) -> float:
+        return sum(waited_seconds(child.pid) for child in self.children)
 
-def busy_seconds() -> float:
-    """CPU seconds that all processes of the machine have used, without idle and waiting."""
-    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+def busy_seconds(cpus: Set[int]) -> float:
+    """CPU seconds that all processes have used on `cpus`, with what the hypervisor took, without idle and waiting."""
+    total = 0
+    for line in STAT.read_text().splitlines():
+        name, *rest = line.split()
+        if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cpus:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) for x in rest[:8])
+            total += user + nice + system + irq + softirq + steal
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def waited_seconds(pid: int) -> float:
+    """Seconds that the threads of a process could have run but had to wait for a CPU (involuntary switches and queueing); 0
+    where the kernel does not say."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
+            total += int(task.read_text().split()[1])
+    return total / 1e9
+
+
+def with_siblings(cpus: Set[int]) -> Set[int]:
+    """`cpus` and the hardware threads that share their cores."""
+    found = set(cpus)
+    for cpu in cpus:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        with contextlib.suppress(OSError, ValueError):
+            for part in path.read_text().strip().split(","):
+                first, _, last = part.partition("-")
+                found |= set(range(int(first), int(last or first) + 1))
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -17,11 +18,15 @@ import sqlalchemy as sa
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 
 BUSY_TIMEOUT_MS = 20_000
+PROBE_S = 0.2
 
 
 def open_engine(folder: Path, mode: str) -> sa.Engine:
     """The study's database by SQLite mode: "ro", "rw", or "rwc" to create it."""
-    address = f"file:{quote(str(folder.resolve() / 'study.db'))}?mode={mode}"
+    path = folder.resolve() / "study.db"
+    address = f"file:{quote(str(path))}?mode={mode}"
+    if mode == "ro" and not os.access(folder, os.W_OK) and not path.with_name("study.db-wal").exists():
+        address += "&immutable=1"  # on a read-only disk SQLite could not make the files that even a reader of WAL needs
 
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(address, uri=True, check_same_thread=False)
@@ -49,19 +54,53 @@ def require_study(folder: Path) -> None:
 
 
 def take_lock(folder: Path) -> IO[str]:
-    """The kernel lock of a study; released when the process ends, however it ends."""
-    lock = (folder / "lock").open("a+")
+    """The kernel lock of a study; released when the process ends, however it ends.
+
+    Raises EnvironmentProblem if another process has it or the folder cannot be written.
+    """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
+        lock = (folder / "lock").open("a+")
+    except OSError as error:
         raise EnvironmentProblem(
-            f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there"
+            f"the study folder {folder} cannot be written: {error.strerror}", "make it writable, or search with another --home"
         ) from None
+    deadline = time.monotonic() + PROBE_S
+    while not _locked(lock, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:  # not a reader that only looked whether it is taken
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise EnvironmentProblem(
+                f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there"
+            )
+        time.sleep(0.02)
     lock.seek(0)
     lock.truncate()
     lock.write(f"pid {os.getpid()}")
     lock.flush()
     return lock
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a process holds the study's lock, that is, a search or `sync` runs on it just now."""
+    try:
+        with (folder / "lock").open() as lock:
+            return not _locked(lock, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _locked(lock: IO[str], mode: int) -> bool:
+    try:
+        fcntl.flock(lock, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def folder_gone(folder: Path) -> EnvironmentProblem:
+    """What to raise when a study disappears while a search runs on it."""
+    return EnvironmentProblem(
+        f"the study folder {folder} was removed or unmounted while the search ran on it",
+        "bring it back and run the same command again, or search anew",
+    )

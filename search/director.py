@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paretune.search.budget import Budget
+from paretune.search.database import folder_gone
 from paretune.search.estimates import Estimates
 from paretune.search.ledger import MAX_ATTEMPTS, Ledger
 from paretune.search.planning import Decision, Planning
@@ -46,7 +47,7 @@ class Director:
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.is_interrupted = False
-        self._failures_in_a_row = 0
+        self._failures: list[Outcome] = []
         self.ledger = Ledger(store)
         self.estimates = Estimates(store, spec, space, self.ledger)
         self.planning = Planning(store, spec, space, budget, self.ledger, self.estimates)
@@ -58,6 +59,7 @@ class Director:
 
     def next(self) -> Decision:
         """The next thing to do; work that is handed out must come back before there is more."""
+        self._require_folder()
         if self.out is not None:
             return Decision("wait")
         if self.stop_reason is not None:
@@ -105,6 +107,7 @@ class Director:
     def completed(self, work: Work, outcome: Outcome, seconds: float) -> None:
         """The end of a piece of work, however it ended."""
         self.out = None
+        self._require_folder()
         self._charge(work, seconds)
         if outcome.status == "fatal":
             self._give_up(outcome.reason, outcome.exit_code)
@@ -120,7 +123,11 @@ class Director:
     def lost(self, work: Work, reason: str, seconds: float) -> None:
         """The worker died or hung; the work becomes due again until it has failed MAX_ATTEMPTS times."""
         self.out = None
+        self._require_folder()
         self._charge(work, seconds)
+        if self.is_interrupted:  # the user stopped it: not an attempt
+            self.store.withdraw()
+            return
         self.store.event("lost", f"{work.kind} lost: {reason}")
         if work.candidate is not None:
             fidelity = FIDELITY[work.kind]
@@ -212,11 +219,23 @@ class Director:
                 self._give_up(f"the teacher itself could not be confirmed: {reason}", 4)
 
     def _watch_failures(self, outcome: Outcome) -> None:
-        self._failures_in_a_row = 0 if outcome.status == "complete" else self._failures_in_a_row + 1
-        if self._failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
-            self._give_up(
-                f"{self._failures_in_a_row} evaluations failed in a row, the last one with: {outcome.reason}", 4
-            )
+        """End a search in which nothing works. A candidate that cannot be built or run says nothing about the next one, unless
+        all of them say the same."""
+        if outcome.status == "complete":
+            self._failures = []
+            return
+        self._failures.append(outcome)
+        failed = [o for o in self._failures if o.status != "infeasible"]
+        alike = not failed and len({o.reason for o in self._failures}) == 1
+        number = len(self._failures) if alike else len(failed)
+        if number >= MOST_FAILURES_IN_A_ROW:
+            last = (failed or self._failures)[-1].reason
+            self._give_up(f"{number} evaluations failed in a row, the last one with: {last}", 4)
+
+    def _require_folder(self) -> None:
+        """Without the study folder nothing can be kept. Raises EnvironmentProblem."""
+        if not self.store.is_there:
+            raise folder_gone(self.store.folder)
 
     def _give_up(self, reason: str, exit_code: int) -> None:
         self.stop_reason, self.exit_code = reason, exit_code

@@ -32,6 +32,7 @@ from paretune.teachers.tokens import Windows
 SCORE_BATCH = 16
 ELASTIC_SLICE_S = 10.0
 REFERENCE_BYTES = 256 * 2**20
+FIRST_SLICE, SCORE_SLICE_S = 32, 5.0  # windows, seconds
 
 
 class Evaluator:
@@ -180,8 +181,7 @@ class Evaluator:
             codes = self.space.codes(candidate, weights)
             sizes = write_artifact(folder, self.space.teacher, candidate, weights, facts, codes)
         lane = self.measuring.measure(candidate, folder / MODEL)
-        with self.space.lock.shared():
-            scores, reference = self._score_in_engine(folder / MODEL, candidate)
+        scores, reference = self._score_in_engine(folder / MODEL, candidate)
         if not all(np.isfinite(scores.nll)):
             raise Infeasible("the NLL in the engine is not finite", "")
         quality = quality_measurements(
@@ -244,7 +244,7 @@ class Evaluator:
         request["save_reference" if is_teacher else "reference"] = str(reference)
         with EngineChild(space.profile.cores) as child:
             child.ask(do="load", path=str(model), threads=space.profile.cores)
-            child.ask(timeout_s=3600.0, do="score", **request)
+            self._score_in_slices(child, request, len(windows.ids))
         itself = {"kl": np.zeros(m), "agree": windows.targets[:m]}
         extra = itself if is_teacher else {name: np.load(out[name]) for name in ("kl", "agree")}
         scores = _scores(windows, names, np.load(out["nll"]), m, **extra)
@@ -253,6 +253,17 @@ class Evaluator:
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
         return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
+
+    def _score_in_slices(self, child: EngineChild, request: Mapping[str, Any], rows: int) -> None:
+        """Score all rows, letting go of the machine every few seconds."""
+        start, size = 0, FIRST_SLICE
+        while start < rows:
+            stop = min(rows, start + size)
+            with self.space.lock.shared():
+                began = time.monotonic()
+                child.ask(timeout_s=3600.0, do="score", start=start, stop=stop, **request)
+            seconds = max(1e-3, time.monotonic() - began)
+            start, size = stop, max(1, min(4 * size, int(size * SCORE_SLICE_S / seconds)))
 
 
 def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -114,9 +114,10 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
             tuner.fit()
     finally:
         ray.shutdown()
-        director.store.set_meta(ray=None)
         shutil.rmtree(temp, ignore_errors=True)
         shutil.rmtree(folder / "ray", ignore_errors=True)
+        if director.store.is_there:
+            director.store.set_meta(ray=None)
 
 
 def _clean_up_dead_launch(director: Director) -> None:

@@ -37,6 +37,7 @@ class Plan:
     memory_bytes: int
     free_memory_bytes: int
     notes: tuple[str, ...]
+    most_finalists: int = 0
     text_what: str = "text"
     text_unit: str = "characters"
 
@@ -83,6 +84,7 @@ def make_plan(
         int(size * 12 + 2.5e9),
         _available_memory(),
         tuple(notes),
+        spec.most_finalists,
     )
 
 

@@ -132,7 +132,7 @@ class Planning:
 
     def _next_finalist(self) -> str | None:
         chosen = [key for (key, fidelity) in self.ledger.latest if fidelity == "recovered"]
-        if len(chosen) >= self.spec.finalists * 4:
+        if len(chosen) >= self.spec.most_finalists:
             return None
         again = next((key for key in chosen if self.ledger.is_open(key, "recovered")), None)
         confirmed = [self.estimates.confirmed_vector(e) for e in self.ledger.complete("confirmed")]

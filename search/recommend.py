@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class Limits:
     loss: float | None = None
 
     def active(self, figures: Figures = DECODER) -> dict[str, float]:
-        """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not positive."""
+        """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not a positive number."""
         named = {
             figures.latency: self.latency_ms,
             "compressed_bytes": self.compressed_bytes,
@@ -33,8 +34,8 @@ class Limits:
         }
         found = {name: value for name, value in named.items() if value is not None}
         for name, value in found.items():
-            if value <= 0:
-                raise UsageError(f"a limit must be positive, but {name} got {value}", "give a positive number")
+            if not (value > 0 and math.isfinite(value)):
+                raise UsageError(f"a limit must be positive and finite, but {name} got {value}", "give one, or leave it out")
         return found
 
 
@@ -67,10 +68,7 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     Raises NothingFeasible naming the nearest candidate and by how much it misses.
     """
     if not view.front:
-        raise NothingFeasible(
-            "the study has no confirmed candidate yet",
-            "wait for the first confirmation, or search with a larger budget",
-        )
+        raise why_empty(view)
     spec_limits: dict[str, float] = (view.meta.get("spec") or {}).get("limits") or {}
     bounds = {**{n: v for n, v in spec_limits.items() if n in LABELS or n == view.figures.latency}, **limits.active(view.figures)}
     feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
@@ -89,6 +87,20 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
         )
     price = "" if runner_up is None else _price(view, chosen, runner_up)
     return Recommendation(chosen, tuple(why), binding, runner_up, price, len(feasible))
+
+
+def why_empty(view: StudyView) -> NothingFeasible:
+    """Why a study has no front: nothing is confirmed, or nothing was measured in peace."""
+    if not view.confirmed:
+        return NothingFeasible(
+            "the study has no confirmed candidate yet",
+            "wait for the first confirmation, or search with a larger budget",
+        )
+    return NothingFeasible(
+        f"the front is empty because all {len(view.confirmed)} confirmed candidates were disturbed while they were measured: "
+        "something else used the CPUs of the measuring lane",
+        "end that work, then search again; the elastic student and every undisturbed measurement are kept",
+    )
 
 
 def point_dict(point: Point) -> dict[str, Any]:

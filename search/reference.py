@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles.detect import fingerprint
-from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.lane import Lane, Nominal
@@ -37,6 +37,16 @@ def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
     def nominal(value: Nominal | None) -> Nominal | None:
         if value is not None:
             write_atomically(kept, json.dumps(value.__dict__).encode())
-        return Nominal(**json.loads(kept.read_text())) if kept.exists() else None
+        return _nominal(kept)
 
     return Lane(reference, profile.threads, machine, lock, nominal)
+
+
+def _nominal(path: Path) -> Nominal | None:
+    """The kept figures; None if they are not there or damaged."""
+    found = read_kept(path)
+    try:
+        return None if found is None else Nominal(**{name: float(value) for name, value in found.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        warn_damaged(path, error)
+        return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune.search.budget import Budget
+from paretune.search.database import folder_gone
 from paretune.search.director import Director
 from paretune.search.execute import run_ray
 from paretune.search.ledger import MAX_ATTEMPTS
@@ -38,10 +39,16 @@ def run_study(
     director = Director(store, ready.spec, ready.space, budget, notify)
     try:
         execute(director, store.folder, home, ready.profile.cores, launches, address)
-    except BaseException:
+    except BaseException as error:
+        if not store.is_there:
+            raise folder_gone(store.folder) from error
         with contextlib.suppress(Exception):  # a full disk must not hide what happened
             store.set_meta(state="interrupted", spent_s=budget.elapsed_s)
         raise
+    if not store.is_there:
+        raise folder_gone(store.folder)
+    if director.is_interrupted:
+        store.withdraw()
     code = _ending(director, store)
     finished = code in (0, 3)  # everything else can be mended, and the same command goes on
     store.set_meta(

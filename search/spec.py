@@ -89,6 +89,11 @@ class Spec(BaseModel):
     def budget_s(self) -> float:
         return seconds(self.budget)
 
+    @property
+    def most_finalists(self) -> int:
+        """How many are recovered at most, when `finalists` of them leave time over."""
+        return 4 * self.finalists
+
     def digest(self) -> str:
         """12 hex digits; two searches with the same settings have the same."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]

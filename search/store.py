@@ -77,6 +77,11 @@ class Store:
         if self._lock is not None:
             self._lock.close()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the study is still on the disk."""
+        return (self.folder / "study.db").is_file()
+
     def meta(self, name: str, default: Any = None) -> Any:
         with self._engine.connect() as connection:
             row = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.name == name)).first()
@@ -219,6 +224,12 @@ class Store:
                 ).rowcount
             )
 
+    def withdraw(self) -> int:
+        """Forget evaluations that the user stopped: they are due again as if never tried. Returns how many there were."""
+        with self._engine.begin() as connection:
+            running = evaluation_table.c.status == "running"
+            return int(connection.execute(sa.delete(evaluation_table).where(running)).rowcount)
+
     def artifact(self, key: str) -> Path | None:
         """Folder of a confirmed candidate's artifact."""
         with self._engine.connect() as connection:
@@ -260,8 +271,13 @@ def _checked(store: Store) -> Store:
     try:
         version = store.meta("schema")
     except sa.exc.DatabaseError as error:
+        reason = str(error.orig)
+        if "unable to open" in reason or "readonly" in reason:
+            raise EnvironmentProblem(
+                f"the study database in {store.folder} cannot be opened: {reason}", "look at the folder's disk and permissions"
+            ) from None
         raise EnvironmentProblem(
-            f"the study database in {store.folder} is damaged: {error.orig}", "restore the folder from a backup"
+            f"the study database in {store.folder} is damaged: {reason}", "restore the folder from a backup"
         ) from None
     if version != SCHEMA_VERSION:
         raise UsageError(

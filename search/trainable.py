@@ -6,7 +6,6 @@ trial as failed and starts a fresh worker.
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import json
 import os
@@ -17,10 +16,11 @@ from typing import Any
 
 from ray import tune
 
+from paretune.hardware_profiles.files import disk_problem
+from paretune.search.database import folder_gone
 from paretune.search.tune_search import OUTCOME
 from paretune.search.work import Outcome, Work
 
-UNUSABLE_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 FOLDER, HOME, EVALUATOR = "PARETUNE_STUDY_FOLDER", "PARETUNE_STUDY_HOME", "PARETUNE_EVALUATOR"
 
 
@@ -44,15 +44,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         try:
             outcome = self._evaluator.run(work)
         except OSError as error:
-            if error.errno not in UNUSABLE_DISK:
-                traceback.print_exc()
-                outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
-            else:
-                outcome = Outcome(
-                    "fatal",
-                    reason=f"{error.strerror}: {error.filename}; free the disk, then run the same command",
-                    exit_code=5,
-                )
+            outcome = _disk_outcome(error)
         except MemoryError:
             outcome = Outcome("infeasible", reason="out of memory")
         except Exception as error:
@@ -70,6 +62,16 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
     def cleanup(self) -> None:
         self._evaluator.close()
+
+
+def _disk_outcome(error: OSError) -> Outcome:
+    """Fatal if the disk or the study folder is what failed, else this work's own failure."""
+    folder = Path(os.environ[FOLDER])
+    problem = disk_problem(error) if (folder / "study.db").exists() else folder_gone(folder)
+    if problem is not None:
+        return Outcome("fatal", reason=str(problem), exit_code=problem.exit_code)
+    traceback.print_exc()
+    return Outcome("failed", reason=f"{type(error).__name__}: {error}")
 
 
 def _make_evaluator() -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
+from paretune.search.database import is_taken
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
 from paretune.search.store import Store
@@ -152,6 +153,8 @@ def load_view(store: Store) -> StudyView:
     evaluations = store.evaluations()
     complete = {(e.key, e.fidelity): e for e in evaluations if e.status == "complete"}.values()
     meta = {name: store.meta(name) for name in META}
+    if meta["state"] == "running" and not is_taken(store.folder):
+        meta["state"] = "interrupted"  # killed, so that nobody could write it down
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
     figures = Figures.of(meta["figures"])
     confirmed = tuple(_point(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")

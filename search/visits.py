@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.lane import Lane, LaneResult, Pair
@@ -80,7 +80,7 @@ class Visits(ABC):
         """
         if self._missing is None:
             designed = [candidate_from_dict(d) for d in work.options["design"]]
-            self._missing = [c for c in designed if not self.kept_file(c).exists()]
+            self._missing = [c for c in designed if self._kept(self.kept_file(c)) is None]
             self._rough, self._deadline = [], time.monotonic() + min(work.options["seconds"], work.seconds_left)
         start = time.monotonic()
         if self._missing:
@@ -96,8 +96,20 @@ class Visits(ABC):
 
     def all_kept(self) -> list[dict[str, Any]]:
         """Everything kept for models like this one on this machine: {"candidate", and milliseconds by name}."""
-        found = [json.loads(path.read_text()) for path in sorted(self._folder().glob("*.json"))]
-        return [{"candidate": d["candidate"], **{name: d[name]["value"] for name in self.latency}} for d in found]
+        found = (self._kept(path) for path in sorted(self._folder().glob("*.json")))
+        return [kept for kept in found if kept is not None]
+
+    def _kept(self, path: Path) -> dict[str, Any] | None:
+        """A kept measurement: {"candidate", and milliseconds by name}; None if it is not there or damaged."""
+        found = read_kept(path)
+        try:
+            if found is None:
+                return None
+            candidate_from_dict(found["candidate"])
+            return {"candidate": found["candidate"], **{name: float(found[name]["value"]) for name in self.latency}}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warn_damaged(path, error)
+            return None
 
     @abstractmethod
     def _folder(self) -> Path:

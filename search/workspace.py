@@ -32,7 +32,8 @@ from paretune.compression.prune import (
 )
 from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
-from paretune.hardware_profiles.errors import Infeasible
+from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible
+from paretune.hardware_profiles.files import warn_damaged
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
@@ -48,7 +49,7 @@ from paretune.teachers import (
     token_splits,
     user_corpus,
 )
-from paretune.teachers.checkpoint import load_tensors, read_meta
+from paretune.teachers.checkpoint import DAMAGED, load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 
 WINDOW = 256
@@ -159,19 +160,35 @@ class Workspace:
 
     @cached_property
     def _elastic(self) -> tuple[dict[str, torch.Tensor], Importance]:
-        tensors, meta = load_tensors(self.elastic_file)
-        return {name: value for name, value in tensors.items() if not name.startswith("optimizer")}, order_of(meta)
+        try:
+            tensors, meta = load_tensors(self.elastic_file)
+            order = order_of(meta)
+        except (FileNotFoundError, *DAMAGED) as error:
+            raise EnvironmentProblem(
+                f"the elastic student that this study cuts its candidates from is gone or damaged: {self.elastic_file} ({error})",
+                "restore that file, or search again with another --study name",
+            ) from None
+        return {name: value for name, value in tensors.items() if not name.startswith("optimizer")}, order
 
     @cached_property
     def sorted_teacher(self) -> tuple[dict[str, torch.Tensor], Importance]:
-        if self.elastic_file.exists():
-            order = order_of(read_meta(self.elastic_file))  # the weights may still be in training
-        else:
+        order = self._kept_order()
+        if order is None:
             order = importance(
                 layer_statistics(self.network(self.teacher.shape.layers), self.teacher_weights, self.calibration_ids),
                 self.teacher.shape,
             )
         return sort_by_importance(self.teacher_weights, order, self.teacher.shape), order
+
+    def _kept_order(self) -> Importance | None:
+        """What the elastic student is sorted by, also while it is in training."""
+        if not self.elastic_file.exists():
+            return None
+        try:
+            return order_of(read_meta(self.elastic_file))
+        except DAMAGED as error:
+            warn_damaged(self.elastic_file, error)
+            return None
 
     def dense_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
         """The teacher's own weights at full size, else a slice of the elastic student."""

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from paretune.hardware_profiles.files import sync_folder
+
+# What reading a damaged file raises.
+DAMAGED = (SafetensorError, KeyError, ValueError, TypeError)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paretune.hardware_profiles.errors import UsageError
-from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.teachers.teacher import Teacher
 from paretune.teachers.text import SPLITS, Corpus, Document, Split
 
@@ -87,18 +87,32 @@ def token_splits(teacher: Teacher, corpus: Corpus, cache: Path) -> dict[Split, T
 
 def _one(teacher: Teacher, documents: tuple[Document, ...], folder: Path, split: str) -> TokenSplit:
     index, data = folder / f"{split}.json", folder / f"{split}.u32"
-    if not index.exists():
+    meta = _kept_index(index, data)
+    if meta is None:
         ids, offsets = _encode(teacher, documents)
         write_atomically(data, ids.tobytes())
-        facts = {
+        meta = {
             "offsets": offsets,
             "sizes": [len(d.text.encode("utf8", "replace")) for d in documents],
             "names": [d.name for d in documents],
         }
-        write_atomically(index, json.dumps(facts).encode())
-    meta: dict[str, Any] = json.loads(index.read_text())
+        write_atomically(index, json.dumps(meta).encode())
     ids = np.memmap(data, np.uint32, "r") if data.stat().st_size else np.zeros(0, np.uint32)
     return TokenSplit(ids, np.array(meta["offsets"], np.int64), np.array(meta["sizes"], np.int64), tuple(meta["names"]))
+
+
+def _kept_index(index: Path, data: Path) -> dict[str, Any] | None:
+    """What is known of a kept split; None if it is not there, damaged, or does not fit its token file."""
+    found: dict[str, Any] | None = read_kept(index)
+    try:
+        if found is None:
+            return None
+        if data.stat().st_size != 4 * found["offsets"][-1] or not len(found["sizes"]) == len(found["names"]):
+            raise ValueError(f"{data.name} has another length")
+        return found
+    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        warn_damaged(index, error)
+        return None
 
 
 def _encode(teacher: Teacher, documents: tuple[Document, ...]) -> tuple[npt.NDArray[np.uint32], list[int]]:

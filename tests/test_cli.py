@@ -1,13 +1,19 @@
 """The command line: bad input gets one clear sentence, the right exit code, and loses nothing."""
 
 import json
+import shlex
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from paretune import cli
+from paretune import cli, cli_search, console
+from paretune.hardware_profiles import EnvironmentProblem, UsageError
+from paretune.search import cluster
 from paretune.search.store import Store
 
 TEACHER = Path(__file__).resolve().parent.parent / "teachers" / "stdlib_coder"
@@ -161,10 +167,24 @@ def test_empty_study_has_no_recommendation(run, tmp_path):
     assert code == 0 and json.loads(out)["confirmed"] == 0
 
 
-@pytest.mark.parametrize("option", [("--max-size", "big"), ("--max-loss", "little"), ("--max-latency", "-1")])
-def test_limits_that_are_no_limits(run, tmp_path, option):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-size", "big"),
+        ("--max-size", "-3MB"),
+        ("--max-memory", "infMB"),
+        ("--max-loss", "little"),
+        ("--max-loss", "0%"),
+        ("--max-loss", "nan"),
+        ("--max-loss", "-1%"),
+        ("--max-latency", "-1"),
+        ("--max-latency", "nan"),
+    ],
+)
+def test_limits_that_are_no_limits(run, tmp_path, option, value):
     Store.create(tmp_path / "home" / "studies" / "mine", {"state": "new", "spec": {}}).close()
-    assert run("recommend", *option)[0] in (2, 4)
+    code, _, err = run("recommend", f"{option}={value}")
+    assert code == 2 and f"{option} must be" in err and f"but got '{value}'" in err and "remedy:" in err
 
 
 def test_artifact_that_is_none(run, tmp_path):
@@ -189,3 +209,76 @@ def test_hardware_commands(run, tmp_path):
 def test_json_is_the_only_thing_on_stdout(run):
     for command in (("search", "--dry-run"), ("hardware", "list"), ("hardware", "show")):
         json.loads(run(*command, "--json")[1])
+
+
+def test_dry_run_says_how_many_finalists_there_can_be(run):
+    code, out, _ = run("search", "--dry-run")
+    assert code == 0 and "time for 9 finalists" in out and "36 at most" in out
+    assert json.loads(run("search", "--dry-run", "--json")[1])["most_finalists"] == 36
+
+
+def test_a_search_that_was_killed_is_not_called_running(run, tmp_path):
+    store = Store.create(tmp_path / "home" / "studies" / "mine", {"state": "running", "spec": {}})
+    assert json.loads(run("status", "--json")[1])["state"] == "running"
+    store.close()  # the lock goes with the process, the word in the database stays
+    assert json.loads(run("status", "--json")[1])["state"] == "interrupted"
+
+
+def test_a_prompt_that_is_no_text(run, tmp_path):
+    prompt = b"caf\xe9".decode("utf8", "surrogateescape")  # as Python passes arguments on
+    code, _, err = run("generate", tmp_path, "--prompt", prompt, home=None)
+    assert code == 2 and "must be UTF-8 text, but character 4 is the byte 0xe9" in err and "iconv" in err
+
+
+def closed_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_not_there(run, tmp_path, scheme):
+    code, _, err = run("search", "--address", f"{scheme}127.0.0.1:{closed_port()}")
+    assert code == 5 and "no Ray cluster answers at" in err and "leave --address out" in err
+    assert not (tmp_path / "home" / "studies").exists(), "nothing was begun"
+
+
+def test_what_listens_may_not_be_ray(monkeypatch):
+    """Somebody who takes the call and says nothing; the time is bounded by us, not by Ray."""
+    asked = []
+
+    def silent(command, timeout, **_):
+        asked.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(cluster.subprocess, "run", silent)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        with pytest.raises(EnvironmentProblem, match="does not answer as Ray"):
+            cluster.require_cluster(f"127.0.0.1:{listening.getsockname()[1]}")
+    assert len(asked) == 1 and asked[0] <= cluster.PATIENCE_S
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:port", ":1", "host:99999"])
+def test_an_address_that_is_none(address):
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        cluster.require_cluster(address)
+
+
+def test_a_program_in_a_folder_with_spaces_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setattr(console.shutil, "which", lambda _: None)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "my tools" / "paretune")])
+    assert shlex.split(console.program()) == [str(tmp_path / "my tools" / "paretune")]
+
+
+def test_the_printed_command_can_be_pasted(monkeypatch, tmp_path, capsys):
+    """The artifact lies below a folder with a space and a quote."""
+    point = SimpleNamespace(name="L5", key="abcdef012345")
+    monkeypatch.setattr("paretune.search.recommend.recommend", lambda *_: SimpleNamespace(chosen=point, why=()))
+    view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s")
+    cli_search._show_end(view, tmp_path, 0, None, False)
+    line = next(line for line in capsys.readouterr().err.splitlines() if " generate " in line)
+    words = shlex.split(line)
+    assert words[words.index("generate") + 1] == str(view.folder / "artifacts" / point.key)
+    assert words[-1] == "def "

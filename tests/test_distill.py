@@ -18,6 +18,7 @@ from paretune.compression.prune import mask_for, slice_weights
 from paretune.compression.student import ATTENTION, FFN, Network, quantized_weights
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers import Teacher, TokenSplit
+from paretune.teachers.checkpoint import save_tensors
 
 RECIPE = ElasticRecipe(seconds=1000.0, context=32, batch=4)
 
@@ -130,6 +131,25 @@ def test_an_interrupted_elastic_training_gives_the_uninterrupted_weights(bench: 
     assert resumed.order == whole.order
     assert same(state(resumed), state(whole))
     assert not same(state(whole), state(bench.trainer(tmp_path / "fresh.safetensors")))
+
+
+@pytest.mark.parametrize("damage", ["torn", "noise", "another file"])
+def test_a_damaged_elastic_file_is_a_miss(bench: Bench, tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "elastic.safetensors"
+    trainer = bench.trainer(file)
+    trainer.step()
+    trainer.save()
+    assert bench.trainer(file).step_count == 1
+    if damage == "another file":
+        save_tensors(file, {"x": torch.zeros(2)}, {"order": None})
+    else:
+        file.write_bytes(file.read_bytes()[:1000] if damage == "torn" else b"\xff" * 4000)
+    with pytest.warns(RuntimeWarning, match="is damaged and is made anew"):
+        again = bench.trainer(file)
+    assert again.step_count == 0 and again.elapsed == 0.0
+    again.step()
+    again.save()
+    assert bench.trainer(file).step_count == 1
 
 
 def test_forgetting_the_momentum_is_seen(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,3 +252,25 @@ def test_distance_to_a_reference_is_the_explicit_kl(child: EngineChild, model: P
         p = reference[i, :n].double()
         assert found["kl"][i] == pytest.approx(float((p.exp() * (p - mine[i, :n])).sum()), rel=1e-4)
         assert found["agree"][i] == int((p.argmax(-1) == mine[i, :n].argmax(-1)).sum())
+
+
+def test_scoring_in_slices_is_scoring_at_once(
+    child: EngineChild, model: Path, tmp_path: Path, tiny_tokens: dict[str, TokenSplit]
+) -> None:
+    windows = tiny_tokens["search"].windows(24)
+    scoring = Scoring(child, model, tmp_path, windows.ids[:9], windows.targets[:9])
+    whole = scoring.ask(save_reference=str(tmp_path / "whole.npy"), reference_windows=5)["nll"]
+    for start, stop in ((0, 2), (2, 7), (7, 9)):
+        scoring.ask(save_reference=str(tmp_path / "sliced.npy"), reference_windows=5, start=start, stop=stop)
+    assert np.load(tmp_path / "nll.npy") == pytest.approx(whole, rel=1e-6)
+    assert np.allclose(np.load(tmp_path / "sliced.npy"), np.load(tmp_path / "whole.npy"), atol=1e-4)
+    other = tmp_path / "other.npy"
+    np.save(other, np.roll(np.load(tmp_path / "whole.npy"), 1, axis=0))
+    once = scoring.ask(reference=str(other), reference_windows=5)
+    for start, stop in ((0, 4), (4, 9)):
+        sliced = scoring.ask(reference=str(other), reference_windows=5, start=start, stop=stop)
+    assert once["kl"].min() > 0.01
+    for name in ("nll", "kl", "agree"):
+        assert sliced[name] == pytest.approx(once[name], rel=1e-4)
+    scoring.ask(start=0, stop=4)
+    assert not np.load(tmp_path / "nll.npy")[4:].any(), "a slice that is left out would be seen"

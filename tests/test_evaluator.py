@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +15,16 @@ import torch
 
 from paretune.compression.export.checksums import MODEL
 from paretune.compression.student import quantized_weights
-from paretune.hardware_profiles import Infeasible
+from paretune.hardware_profiles import Infeasible, MachineLock
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.objectives.lane import LaneResult
+from paretune.objectives.lane import LaneResult, Nominal
 from paretune.objectives.latency_fit import design
 from paretune.objectives.measurement import Measurement
 from paretune.search.director import Director
 from paretune.search.evaluator import Evaluator
 from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
+from paretune.search.reference import _nominal
 from paretune.search.sampler import distributions, frozen_trial
 from paretune.search.spec import Spec
 from paretune.search.studies import create_study
@@ -157,3 +162,68 @@ def test_studies_from_before_gptq_can_be_resumed(study: tuple[Path, Path]) -> No
     params = space.encode(space.baselines()[-1])
     old: Director = Old()  # type: ignore[assignment]
     assert frozen_trial(old, "k", distributions(space)).params == params
+
+
+def test_damaged_measurements_are_misses(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One good file, and damaged ones of three kinds: the good one is read, the others are measured again."""
+    measuring = evaluator.measuring
+    good, *bad = (whole(INT4), whole(Format()), whole(replace(INT4, group_size=64)), whole(Format(8, 32)))
+    value = Measurement(0.5, "ms", 0.4, 0.6, "measured").to_dict()
+    kept = {"candidate": json.loads(good.to_json()), "decode_ms_per_token": value, "ttft_ms": value}
+    files = [measuring.kept_file(c) for c in (good, *bad)]
+    for file, content in zip(files, (json.dumps(kept), "", '{"candidate": 3}', '{"candidate"'), strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    measured = []
+    monkeypatch.setattr(measuring, "lane", lambda: SimpleNamespace(pair=contextlib.nullcontext))
+    monkeypatch.setattr(measuring, "_measure_random", lambda candidate, _pair: measured.append(candidate))
+    work = Work("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in (good, *bad)], "seconds": 60.0})
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        outcome = measuring.fit(work)
+    assert {c.key for c in measured} == {c.key for c in bad}
+    assert outcome.facts["kept"] == [
+        {"candidate": json.loads(good.to_json()), "decode_ms_per_token": 0.5, "ttft_ms": 0.5}
+    ]
+    for file in files:
+        file.unlink()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"decode_ms": 1.0}', '{"decode_ms": "fast", "ttft_ms": 2.0}'])
+def test_a_damaged_nominal_is_learnt_again(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "nominal.json"
+    assert _nominal(path) is None
+    path.write_text(json.dumps(Nominal(0.4, 9.0, 0.01, 0.02).__dict__))
+    assert _nominal(path) == Nominal(0.4, 9.0, 0.01, 0.02)
+    path.write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"nominal\.json is damaged"):
+        assert _nominal(path) is None
+
+
+def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator: Evaluator) -> None:
+    cut = Candidate((Layer(64, 2),) * 2)
+    outcome = evaluator.run(Work("rung0", cut))
+    assert outcome.status == "fatal" and outcome.exit_code == 5
+    assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.reason
+
+
+def test_scoring_lets_go_of_the_machine_between_slices(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a text is: all rows once, in order, and the lock free before each of them."""
+    held, rows = [], []
+
+    @contextlib.contextmanager
+    def shared(_lock: MachineLock) -> Iterator[None]:
+        held.append(1)
+        yield
+        held.pop()
+
+    monkeypatch.setattr(MachineLock, "shared", shared)
+
+    def ask(**request: Any) -> dict[str, Any]:
+        assert held == [1]
+        rows.extend(range(request["start"], request["stop"]))
+        return {}
+
+    evaluator._score_in_slices(SimpleNamespace(ask=ask), {}, 100)  # type: ignore[arg-type]
+    assert rows == list(range(100)) and held == []

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paretune.compression.export.graph import build_model, save_model
-from paretune.hardware_profiles import Infeasible, MachineLock
+from paretune.hardware_profiles import EnvironmentProblem, Infeasible, MachineLock
 from paretune.objectives import LatencyFit, Measurement, Scores, design, paired_difference, quality_measurements
 from paretune.objectives import lane as lane_module
 from paretune.objectives import turns as turns_module
@@ -253,7 +253,8 @@ class Kept:
 @pytest.fixture
 def fake_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lane]:
     monkeypatch.setattr(lane_module, "EngineChild", FakeChild)
-    monkeypatch.setattr(turns_module, "busy_seconds", lambda: 0.0)
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
+    monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(lane_module.time, "sleep", lambda _s: None)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
     return lambda kept: Lane(tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), kept)
@@ -298,10 +299,10 @@ def test_the_nominal_is_learnt_only_when_the_machine_is_quiet(
     kept = Kept()
     lane = fake_lane(kept)
     busy = itertools.count(0, 1000)
-    monkeypatch.setattr(turns_module, "busy_seconds", lambda: float(next(busy)))
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: float(next(busy)))
     assert not lane.measure(Path("x.onnx")).stable
     assert kept.value is None
-    monkeypatch.setattr(turns_module, "busy_seconds", lambda: 0.0)
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
     assert lane.measure(Path("x.onnx")).stable
     assert kept.value == Nominal(2.0, 30.0, lane_module.LEAST_SPREAD, lane_module.LEAST_SPREAD)
 
@@ -419,3 +420,100 @@ def test_timing_happens_under_the_exclusive_lock(
     with lane.pair() as pair:
         lane.quick(Path("x.onnx"), pair)
     assert seen == [False, False] + [True] * 32, "a warm-up each, then eight rounds of four turns under the lock"
+
+
+class FakeStat:
+    """/proc/stat of four CPUs, of which `busy` use 100 seconds between two looks."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seconds = path, dict.fromkeys(range(4), 0)
+        self.write()
+
+    def work(self, *busy: int, column: int = 0) -> None:
+        for cpu in busy:
+            self.seconds[cpu] += 100
+        self.write(column)
+
+    def write(self, column: int = 0) -> None:
+        tick, lines = os.sysconf("SC_CLK_TCK"), ["cpu  1 2 3 4 5 6 7 8 0 0"]
+        for cpu, seconds in self.seconds.items():
+            fields = [0, 0, 0, 10**6, 10**6, 0, 0, 0, 0, 0]
+            fields[column] = seconds * tick
+            lines.append(f"cpu{cpu} {' '.join(map(str, fields))}")
+        self.path.write_text("\n".join([*lines, "intr 1 2 3", "ctxt 9"]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("busy", "quiet"), [((), True), ((0, 1, 2), True), ((3,), False), ((0, 1, 2, 3), False)], ids=str
+)
+@pytest.mark.parametrize("column", [0, 7], ids=["user", "steal"])
+def test_only_what_runs_on_the_lanes_own_cpus_disturbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: tuple[int, ...], quiet: bool, column: int
+) -> None:
+    stat = FakeStat(tmp_path / "stat")
+    monkeypatch.setattr(turns_module, "STAT", stat.path)
+    monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
+    monkeypatch.setattr(turns_module, "with_siblings", lambda cpus: cpus)
+    monkeypatch.setattr(turns_module.os, "sched_getaffinity", lambda _pid: {3})
+    watch = turns_module._Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
+    stat.work(*busy, column=column)
+    assert turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet == quiet
+
+
+def test_a_child_that_had_to_wait_is_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = itertools.count(0.0, 100.0)
+    monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
+    monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: next(waited))
+    watch = turns_module._Watch([FakeChild(1)])  # type: ignore[list-item]
+    assert not turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not say how long a process waited")
+def test_waiting_is_read_from_the_kernel() -> None:
+    """Two busy processes on one CPU wait for each other; one that sleeps waits for nobody."""
+    busy, idle = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass", "input()"
+    cpu = max(os.sched_getaffinity(0))
+    programs = [
+        subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, {cpu}))
+        for code in (busy, busy, idle)
+    ]
+    try:
+        before = [turns_module.waited_seconds(p.pid) for p in programs]
+        lane_module.time.sleep(1.0)
+        waited = [turns_module.waited_seconds(p.pid) - b for p, b in zip(programs, before, strict=True)]
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+    assert waited[0] + waited[1] > 0.3
+    assert waited[2] < 0.5 * (waited[0] + waited[1])
+
+
+def test_siblings_of_a_core_belong_together() -> None:
+    cpus = os.sched_getaffinity(0)
+    found = turns_module.with_siblings({min(cpus)})
+    assert min(cpus) in found and turns_module.with_siblings(found) == found
+
+
+def test_a_lock_that_others_keep_costs_the_value_its_word_not_the_search(
+    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(Nominal(1.9, 31.0))
+    lane, asked = fake_lane(kept), []
+
+    @contextlib.contextmanager
+    def busy(_lock: MachineLock) -> Iterator[None]:
+        asked.append(1)
+        raise EnvironmentProblem("the machine was busy with other paretune work", "")
+        yield
+
+    monkeypatch.setattr(MachineLock, "exclusive", busy)
+    result = lane.measure(Path("x.onnx"))
+    found = result.measurements["decode_ms_per_token"]
+    assert not result.stable and found.provenance == "disturbed" and found.value == pytest.approx(0.95)
+    assert "did not let go" in found.note
+    assert len(asked) == 1, "nobody waits again for the other visits"
+    with lane.pair() as pair:
+        assert not lane.quick(Path("x.onnx"), pair).stable
+    kept.value = None
+    assert not fake_lane(kept).measure(Path("x.onnx")).stable and kept.value is None

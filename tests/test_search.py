@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import shutil
 import time
 from collections import Counter
 
 import pytest
 
-from paretune.hardware_profiles import NothingFeasible, UsageError
+from paretune.hardware_profiles import EnvironmentProblem, NothingFeasible, UsageError
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.budget import Budget
 from paretune.search.calibration import Calibration, Pair
@@ -19,6 +20,7 @@ from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
 from paretune.search.recommend import Limits, recommend
 from paretune.search.run import run_study
+from paretune.search.sampler import distributions, make_sampler, rebuild
 from paretune.search.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.spec import Spec, make_spec, seconds
 from paretune.search.store import Store
@@ -28,6 +30,7 @@ from paretune.search.view import load_view, tied
 from paretune.search.work import Outcome, Work
 from paretune.spaces.space import Space
 from paretune.teachers import load_teacher
+from paretune.tracking.housekeeper import Housekeeper
 
 
 def make_ready(**options):
@@ -451,3 +454,120 @@ def test_the_specs_limits_bind_the_recommendation(finished):
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(UsageError):
         make_spec(None, "quick", bad)
+
+
+class Picky(SimulatedEvaluator):
+    """Nothing but the baselines can be built; `same` decides whether always for the same reason."""
+
+    same = False
+
+    def run(self, work):
+        if work.kind != "rung0":
+            return super().run(work)
+        return Outcome("infeasible", reason="no kernel" if self.same else f"no kernel for {work.candidate.key}")
+
+
+class PickyAlike(Picky):
+    same = True
+
+
+@pytest.mark.parametrize(("evaluator", "stops"), [(Picky, False), (PickyAlike, True)])
+def test_impossible_candidates_end_a_search_only_if_all_say_the_same(tmp_path, evaluator, stops):
+    ready = make_ready(max_candidates=40)
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=evaluator)
+    assert (done["rung0"] == 8) == stops
+    assert (code == 4) == stops
+    assert ("8 evaluations failed in a row, the last one with: no kernel" in store.meta("ended")) == stops
+
+
+class Mixed(SimulatedEvaluator):
+    """Every rung-0 score fails but for each third, which is infeasible."""
+
+    def run(self, work):
+        if work.kind != "rung0":
+            return super().run(work)
+        third = len((self.folder / "simulated.log").read_text().splitlines()) % 3 == 0
+        super().run(work)
+        return Outcome("infeasible", reason="no kernel") if third else Outcome("failed", reason="no space left")
+
+
+def test_impossible_candidates_between_failures_do_not_hide_them(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    code, _, _ = simulate(ready, store, tmp_path, evaluator_class=Mixed)
+    assert code == 4 and "8 evaluations failed in a row, the last one with: no space left" in store.meta("ended")
+    assert len(store.evaluations("rung0", "failed")) == 8
+
+
+class Vanishing(SimulatedEvaluator):
+    """Somebody removes the study's folder in the middle."""
+
+    def run(self, work):
+        outcome = super().run(work)
+        if len((self.folder / "simulated.log").read_text().splitlines()) == 12:
+            shutil.rmtree(self.folder)
+        return outcome
+
+
+def test_a_study_folder_that_disappears_is_a_clear_end(tmp_path):
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    with pytest.raises(EnvironmentProblem, match=r"study folder .*s was removed or unmounted.*bring it back") as error:
+        simulate(ready, store, tmp_path, evaluator_class=Vanishing)
+    assert error.value.exit_code == 5
+    keeper = Housekeeper(store, tmp_path)
+    assert keeper.finish() is None, "nothing is reported of a study that is gone"
+    assert not (tmp_path / "studies" / "s").exists()
+
+
+def test_ctrl_c_is_no_attempt(tmp_path):
+    """As Tune does it: the signal comes, the worker is stopped, its trial ends without a result."""
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    for _ in range(5):
+        director = Director(store, ready.spec, ready.space, Budget(1000.0))
+        work = director.next().work
+        assert work is not None and work.kind == "confirm", "the first baseline is due however often it was stopped"
+        director.interrupt()
+        director.lost(work, "the worker was stopped", 1.0)
+        assert director.next().kind == "done" and director.exit_code == 130
+    assert store.evaluations() == []
+    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    for _ in range(3):
+        director.lost(director.next().work, "the worker died", 1.0)
+    assert [e.status for e in store.evaluations()] == ["lost", "lost", "failed"], "dying is an attempt"
+
+
+class AlwaysDisturbed(SimulatedEvaluator):
+    def run(self, work):
+        outcome = super().run(work)
+        if work.kind != "confirm":
+            return outcome
+        m = dataclasses.replace(outcome.measurements["decode_ms_per_token"], provenance="disturbed")
+        return dataclasses.replace(outcome, measurements={**outcome.measurements, "decode_ms_per_token": m})
+
+
+def test_a_front_that_is_empty_by_disturbance_says_so(tmp_path):
+    ready = make_ready(max_candidates=45, finalists=1)
+    store = create_study(ready, tmp_path, "s", "x")
+    simulate(ready, store, tmp_path, evaluator_class=AlwaysDisturbed)
+    view = load_view(store)
+    assert view.front == () and len(view.confirmed) >= 3
+    with pytest.raises(NothingFeasible, match=rf"all {len(view.confirmed)} confirmed candidates were disturbed"):
+        recommend(view, Limits())
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
+def test_limits_must_be_positive_and_finite(finished, limit):
+    with pytest.raises(UsageError, match="relative_loss got"):
+        recommend(load_view(finished[2]), Limits(loss=limit))
+
+
+def test_optuna_never_hears_of_a_baseline_as_a_failure(finished):
+    """Rebuilt from the store, the study has the explored candidates and nothing else."""
+    _, ready, store, *_ = finished
+    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    study = rebuild(director.estimates, make_sampler("tpe", 0), distributions(ready.space))
+    assert len(study.trials) == len(director.explored_keys())
+    assert {t.state.name for t in study.trials} == {"COMPLETE"}

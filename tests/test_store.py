@@ -10,6 +10,7 @@ import pytest
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
+from paretune.search.database import is_taken
 from paretune.search.store import Store
 from paretune.spaces.candidate import Candidate, Layer
 
@@ -139,3 +140,46 @@ def test_outbox_is_written_with_the_result_and_can_be_refilled(tmp_path):
     assert store.outbox() == []
     store.refill_outbox()
     assert len(store.outbox()) == 1
+
+
+def test_whether_a_study_runs_is_asked_of_its_lock(tmp_path):
+    store = new_store(tmp_path)
+    assert is_taken(tmp_path / "one")
+    store.close()
+    assert not is_taken(tmp_path / "one")
+    assert not is_taken(tmp_path / "nothing there")
+    Store.open_study(tmp_path / "one").close()
+
+
+def test_what_the_user_stopped_is_no_attempt(tmp_path):
+    store = new_store(tmp_path)
+    store.add_candidate(CANDIDATE, "sampler", {})
+    for _ in range(5):
+        assert store.start(CANDIDATE.key, "rung0") == 1
+        assert store.withdraw() == 1
+    assert store.evaluations() == [] and store.withdraw() == 0
+    store.start(CANDIDATE.key, "rung0")
+    store.finish(CANDIDATE.key, "rung0", "complete")
+    assert store.withdraw() == 0 and len(store.evaluations()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said_to_be(tmp_path):
+    new_store(tmp_path).close()
+    (tmp_path / "one" / "lock").unlink()
+    (tmp_path / "one" / "lock").mkdir()
+    with pytest.raises(EnvironmentProblem, match=r"cannot be written: Is a directory; make it writable"):
+        Store.open_study(tmp_path / "one")
+
+
+def test_a_study_on_a_read_only_disk_is_still_read(tmp_path, monkeypatch):
+    """Without the files that a reader of WAL makes beside it."""
+    store = new_store(tmp_path)
+    store.add_candidate(CANDIDATE, "sampler", {})
+    store.close()
+    folder = tmp_path / "one"
+    assert not (folder / "study.db-wal").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    reader = Store.reader(folder)
+    assert len(reader.candidates()) == 1
+    assert not (folder / "study.db-shm").exists(), "it would have been made on a disk that can be written"
+    reader.close()

@@ -194,6 +194,25 @@ def test_encoded_tokens_are_read_from_the_cache_and_keyed_by_content(
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
+@pytest.mark.parametrize("damage", ["index", "tokens", "no tokens"])
+def test_damaged_tokens_are_encoded_again(tmp_path: Path, tiny_teacher: Teacher, tiny_text: Path, damage: str) -> None:
+    corpus = user_corpus(tiny_text)
+    first = token_splits(tiny_teacher, corpus, tmp_path)
+    index = next((tmp_path / "tokens").glob("*/search.json"))
+    data = index.with_suffix(".u32")
+    if damage == "index":
+        index.write_text('{"offsets": [0, 1')
+    elif damage == "tokens":
+        data.write_bytes(data.read_bytes()[:-8])
+    else:
+        data.unlink()
+    expected = np.array(first["train"].ids), first["search"].offsets
+    with pytest.warns(RuntimeWarning, match=r"search\.json is damaged"):
+        again = token_splits(tiny_teacher, corpus, tmp_path)
+    assert np.array_equal(again["search"].offsets, expected[1]) and len(again["search"].ids) == expected[1][-1]
+    assert np.array_equal(again["train"].ids, expected[0])
+
+
 def split_of(lengths: list[int]) -> TokenSplit:
     offsets = np.cumsum([0, *lengths])
     return TokenSplit(

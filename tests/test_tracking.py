@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,14 +22,18 @@ from typing import Any
 import pytest
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
+from paretune.tracking import housekeeper as housekeeper_module
 from paretune.tracking import MlflowSink, front_figure, front_png, rebuild, report_html, try_drain, write_report
+from paretune.tracking.housekeeper import Housekeeper
 from paretune.tracking.mlflow_runs import EXPERIMENT, alias_of, model_name
 from paretune.tracking.mlflow_sink import tracking_uri
+from paretune.tracking.mlflow_texts import study_params
 from paretune.tracking.page import flat
 from paretune.tracking.points import AXES, groups, staircase, window
 from paretune.tracking.ui import serve_ui, server_command
@@ -594,3 +599,54 @@ def answers(port: int, patience_s: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.3)
+
+
+def test_the_text_is_named_where_its_values_are(tmp_path: Path) -> None:
+    store = new_study(tmp_path / "home" / "studies" / "texts")
+    store.set_meta(corpus={"source": "/texts/<mine>.txt", "fingerprint": "c0ffee12"})
+    confirm(store, candidate(), 2.0, 0.92, 21.0, source="baseline")
+    view = load_view(store)
+    assert "on /texts/&lt;mine&gt;.txt (fingerprint c0ffee12)" in report_html(view)
+    params = study_params(view)
+    assert params["text.fingerprint"] == "c0ffee12" and params["text.source"] == "/texts/<mine>.txt"
+    store.close()
+
+
+def test_measurements_come_in_between_the_steps_of_a_drain(recorded: Recorded) -> None:
+    """Every step takes a turn of its own, none is taken inside another."""
+    store = new_study(recorded.home / "studies" / "turns")
+    for layers in (3, 4):
+        confirm(store, candidate(layers, 576, INT4), 3.0 - layers / 10, 0.1 * layers, layers)
+    turns, held = [], []
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        assert not held
+        held.append(1)
+        yield
+        turns.append(held.pop())
+
+    assert try_drain(recorded.home, store, load_view(store), turn) is None
+    assert len(turns) == 1 + 2 + 2 + 1 + 1, "open, two runs, their standing, the registry, the parent"
+    assert not store.outbox()
+    store.close()
+
+
+def test_the_housekeeper_does_not_keep_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While MLflow is told, a measurement gets the lock between two steps."""
+    store = new_study(tmp_path / "studies" / "kept")
+    confirm(store, candidate(), 2.0, 0.92, 21.0, source="baseline")
+    lock, measured = MachineLock(), []
+
+    def drain(_home: Path, _store: Store, _view: StudyView, turn: Any) -> None:
+        for _ in range(2):
+            with turn(), pytest.raises(EnvironmentProblem), lock.exclusive(0.0):
+                """A step holds it."""
+            with lock.exclusive(5.0):
+                measured.append(1)
+
+    monkeypatch.setattr(housekeeper_module, "try_drain", drain)
+    keeper = Housekeeper(store, tmp_path)
+    keeper.tidy(30.0)
+    assert len(measured) == 2
+    store.close()

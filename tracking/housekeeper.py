@@ -16,7 +16,8 @@ PATIENCE_S = 3.0
 
 class Housekeeper:
     """Report in the caller's thread (a worker waits meanwhile, so nothing competes with it); MLflow in a thread of its own
-    that the search waits for only a few seconds. What MLflow did not take stays in the outbox."""
+    that the search waits for only a few seconds and that lets measurements in between any two steps. What MLflow did not take
+    stays in the outbox."""
 
     def __init__(self, store: Store, home: Path) -> None:
         self.store, self.home = store, home
@@ -25,6 +26,8 @@ class Housekeeper:
 
     def tidy(self, patience_s: float = PATIENCE_S) -> None:
         """Rewrite report.html and front.png, and start telling MLflow unless it is still being told."""
+        if not self.store.is_there:
+            return
         try:
             write_report(load_view(self.store))
         except OSError as error:  # a full disk must not end the search from here; the store will say so itself
@@ -39,11 +42,10 @@ class Housekeeper:
         if self._thread is not None:
             self._thread.join(patience_s)
         self.tidy(patience_s)
-        left = len(self.store.outbox())
+        left = len(self.store.outbox()) if self.store.is_there else 0
         if not left:
             return None
         return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `paretune sync` when it is back"
 
     def _drain(self) -> None:
-        with MachineLock().shared():  # a measurement waits for us, and we for it
-            self.problem = try_drain(self.home, self.store, load_view(self.store))
+        self.problem = try_drain(self.home, self.store, load_view(self.store), MachineLock().shared)

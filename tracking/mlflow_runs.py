@@ -8,8 +8,9 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,19 +68,19 @@ class StudyRuns:
         self.client.set_terminated(run.info.run_id, "FINISHED", at)
         self.children[point.key] = self.client.get_run(run.info.run_id)
 
-    def refresh(self, force: bool) -> None:
-        """Bring everything that depends on the whole study up to date; its files only if the study changed."""
+    def refreshing(self, force: bool) -> Iterator[Callable[[], None]]:
+        """Steps that bring everything that depends on the whole study up to date; its files only if the study changed."""
         chosen = recommended(self.view)
         front = {p.key for p in self.view.front}
         for point in self.view.confirmed:
             run = self.children.get(point.key)
             if run is not None:
-                self._standing(run, point, point.key in front, chosen)
+                yield partial(self._standing, run, point, point.key in front, chosen)
         if chosen is not None:
-            self._register(chosen)
+            yield partial(self._register, chosen)
         digest = _digest(self.view, chosen)
         if force or self.parent.data.tags.get("paretune.digest") != digest:
-            self._write_parent(chosen, digest)
+            yield partial(self._write_parent, chosen, digest)
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(EXPERIMENT)

@@ -11,7 +11,8 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DRAIN_S = 60.0
 LOCK_S = 20.0
+Turn = Callable[[], AbstractContextManager[None]]
 # Set before the first import of MLflow: no telemetry, no pickle; a server that is away is noticed in seconds, unless the
 # user says otherwise.
 FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
@@ -40,10 +42,10 @@ def tracking_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
-def try_drain(home: Path, store: Store, view: StudyView) -> str | None:
+def try_drain(home: Path, store: Store, view: StudyView, turn: Turn = contextlib.nullcontext) -> str | None:
     """Publish what the outbox holds; returns a problem in one line instead of raising: MLflow may cost no trial."""
     try:
-        MlflowSink(home).drain(store, view)
+        MlflowSink(home).drain(store, view, turn=turn)
     except Exception as error:  # A view that fails is reported, never fatal; the store keeps all for the next try.
         return _one_line(error)
     return None
@@ -75,8 +77,11 @@ class MlflowSink:
         self.home = home.resolve()
         self.uri = tracking_uri(home)
 
-    def drain(self, store: Store, view: StudyView, within_s: float = DRAIN_S) -> int:
-        """Publish outbox rows for about `within_s` seconds, then bring tags, charts and registry up to date.
+    def drain(
+        self, store: Store, view: StudyView, within_s: float = DRAIN_S, turn: Turn = contextlib.nullcontext
+    ) -> int:
+        """Publish outbox rows for about `within_s` seconds, then bring tags, charts and registry up to date. `turn` is held
+        during every step, and let go between them.
 
         Returns how many candidates were published; what time did not allow stays in the outbox, and so does what
         is newer than `view`. Raises EnvironmentProblem, or what MLflow raises.
@@ -84,19 +89,23 @@ class MlflowSink:
         with self._alone():
             if self.uri.startswith("sqlite:"):
                 _require_writable(self.home / "mlflow.db")
-            runs = StudyRuns(_client(self.uri), self._artifact_location(), store, view)
-            published = self._publish(store, runs, view, time.monotonic() + within_s)
-            runs.refresh(force=published > 0)
+            with turn():
+                runs = StudyRuns(_client(self.uri), self._artifact_location(), store, view)
+            published = self._publish(store, runs, view, time.monotonic() + within_s, turn)
+            for step in runs.refreshing(force=published > 0):
+                with turn():
+                    step()
         return published
 
-    def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float) -> int:
+    def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float, turn: Turn) -> int:
         points = {p.key: p for p in view.confirmed}
         published = 0
         for identity, kind, key in store.outbox():
             if kind == "confirmed" and key in points:
                 if published and time.monotonic() > deadline:
                     break
-                runs.publish(points[key])
+                with turn():
+                    runs.publish(points[key])
                 published += 1
             elif kind == "confirmed":
                 continue  # Newer than the view: the next drain has it.

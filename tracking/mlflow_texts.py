@@ -118,13 +118,14 @@ def metrics(point: Point) -> dict[str, float]:
 
 
 def study_params(view: StudyView) -> dict[str, str]:
-    """What is constant in a study: teacher, profile, seed, objectives, settings, versions."""
+    """What is constant in a study: teacher, text, profile, seed, objectives, settings, versions."""
     meta = view.meta
     found = {
         "teacher": named(meta.get("teacher")),
         "profile": named(meta.get("profile")),
         "seed": str(meta.get("seed")),
         "objectives": ", ".join(view.objectives),
+        **{f"text.{name}": text for name, text in flat(meta.get("corpus") or {})},
     }
     for prefix, value in (("spec", meta.get("spec")), ("version", meta.get("versions"))):
         found |= {re.sub(r"[^\w./ -]", "_", f"{prefix}.{name}")[:250]: text for name, text in flat(value)}

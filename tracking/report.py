@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from html import escape
+from typing import Any
 
 from paretune.hardware_profiles.files import write_atomically
 from paretune.search.recommend import Recommendation
@@ -48,9 +49,16 @@ def _head(view: StudyView) -> str:
     meta = view.meta
     state = str(meta.get("state") or "running")
     label = STATES.get(state, state) + (f": {meta['stage']}" if state == "running" and meta.get("stage") else "")
-    facts = f"{named(meta.get('teacher'))} for {named(meta.get('profile'))}, started {minute(meta.get('created'))}"
+    facts = f"{named(meta.get('teacher'))} for {named(meta.get('profile'))}{_text_of(meta.get('corpus'))}, started {minute(meta.get('created'))}"
     badge = f'<span class="state {escape(state)}">{escape(label)}</span>'
     return f'<header><h1>{escape(view.study)}</h1> {badge}<p class="quiet">{escape(facts)}</p></header>'
+
+
+def _text_of(corpus: Any) -> str:
+    """The text by source and fingerprint: an NLL compares with another only on the same text."""
+    if not isinstance(corpus, dict) or not corpus.get("fingerprint"):
+        return ""
+    return f" on {corpus.get('source') or 'text'} (fingerprint {corpus['fingerprint']})"
 
 
 def _headline(view: StudyView, chosen: Recommendation | None) -> str:

@@ -23,10 +23,11 @@ from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.prune import Importance, importance, layer_statistics, slice_weights, sort_by_importance
 from paretune.compression.student import Network
 from paretune.hardware_profiles.detect import package_version
+from paretune.hardware_profiles.files import warn_damaged
 from paretune.spaces.candidate import Candidate, Layer
 from paretune.spaces.space import Space
 from paretune.teachers.batches import Batches
-from paretune.teachers.checkpoint import load_tensors, optimizer_tensors, restore_optimizers, save_tensors
+from paretune.teachers.checkpoint import DAMAGED, load_tensors, optimizer_tensors, restore_optimizers, save_tensors
 from paretune.teachers.teacher import Teacher
 
 CHECKPOINT_EVERY_S = 20.0
@@ -90,9 +91,7 @@ class ElasticTrainer:
         self.networks: dict[int, Network] = {}
         self.batches = Batches(train, recipe.context, recipe.batch, recipe.seed)
         self.step_count, self.elapsed, self.loss = 0, 0.0, float("nan")
-        if file.exists():
-            self._resume()
-        else:
+        if not self._resume():
             statistics = layer_statistics(self.network(self.shape.layers), self.teacher_weights, calibration)
             self.order = importance(statistics, self.shape)
             self.parameters = _parameters(sort_by_importance(self.teacher_weights, self.order, self.shape))
@@ -165,8 +164,19 @@ class ElasticTrainer:
             self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta
         )
 
-    def _resume(self) -> None:
-        tensors, meta = load_tensors(self.file)
+    def _resume(self) -> bool:
+        """Take the kept state; False if there is none or it is damaged."""
+        if not self.file.exists():
+            return False
+        try:
+            tensors, meta = load_tensors(self.file)
+            self._restore(tensors, meta)
+        except DAMAGED as error:
+            warn_damaged(self.file, error)
+            return False
+        return True
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         self.order = order_of(meta)
         # in the teacher's order, by which the optimizers number their state; the file is in the order of names
         self.parameters = _parameters({name: tensors[name] for name in self.teacher_weights})

@@ -28,6 +28,7 @@ from paretune.compression.student import (
     student_family,
 )
 from paretune.hardware_profiles.errors import Infeasible
+from paretune.hardware_profiles.files import sync_folder
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.families import family_of
 from paretune.teachers.teacher import Teacher
@@ -96,6 +97,7 @@ def write_artifact(
         if folder.exists():  # a complete artifact stays complete until the new one has its place
             folder.replace(older)
         temporary.replace(folder)
+        sync_folder(folder.parent)
         shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

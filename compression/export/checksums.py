@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.files import sync_folder, sync_tree
 
 CHECKSUMS = "SHA256SUMS"
 FACTS = "paretune.json"
@@ -40,12 +41,15 @@ def check_artifact(folder: Path) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path) -> None:
+    """Vouch for every file of `folder`, once all of them are safe on the disk."""
+    sync_tree(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     with (folder / CHECKSUMS).open("w") as stream:
         stream.writelines(lines)
         stream.flush()
         os.fsync(stream.fileno())
+    sync_folder(folder)
 
 
 def sha256(path: Path) -> str:

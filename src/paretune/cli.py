@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from rich.markup import escape
 
 from paretune import __version__
 from paretune.cli_artifact import generate, measure
@@ -20,7 +21,8 @@ from paretune.cli_search import search
 from paretune.cli_study import front, recommend, status
 from paretune.cli_tracking import report, sync, ui
 from paretune.console import print_text, talk
-from paretune.hardware_profiles.errors import ParetuneError
+from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
+from paretune.hardware_profiles.files import disk_problem
 
 app = typer.Typer(
     name="paretune",
@@ -43,13 +45,7 @@ def main() -> None:
         if isinstance(code, int) and code:
             sys.exit(code)
     except ParetuneError as error:
-        talk.print(
-            f"[red]error:[/red] {error.problem}\n[green]remedy:[/green] {error.remedy}"
-            if error.remedy
-            else f"[red]error:[/red] {error.problem}",
-            soft_wrap=True,
-        )
-        sys.exit(error.exit_code)
+        _refuse(error)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -61,24 +57,30 @@ def main() -> None:
         _usage_or_bug(error)
 
 
+def _refuse(error: ParetuneError) -> NoReturn:
+    """One sentence, the remedy, and the exit code."""
+    talk.print(f"[red]error:[/red] {escape(error.problem)}", soft_wrap=True)
+    if error.remedy:
+        talk.print(f"[green]remedy:[/green] {escape(error.remedy)}", soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
 def _usage_or_bug(error: Exception) -> None:
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if hasattr(error, "show"):
             error.show(sys.stderr)
         sys.exit(2)
-    if isinstance(error, OSError) and error.errno in (28, 30):  # ENOSPC, EROFS
-        talk.print(
-            f"[red]error:[/red] {error.strerror}: {error.filename}\n[green]remedy:[/green] free the disk, then run the same command again: it goes on",
-            soft_wrap=True,
-        )
-        sys.exit(5)
+    if isinstance(error, OSError) and (problem := disk_problem(error)) is not None:
+        _refuse(problem)
     if type(error).__module__.startswith("sqlalchemy") and type(error).__name__ == "OperationalError":
         reason = str(getattr(error, "orig", error))
-        talk.print(f"[red]error:[/red] the study's database cannot be written: {reason}", soft_wrap=True)
-        talk.print(
-            "[green]remedy:[/green] free or mend the disk, then run the same command again: it goes on", soft_wrap=True
+        remedy = "mount the disk writable" if "readonly" in reason else "free or mend the disk"
+        _refuse(
+            EnvironmentProblem(
+                f"the study's database cannot be written: {reason}",
+                f"{remedy}, then run the same command again: it goes on",
+            )
         )
-        sys.exit(5)
     talk.print_exception()
     talk.print("[red]this is a bug in paretune[/red]; the study, if one ran, can be continued with the same command")
     sys.exit(1)

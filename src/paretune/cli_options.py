@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,20 +52,33 @@ def study_folder(study: str | None, home: Path) -> Path:
 
 
 def size_in_bytes(text: str | None, option: str) -> float | None:
-    """Bytes of a size such as 3MB, 800kB or 12000000."""
+    """Bytes of a size such as 3MB, 800kB or 12000000. Raises UsageError."""
     if text is None:
         return None
     units = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "b": 1.0, "": 1.0}
     number = text.strip().lower().rstrip("kmgb")
     with contextlib.suppress(ValueError, KeyError):
-        return float(number) * units[text.strip().lower()[len(number) :]]
+        value = float(number) * units[text.strip().lower()[len(number) :]]
+        return _positive(value, text, option, "a size such as 3MB")
     raise UsageError(f"{option} must be a size such as 3MB, but got {text!r}", "write a number and kB, MB or GB")
 
 
-def fraction(text: str | None) -> float | None:
-    """A fraction such as 0.01, or 1% as one."""
+def milliseconds(value: float | None, option: str) -> float | None:
+    """A limit in milliseconds. Raises UsageError."""
+    return None if value is None else _positive(value, f"{value:g}", option, "milliseconds such as 0.5")
+
+
+def fraction(text: str | None, option: str) -> float | None:
+    """A fraction such as 0.01, or 1% as one. Raises UsageError."""
     if text is None:
         return None
     with contextlib.suppress(ValueError):
-        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    raise UsageError(f"--max-loss must be like 1% or 0.01, but got {text!r}", "write a percentage")
+        value = float(text.strip().rstrip("%")) / (100 if text.strip().endswith("%") else 1)
+        return _positive(value, text, option, "a percentage such as 1%")
+    raise UsageError(f"{option} must be a percentage such as 1% or 0.01, but got {text!r}", "write a percentage")
+
+
+def _positive(value: float, text: str, option: str, example: str) -> float:
+    if value > 0 and math.isfinite(value):
+        return value
+    raise UsageError(f"{option} must be more than 0 and finite, but got {text!r}", f"give {example}, or leave it out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -69,12 +68,15 @@ def search(
 
 
 def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
+    from paretune.search.cluster import require_cluster
     from paretune.search.run import run_study
     from paretune.search.store import Store
     from paretune.search.studies import create_study, find_study
     from paretune.search.view import load_view
     from paretune.tracking.housekeeper import Housekeeper
 
+    if address is not None:
+        require_cluster(address)
     name, exists = find_study(home, ready, wanted)
     command = "paretune " + shlex.join(sys.argv[1:])
     store = Store.open_study(home / "studies" / name) if exists else create_study(ready, home, name, command)
@@ -110,14 +112,19 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bo
 
     if view.front:
         talk.print(front_table(view, f"{view.study}: the front"))
-    with contextlib.suppress(NothingFeasible):
+    try:
         found = recommend(view, Limits())
+    except NothingFeasible as error:
+        if view.confirmed:
+            talk.print(f"[yellow]note:[/yellow] {error.problem}; {error.remedy}", soft_wrap=True)
+    else:
         talk.print(f"[bold]recommended: {found.chosen.name}[/bold] ({found.chosen.key[:8]})")
         for sentence in found.why:
             talk.print(f"  · {sentence}", soft_wrap=True)
         artifact = view.folder / "artifacts" / found.chosen.key
         if view.figures.is_decoder:
-            talk.print(f'  {program()} generate {short(artifact)} --prompt "def "', soft_wrap=True, markup=False)
+            line = f'  {program()} generate {shlex.quote(str(short(artifact)))} --prompt "def "'
+            talk.print(line, soft_wrap=True, markup=False)
     talk.print(f"report: {short(view.folder / 'report.html')}   MLflow: {program()} ui", soft_wrap=True)
     if left:
         talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
@@ -143,7 +150,8 @@ def _show_plan(plan: Plan, json: bool) -> None:
     print_text(f"{plan.text_what}: {', '.join(f'{name} {n:,}' for name, n in plan.text.items())} {plan.text_unit}")
     print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
     print_text(
-        f"about {plan.expected_candidates} candidates explored, up to {plan.expected_finalists} finalists recovered and confirmed"
+        f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
+        f"confirmed, and for more of them, {plan.most_finalists} at most, if they take less"
     )
     print_text(
         f"disk about {plan.disk_bytes / 1e9:.1f} GB ({plan.free_disk_bytes / 1e9:.0f} GB free), memory about {plan.memory_bytes / 1e9:.1f} GB "

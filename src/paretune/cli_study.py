@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json, Study, fraction, opened_view, size_in_bytes
+from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, size_in_bytes
 from paretune.console import front_table, print_json, print_text, short, talk
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
     """The Pareto front of a study: confirmed candidates only."""
     from rich.console import Console
 
-    from paretune.search.recommend import point_dict
+    from paretune.search.recommend import point_dict, why_empty
 
     with opened_view(study, home) as view:
         if json:
@@ -49,6 +49,8 @@ def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
             )
         else:
             Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(front_table(view, view.study))
+            if not view.front:
+                talk.print(why_empty(view).problem, soft_wrap=True)
 
 
 def recommend(
@@ -65,7 +67,10 @@ def recommend(
     from paretune.search.recommend import recommend as decide
 
     limits = Limits(
-        max_latency, size_in_bytes(max_size, "--max-size"), size_in_bytes(max_memory, "--max-memory"), fraction(max_loss)
+        milliseconds(max_latency, "--max-latency"),
+        size_in_bytes(max_size, "--max-size"),
+        size_in_bytes(max_memory, "--max-memory"),
+        fraction(max_loss, "--max-loss"),
     )
     with opened_view(study, home) as view:
         found = decide(view, limits)

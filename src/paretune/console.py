@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -179,8 +180,8 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
 
 
 def program() -> str:
-    """How this shell would call us again."""
-    return "paretune" if shutil.which("paretune") else str(short(Path(sys.argv[0]).absolute()))
+    """How this shell would call us again, quoted."""
+    return "paretune" if shutil.which("paretune") else shlex.quote(str(short(Path(sys.argv[0]).absolute())))
 
 
 def short(path: Path) -> Path:
