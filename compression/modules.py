@@ -202,9 +202,7 @@ def _macs(
     return [found[name] for name in names]
 
 
-def input_norms(
-    plugin: TeacherPlugin, module: nn.Module, batches: list[Batch]
-) -> dict[str, torch.Tensor]:
+def input_norms(plugin: TeacherPlugin, module: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
     """L2 norm of every input feature of every matrix, [K] (grouped convolutions [N, K]), over `batches`.
 
     A convolution's input channel has one norm for all positions of the kernel, which differ only at the borders.

@@ -68,9 +68,7 @@ def proxy(candidate: AnyCandidate, shape: AnyShape) -> float:
     """Parameters x bits of either kind of candidate."""
     if isinstance(shape, ModuleShape):
         assert isinstance(candidate, ModuleCandidate)
-        return sum(
-            n * choice.format.bits for n, choice in zip(candidate.weights(shape), candidate.groups, strict=True)
-        )
+        return sum(n * choice.format.bits for n, choice in zip(candidate.weights(shape), candidate.groups, strict=True))
     assert isinstance(candidate, Candidate)
     return params_times_bits(candidate, shape)
 

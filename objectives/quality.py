@@ -81,7 +81,9 @@ def quality_measurements(
         weights = np.array(scores.reference_targets, np.float64)
         samples = int(weights.sum())
         found["kl"] = made(interval_of_ratio(np.array(scores.kl), weights), "nats/token", samples)
-        found["top1_agreement"] = made(interval_of_ratio(np.array(scores.agree), weights), "fraction of tokens", samples)
+        found["top1_agreement"] = made(
+            interval_of_ratio(np.array(scores.agree), weights), "fraction of tokens", samples
+        )
     return found
 
 

@@ -60,7 +60,7 @@ class Evaluator:
             return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
 
     def close(self) -> None:
-        self.measuring.close()
+        """Nothing is held between pieces of work."""
 
     def _elastic(self, work: Work) -> Outcome:
         if self._trainer is None:

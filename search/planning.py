@@ -58,9 +58,7 @@ class Planning:
 
     def work(self, kind: Kind, candidate: AnyCandidate | None, options: dict[str, Any] | None = None) -> Decision:
         """The decision to do a piece of work."""
-        return Decision(
-            "work", Work(kind, candidate, self.budget.left_s, self.costs.timeout_s(kind), options or {})
-        )
+        return Decision("work", Work(kind, candidate, self.budget.left_s, self.costs.timeout_s(kind), options or {}))
 
     def _baseline_due(self) -> AnyCandidate | None:
         for candidate in self.space.baselines():
@@ -84,10 +82,17 @@ class Planning:
             if left < self.costs.confirmation_s():
                 return _end("the budget has ended")
             return self.work(
-                "confirm", self.ledger.rows[waiting].candidate, {"recovered": self.ledger.latest[waiting, "recovered"].facts}
+                "confirm",
+                self.ledger.rows[waiting].candidate,
+                {"recovered": self.ledger.latest[waiting, "recovered"].facts},
             )
         pending = next(
-            (row for row in self.ledger.rows.values() if row.source != "baseline" and self.ledger.is_open(row.key, "rung0")), None
+            (
+                row
+                for row in self.ledger.rows.values()
+                if row.source != "baseline" and self.ledger.is_open(row.key, "rung0")
+            ),
+            None,
         )
         if pending is not None:
             return self.work("rung0", pending.candidate)
@@ -96,11 +101,7 @@ class Planning:
         if left >= cost and number >= min(FIRST_WAVE, most) and (number >= most or self._confirm_is_behind()):
             finalist = self._next_finalist()
         can_explore = number < most and not self.store.meta("exhausted", False)
-        if (
-            finalist is None
-            and can_explore
-            and left >= cost + self.costs.rung0_s()
-        ):
+        if finalist is None and can_explore and left >= cost + self.costs.rung0_s():
             return Decision("propose")
         if finalist is None and left >= cost:
             finalist = self._next_finalist()

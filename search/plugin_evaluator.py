@@ -57,7 +57,7 @@ class PluginEvaluator:
             return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
 
     def close(self) -> None:
-        self.measuring.close()
+        """Nothing is held between pieces of work."""
 
     def _speed(self) -> Outcome:
         """How many examples a second can be distilled at full size: there is no elastic student to train."""
@@ -97,11 +97,21 @@ class PluginEvaluator:
         better = now.mean_nll <= was.mean_nll
         file = space.folder / "recovered" / f"{candidate.key}.safetensors"
         save_tensors(file, after if better else before, {"key": candidate.key})
-        found = {"file": str(file), "kept_recovery": better, "search_before": was.mean_nll, "search_after": now.mean_nll}
+        found = {
+            "file": str(file),
+            "kept_recovery": better,
+            "search_before": was.mean_nll,
+            "search_after": now.mean_nll,
+        }
         return Outcome(scores=now if better else was, facts={**facts, **found, **_sparsity(masks)})
 
     def _distil(
-        self, candidate: ModuleCandidate, weights: Mapping[str, torch.Tensor], masks: Any, recipe: ModuleRecipe, stop: Any
+        self,
+        candidate: ModuleCandidate,
+        weights: Mapping[str, torch.Tensor],
+        masks: Any,
+        recipe: ModuleRecipe,
+        stop: Any,
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         space = self.space
         return recover_module(
@@ -207,7 +217,10 @@ class PluginEvaluator:
                 child.ask(timeout_s=3600.0, do="forward", inputs=str(inputs), out=str(out))
             with np.load(out, allow_pickle=False) as held:
                 return [
-                    tuple(torch.from_numpy(held[f"{i}.{j}"]) for j in range(sum(n.startswith(f"{i}.") for n in held.files)))
+                    tuple(
+                        torch.from_numpy(held[f"{i}.{j}"])
+                        for j in range(sum(n.startswith(f"{i}.") for n in held.files))
+                    )
                     for i in range(count)
                 ]
         finally:
@@ -235,7 +248,8 @@ def parity(found: Outputs, wanted: Outputs) -> float:
         difference = float((a.double() - b.double()).abs().max()) / scale
         if not difference <= PARITY:
             raise Infeasible(
-                f"engine and torch must agree to {PARITY:g} of the largest output, but output{i} differs by {difference:.2g}", ""
+                f"engine and torch must agree to {PARITY:g} of the largest output, but output{i} differs by {difference:.2g}",
+                "",
             )
         worst = max(worst, difference)
     return worst
@@ -245,4 +259,3 @@ def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Fraction of the masked matrices' entries that are zero."""
     total = sum(mask.numel() for mask in masks.values())
     return {"sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / total} if total else {}
-

@@ -42,4 +42,3 @@ class PluginMeasuring(Visits):
         inputs = [(tuple(x.shape), str(x.dtype)) for x in space.batch.inputs]
         structure = hashlib.sha256(f"{space.teacher.digest}{inputs}".encode()).hexdigest()[:12]
         return space.cache / "measurements" / engine / f"plugin-{space.teacher.name}-{structure}"
-

@@ -26,7 +26,8 @@ def prepare_plugin(spec: Spec, home: Path) -> Ready:
     """Load and check the plug-in, export it once, and settle the objectives. Raises UsageError or EnvironmentProblem."""
     if spec.data is not None or spec.field is not None:
         raise UsageError(
-            f"a plug-in brings its own data, but got --data {spec.data}", "leave --data out, or change the plug-in's batches"
+            f"a plug-in brings its own data, but got --data {spec.data}",
+            "leave --data out, or change the plug-in's batches",
         )
     folder = Path.cwd()
     teacher = PluginTeacher(find_plugin(spec.teacher, folder))

@@ -90,7 +90,9 @@ class PluginWorkspace:
             try:
                 made = still(self.teacher.plugin.slice(self.teacher.module, dict(candidate.widths)))
             except Exception as error:  # the author's code: this size is not possible, others may be
-                raise Infeasible(f"slicing to {dict(candidate.widths)} failed: {type(error).__name__}: {error}", "") from error
+                raise Infeasible(
+                    f"slicing to {dict(candidate.widths)} failed: {type(error).__name__}: {error}", ""
+                ) from error
             _keep(self._modules, candidate.structure_key, made)
         return self._modules[candidate.structure_key]
 
@@ -127,9 +129,7 @@ class PluginWorkspace:
         """Quality in torch with fake-quant. Raises Infeasible where it is not finite."""
         forwarding, effective = self.forwarding(candidate), self.effective(candidate, weights)
         batches = self.batches(split)
-        return judge(
-            self.teacher.plugin, batches, (forwarding.with_weights(effective, b.inputs) for b in batches)
-        )
+        return judge(self.teacher.plugin, batches, (forwarding.with_weights(effective, b.inputs) for b in batches))
 
     def graph(self, candidate: ModuleCandidate) -> ModuleGraph:
         """The float graph of the candidate's structure."""

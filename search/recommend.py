@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from paretune.hardware_profiles.errors import NothingFeasible, UsageError
-from paretune.objectives.measurement import Measurement
 from paretune.objectives.figures import DECODER, Figures
+from paretune.objectives.measurement import Measurement
 from paretune.search.view import LABELS, Point, StudyView, label_of, tied
 
 NEAR = 0.9
@@ -35,7 +35,9 @@ class Limits:
         found = {name: value for name, value in named.items() if value is not None}
         for name, value in found.items():
             if not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"a limit must be positive and finite, but {name} got {value}", "give one, or leave it out")
+                raise UsageError(
+                    f"a limit must be positive and finite, but {name} got {value}", "give one, or leave it out"
+                )
         return found
 
 
@@ -70,7 +72,10 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     if not view.front:
         raise why_empty(view)
     spec_limits: dict[str, float] = (view.meta.get("spec") or {}).get("limits") or {}
-    bounds = {**{n: v for n, v in spec_limits.items() if n in LABELS or n == view.figures.latency}, **limits.active(view.figures)}
+    bounds = {
+        **{n: v for n, v in spec_limits.items() if n in LABELS or n == view.figures.latency},
+        **limits.active(view.figures),
+    }
     feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
     if not feasible:
         raise _nearest(view, bounds)
@@ -143,7 +148,8 @@ def _sentences(view: StudyView, chosen: Point) -> Sequence[str]:
     quality = "NLL" if figures.is_decoder else figures.quality.replace("_", " ")
     verb = "decodes" if figures.is_decoder else "runs"
     found = [
-        f"{quality} {_show(figures.quality, chosen.measurements[figures.quality])}, {chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
+        f"{quality} {_show(figures.quality, chosen.measurements[figures.quality])}, "
+        f"{chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
         f"({chosen.measurements['relative_loss'].low:+.1%} … {chosen.measurements['relative_loss'].high:+.1%})"
     ]
     teacher = view.teacher
@@ -168,7 +174,9 @@ def _price(view: StudyView, chosen: Point, other: Point) -> str:
         if tied(chosen, other, name):
             parts.append(f"{label_of(name, view.figures)} tied")
         else:
-            parts.append(f"{label_of(name, view.figures)} {(theirs.value - mine.value) / (abs(mine.value) or 1.0):+.1%}")
+            parts.append(
+                f"{label_of(name, view.figures)} {(theirs.value - mine.value) / (abs(mine.value) or 1.0):+.1%}"
+            )
     return f"{other.name} instead: " + ", ".join(parts)
 
 

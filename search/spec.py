@@ -56,8 +56,8 @@ class Spec(BaseModel):
     sampler: Literal["tpe", "nsga2"] = "tpe"
     seed: int = 0
     objectives: tuple[str, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
-    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "forward_ms", "compressed_bytes", "bytes"], Positive] = Field(
-        default_factory=dict
+    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "forward_ms", "compressed_bytes", "bytes"], Positive] = (
+        Field(default_factory=dict)
     )
     second_order: bool = False
     loss_of_interest: float = Field(default=0.25, gt=0)

@@ -127,7 +127,9 @@ def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]
             identity, state = _identity(path.parent)
             if identity == ready.identity and state != "complete":
                 return path.parent.name, True
-    base = f"{re.sub('[^a-z0-9-]+', '-', Path(_short_name(ready.spec.teacher)).name.lower())}-{datetime.date.today():%m%d}"
+    base = (
+        f"{re.sub('[^a-z0-9-]+', '-', Path(_short_name(ready.spec.teacher)).name.lower())}-{datetime.date.today():%m%d}"
+    )
     number = 1
     while (folder / f"{base}-{number}").exists():
         number += 1

@@ -60,9 +60,6 @@ class Visits(ABC):
             self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock)
         return self._lane
 
-    def close(self) -> None:
-        """Nothing is held between visits."""
-
     def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | None = None) -> LaneResult:
         """Several visits with fresh processes, or one with the children of `pair`."""
         result = self.lane().measure(model) if pair is None else self.lane().quick(model, pair)

@@ -114,9 +114,7 @@ class ModuleSpace:
             sparse *= len(self.bits) * (1 + len(RATIOS))
         return total * (dense + (sparse - dense) * len(self.patterns) * len(SCORES)) * len(self.group_sizes)
 
-    def _uniform(
-        self, bits: int, widths: Mapping[str, int] | None = None, pattern: Pattern = DENSE
-    ) -> ModuleCandidate:
+    def _uniform(self, bits: int, widths: Mapping[str, int] | None = None, pattern: Pattern = DENSE) -> ModuleCandidate:
         form = _format(bits, self.group_sizes[0])
         groups = tuple(GroupChoice(group.name, form, pattern) for group in self.shape.groups)
         sizes = tuple((a.name, (widths or {}).get(a.name, a.choices[-1])) for a in self.shape.axes)

@@ -16,16 +16,7 @@ import torch
 from torch import nn
 
 from paretune.hardware_profiles.errors import UsageError
-from paretune.teachers.plugin import (
-    PLAIN_NAME,
-    Batch,
-    Forwarding,
-    PluginTeacher,
-    Quality,
-    TeacherPlugin,
-    Width,
-    still,
-)
+from paretune.teachers.plugin import PLAIN_NAME, Batch, Forwarding, PluginTeacher, Quality, TeacherPlugin, Width, still
 from paretune.teachers.text import SPLITS
 
 DIRECTIONS = ("minimize", "maximize")
@@ -36,8 +27,8 @@ RESERVED = re.compile(r"bytes$|^forward_|^load_ms$|^relative_loss$|^estimated_|_
 def check_plugin(teacher: PluginTeacher) -> list[str]:
     """Warnings about a plug-in that can be searched. Raises UsageError with rule, value and remedy about one that cannot."""
     plugin = teacher.plugin
-    check_module(teacher)
     check_batches(plugin)
+    check_module(teacher)
     check_forward(teacher)
     check_qualities(teacher)
     return list(check_widths(teacher))
@@ -103,7 +94,9 @@ def check_qualities(teacher: PluginTeacher) -> None:
     if not plugin.qualities:
         _refuse(plugin, "there must be a quality to search for, but qualities is empty", "add a Quality")
     if len({q.name for q in plugin.qualities}) != len(plugin.qualities):
-        _refuse(plugin, f"qualities must have different names, but got {[q.name for q in plugin.qualities]}", "rename one")
+        _refuse(
+            plugin, f"qualities must have different names, but got {[q.name for q in plugin.qualities]}", "rename one"
+        )
     for quality in plugin.qualities:
         if not QUALITY_NAME.match(quality.name) or RESERVED.search(quality.name) or not quality.unit:
             _refuse(
@@ -141,7 +134,9 @@ def quality_values(
             "average over everything but the batch dimension",
         )
     if not torch.isfinite(values).all():
-        _refuse(plugin, f"{quality.name} must be finite, but is {values[~values.isfinite()][0]:.0f}", "mend its function")
+        _refuse(
+            plugin, f"{quality.name} must be finite, but is {values[~values.isfinite()][0]:.0f}", "mend its function"
+        )
     return values.reshape(-1)
 
 
@@ -156,7 +151,9 @@ def check_widths(teacher: PluginTeacher) -> Iterator[str]:
     full = {width.name: width.choices[-1] for width in plugin.widths if width.choices}
     for width in plugin.widths:
         if not PLAIN_NAME.match(width.name):
-            _refuse(plugin, f"a width's name must have letters, digits, '_' and '-', but is {width.name!r}", "rename it")
+            _refuse(
+                plugin, f"a width's name must have letters, digits, '_' and '-', but is {width.name!r}", "rename it"
+            )
         if not width.choices or list(width.choices) != sorted(set(width.choices)) or width.choices[0] < 1:
             _refuse(
                 plugin,

@@ -50,7 +50,7 @@ KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
 class Net(nn.Module):
     """Every kind of matrix: a Linear on three dimensions, a convolution, a grouped one, a transposed one, a norm."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 64))
         self.conv = nn.Conv2d(4, 8, 3, padding=1)
@@ -79,7 +79,7 @@ class Toy(TeacherPlugin):
     qualities = (
         Quality("closeness", "1", "maximize", lambda out, batch: 10 - (out[0] - batch.target).abs().flatten(1).mean(1)),
     )
-    widths = (Width("width", (16, 32)),)
+    widths = (Width("width", (16, 64)),)
 
     def load(self) -> nn.Module:
         return make_net()
@@ -145,7 +145,7 @@ def test_codes_follow_the_grid_row_by_row(toy: PluginTeacher, bits: Any, group: 
         weight = parameters(toy.module)[name]
         found = matrix.whole(quantize_matrix(weight, matrix, Format(bits, group)).dequantize(), weight)
         channels = weight.movedim(matrix.axis, 0)
-        expected = torch.empty_like(channels)
+        expected = torch.empty(channels.shape)
         for row in range(len(channels)):
             flat = channels[row].reshape(-1)
             step = 32 if matrix.kind == "linear" and group and len(flat) % 32 == 0 else len(flat)
@@ -185,12 +185,12 @@ def test_a_shared_weight_is_one_matrix() -> None:
 def test_macs_are_those_of_the_shapes(toy: PluginTeacher, space: ModuleSpace) -> None:
     macs = {group.name: group.macs for group in space.shape.groups}
     assert macs == {
-        "body": 6 * 4 * (16 * 32 + 32 * 64),
+        "body": 6 * 4 * (16 * 64 + 64 * 64),
         "conv": 6 * 8 * 8 * 8 * 4 * 9,
         "grouped": 6 * 6 * 6 * 8 * 4 * 9,
         "up": 6 * 6 * 6 * 8 * 3 * 4,
     }
-    assert space.shape.axes[0].shares == ((0.5, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0))
+    assert space.shape.axes[0].shares == ((0.25, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0))
 
 
 # masks
@@ -246,7 +246,9 @@ def test_zeros_are_where_the_pattern_says_and_stay_in_the_shipped_integers(
 # the graph
 
 
-@pytest.mark.parametrize("form", [FP32, Format(8, 0), Format(4, 0), Format(4, 32)], ids=lambda f: f"{f.name}-{f.group_size}")
+@pytest.mark.parametrize(
+    "form", [FP32, Format(8, 0), Format(4, 0), Format(4, 32)], ids=lambda f: f"{f.name}-{f.group_size}"
+)
 def test_parity_of_every_format_and_what_must_fail(
     toy: PluginTeacher, graph: ModuleGraph, form: Format, tmp_path: Path
 ) -> None:
@@ -354,7 +356,7 @@ def test_keys_do_not_change(space: ModuleSpace) -> None:
 def test_settings_without_effect_make_equal_candidates(space: ModuleSpace) -> None:
     def candidate(form: Format, pattern: Pattern) -> ModuleCandidate:
         groups = tuple(GroupChoice(g.name, form, pattern) for g in space.shape.groups)
-        return ModuleCandidate(groups, (("width", 32),)).canonical(space.shape)
+        return ModuleCandidate(groups, (("width", 64),)).canonical(space.shape)
 
     assert candidate(Format(8, 32, "int8"), DENSE) == candidate(Format(8), DENSE)
     assert candidate(FP32, Pattern("unstructured", 0.0)) == candidate(FP32, DENSE)
@@ -425,8 +427,8 @@ def test_recovery_trains_under_mask_and_rounding_and_ships_what_it_trained(digit
     model = ModuleGraph(digits, teacher.module, batches[0]).fill(recovered, forms)
     shipped = {t.name: numpy_helper.to_array(t).astype(np.int8) for t in model.graph.initializer if "codes" in t.name}
     assert len(shipped) == len(matrices)
-    for codes in shipped.values():
-        assert (codes == 0).mean() >= 0.6
+    for codes, mask in zip(shipped.values(), masks.values(), strict=True):
+        assert (codes == 0).sum() >= (~mask).sum() >= 0.59 * mask.numel()
 
 
 # finding
@@ -440,7 +442,7 @@ def test_a_plugin_is_found_by_class_and_by_entry_point(digits: TeacherPlugin, mo
     entry = EntryPoint("digits", "paretune_digits:Digits", "paretune.teachers")
     monkeypatch.setattr("paretune.teachers.plugin.entry_points", lambda **kw: EntryPoints((entry,)).select(**kw))
     assert find_plugin("plugin:digits").name == "digits"
-    with pytest.raises(UsageError, match="no installed package has a teacher plug-in 'digit'.*found: digits"):
+    with pytest.raises(UsageError, match=r"no installed package has a teacher plug-in 'digit'.*found: digits"):
         find_plugin("plugin:digit")
 
 
@@ -449,7 +451,10 @@ def test_a_plugin_is_found_by_class_and_by_entry_point(digits: TeacherPlugin, mo
     [
         ("plugin:no_such_module:Thing", "cannot be imported: ModuleNotFoundError"),
         ("plugin:json:Nothing", "cannot be imported: AttributeError"),
-        ("plugin:json:JSONDecoder", "must be a paretune.teachers.plugin.TeacherPlugin, but json:JSONDecoder is JSONDecoder"),
+        (
+            "plugin:json:JSONDecoder",
+            "must be a paretune.teachers.plugin.TeacherPlugin, but json:JSONDecoder is JSONDecoder",
+        ),
         ("plugin:paretune.teachers.plugin:TeacherPlugin", "cannot be made without arguments: TypeError"),
     ],
 )
@@ -507,10 +512,16 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "random": ({"load": seeded(Noisy), "widths": ()}, "must be deterministic in evaluation mode"),
     "no tensor": ({"forward": lambda _s, module, x: ("text",)}, "but gave str"),
     "no quality": ({"qualities": ()}, "qualities is empty"),
-    "NaN quality": ({"qualities": quality(lambda o, b: o[0].flatten(1).sum(1) * float("nan"))}, "must be finite, but is nan"),
+    "NaN quality": (
+        {"qualities": quality(lambda o, b: o[0].flatten(1).sum(1) * float("nan"))},
+        "must be finite, but is nan",
+    ),
     "zero quality": ({"qualities": quality(lambda o, b: torch.zeros(6))}, "must not be 0"),
     "wrong shape": ({"qualities": quality(lambda o, b: o[0].flatten())}, r"one value per example \[6\]"),
-    "direction": ({"qualities": quality(lambda o, b: torch.ones(6), "up")}, "must be minimize or maximize, but is 'up'"),
+    "direction": (
+        {"qualities": quality(lambda o, b: torch.ones(6), "up")},
+        "must be minimize or maximize, but is 'up'",
+    ),
     "name": ({"qualities": quality(lambda o, b: torch.ones(6), name="bytes")}, "a quality needs a name"),
     "descending": ({"widths": (Width("width", (32, 16)),)}, "must ascend"),
     "last": ({"widths": (Width("width", (8, 16)),)}, "must be the module's own width"),

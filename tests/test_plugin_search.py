@@ -91,7 +91,13 @@ def test_everything_was_confirmed_that_should_be(study: StudyView) -> None:
     assert len(study.rung0) == 8
     assert not study.failures
     for point in study.confirmed:
-        assert {"squared_error", "psnr", "relative_loss", "forward_ms", "peak_memory_bytes"} <= point.measurements.keys()
+        assert {
+            "squared_error",
+            "psnr",
+            "relative_loss",
+            "forward_ms",
+            "peak_memory_bytes",
+        } <= point.measurements.keys()
         assert all(m.unit and m.provenance in ("measured", "disturbed") for m in point.measurements.values())
         assert "nll" not in point.measurements and "decode_ms_per_token" not in point.measurements
         assert point.facts["parity"] < 1e-4
@@ -152,7 +158,9 @@ def test_the_artifact_alone_gives_the_quality_that_was_told(study: StudyView, tm
 def test_commands_on_a_plugins_study(study: StudyView, prepared: tuple[Ready, Path]) -> None:
     def paretune(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "paretune", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=prepared[1], timeout=120, env=dict(os.environ))
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=prepared[1], timeout=120, env=dict(os.environ)
+        )
 
     artifact = str(study.folder / "artifacts" / study.confirmed[0].key)
     refused = paretune("generate", artifact, "--prompt", "x")

@@ -15,11 +15,11 @@ from paretune.tracking.points import (
     axes_of,
     bounds,
     column,
-    whiskers,
     scaled,
     size_ticks,
     staircase,
     title,
+    whiskers,
     window,
 )
 from paretune.tracking.wording import short_of

@@ -22,11 +22,11 @@ from paretune.tracking.points import (
     column,
     diameters,
     first_axes,
-    whiskers,
     groups,
     is_below,
     scaled,
     staircase,
+    whiskers,
 )
 from paretune.tracking.wording import is_disturbed, measurement, recommended, short_of, told, with_interval
 
@@ -39,7 +39,12 @@ def front_figure(view: StudyView) -> Figure:
     import plotly.graph_objects as go
 
     drawn, chosen = groups(view), recommended(view)
-    traces = [_staircase(view, *first_axes(view)), *(_trace(view, group) for group in drawn), _star(chosen), _scale(view)]
+    traces = [
+        _staircase(view, *first_axes(view)),
+        *(_trace(view, group) for group in drawn),
+        _star(chosen),
+        _scale(view),
+    ]
     figure = go.Figure(traces)
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",

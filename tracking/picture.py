@@ -23,7 +23,6 @@ from paretune.tracking.points import (
     column,
     diameters,
     first_axes,
-    whiskers,
     groups,
     hidden_estimates,
     is_below,
@@ -31,6 +30,7 @@ from paretune.tracking.points import (
     size_ticks,
     staircase,
     title,
+    whiskers,
     window,
 )
 from paretune.tracking.wording import headline, recommended

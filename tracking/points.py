@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paretune.search.front import non_dominated
 from paretune.objectives.figures import DECODER, Figures
+from paretune.search.front import non_dominated
 from paretune.search.recommend import Recommendation
 from paretune.search.view import Point, StudyView, label_of
 from paretune.tracking.wording import is_disturbed, measurement

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from paretune.hardware_profiles.errors import ParetuneError
+from paretune.objectives.figures import Figures
 from paretune.search.recommend import Recommendation
 from paretune.search.store import Store
-from paretune.objectives.figures import Figures
 from paretune.search.view import Point, StudyView, label_of
 from paretune.tracking.page import section, table
 from paretune.tracking.wording import is_disturbed, measurement, plain, told
@@ -27,7 +27,11 @@ def columns_of(figures: Figures) -> tuple[tuple[str, str], ...]:
     """Measurements of a table with their titles."""
     if figures.is_decoder:
         return COLUMNS
-    titles = {"relative_loss": "loss vs fp32 teacher", "peak_memory_bytes": "peak memory", "compressed_bytes": "compressed"}
+    titles = {
+        "relative_loss": "loss vs fp32 teacher",
+        "peak_memory_bytes": "peak memory",
+        "compressed_bytes": "compressed",
+    }
     return tuple((name, titles.get(name) or label_of(name, figures)) for name in told(figures))
 
 
@@ -49,7 +53,9 @@ def front_table(view: StudyView, chosen: Recommendation | None) -> str:
 def baseline_table(view: StudyView) -> str:
     rows = _rows(view, view.baselines)
     text = '<p class="quiet">The unchanged teacher, which every student has to beat.</p>'
-    return section("Baselines", text + (_point_table(view, rows) if rows else '<p class="quiet">Not confirmed yet.</p>'))
+    return section(
+        "Baselines", text + (_point_table(view, rows) if rows else '<p class="quiet">Not confirmed yet.</p>')
+    )
 
 
 def disturbed_table(view: StudyView) -> str:

@@ -70,9 +70,7 @@ def recover_module(
         with machine():
             with torch.no_grad():
                 target = teacher(*batch.inputs)
-            outputs = student.with_weights(
-                effective_weights(_masked(parameters, masks), matrices, forms), batch.inputs
-            )
+            outputs = student.with_weights(effective_weights(_masked(parameters, masks), matrices, forms), batch.inputs)
             loss = distillation_loss(kind, outputs, target)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)

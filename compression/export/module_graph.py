@@ -8,6 +8,7 @@ Linear weights of few bits, else one scale per output channel) under the weight'
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def input_names(batch: Batch) -> list[str]:
 
 def _export(plugin: TeacherPlugin, module: nn.Module, batch: Batch) -> onnx.ModelProto:
     forwarding = Forwarding(plugin, module).eval()
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not needed
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -160,7 +162,8 @@ def _places(
                 found[name] = Place(candidate, True)
         if name in matrices and name not in found and not _is_unused(name, values):
             raise Infeasible(
-                f"the exported graph must hold the weight {name} as it is, but it does not: something was folded into it", ""
+                f"the exported graph must hold the weight {name} as it is, but it does not: something was folded into it",
+                "",
             )
     return found
 
@@ -186,7 +189,10 @@ def _dequantized(
         f"{place.name}/dequantize",
         **attributes,
     )
-    tensors = [_integers(codes, form.bits, f"{place.name}.codes"), numpy_helper.from_array(scales, f"{place.name}.scales")]
+    tensors = [
+        _integers(codes, form.bits, f"{place.name}.codes"),
+        numpy_helper.from_array(scales, f"{place.name}.scales"),
+    ]
     return tensors, node
 
 
@@ -195,7 +201,11 @@ def _laid_out(q: Quantized, matrix: Matrix, weight: torch.Tensor, transposed: bo
     codes = matrix.whole(q.codes, weight)
     if q.scales.shape[1] == 1:
         stored = codes.t() if transposed else codes
-        return np.ascontiguousarray(stored.numpy()), q.scales[:, 0].contiguous().numpy(), 1 if transposed else matrix.axis
+        return (
+            np.ascontiguousarray(stored.numpy()),
+            q.scales[:, 0].contiguous().numpy(),
+            1 if transposed else matrix.axis,
+        )
     if transposed:  # [K, N] in blocks along its first axis
         return np.ascontiguousarray(codes.t().numpy()), np.ascontiguousarray(q.scales.t().numpy()), 0
     return np.ascontiguousarray(codes.numpy()), q.scales.contiguous().numpy(), 1
