@@ -200,7 +200,10 @@ def _choose(page: Any, select: Any, name: str) -> None:
     select.click()
     options = page.locator("[class*=select-dropdown]:not([class*=dropdown-hidden])").last
     option = options.locator(f'[title="{name}"]')
-    for _ in range(20):
+    options.hover()
+    page.mouse.wheel(0, -10_000)  # it opens where the last choice was
+    page.wait_for_timeout(250)
+    for _ in range(40):
         if option.count():
             break
         options.hover()
