@@ -168,7 +168,10 @@ class Lane:
         fallback = Nominal(median(visits[0].reference_decode), median(visits[0].reference_ttft))
         known = self.nominal(None) or fallback
         shared = "" if all(v.alone for v in visits) else "; other paretune work did not let go of the machine"
-        note = f"{len(visits)} fresh pairs of processes, corrected by the reference's drift; at most {foreign:.2f} cores of its CPUs taken by others{shared}"
+        note = (
+            f"{len(visits)} fresh pairs of processes, corrected by the reference's drift; "
+            f"at most {foreign:.2f} cores of its CPUs taken by others{shared}"
+        )
         rounds = sum(len(v.decode_ratios) for v in visits)
         found = {}
         for name, unit, ratios, scale, spread in (

@@ -40,10 +40,11 @@ class Visit:
         return self.alone and self.foreign_cores <= MOST_FOREIGN_CORES
 
 
-def take_turns(
-    reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True
-) -> Visit:
-    """Both children have a model loaded and are warm; `alone`: the machine lock is held. A disturbed visit ends after half of its rounds: it will be repeated."""
+def take_turns(reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True) -> Visit:
+    """Both children have a model loaded and are warm; `alone`: the machine lock is held.
+
+    A disturbed visit ends after half of its rounds: it will be repeated.
+    """
     visit, watch = Visit(alone=alone), _Watch([reference, candidate])
     for number in range(rounds):
         turns = [_turn(child) for child in (reference, candidate, candidate, reference)]

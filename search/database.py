@@ -62,7 +62,8 @@ def take_lock(folder: Path) -> IO[str]:
         lock = (folder / "lock").open("a+")
     except OSError as error:
         raise EnvironmentProblem(
-            f"the study folder {folder} cannot be written: {error.strerror}", "make it writable, or search with another --home"
+            f"the study folder {folder} cannot be written: {error.strerror}",
+            "make it writable, or search with another --home",
         ) from None
     deadline = time.monotonic() + PROBE_S
     while not _locked(lock, fcntl.LOCK_EX):
@@ -71,7 +72,8 @@ def take_lock(folder: Path) -> IO[str]:
             holder = lock.read().strip() or "another process"
             lock.close()
             raise EnvironmentProblem(
-                f"a search is running on the study {folder.name!r} ({holder})", "wait for it, or stop it with Ctrl-C there"
+                f"a search is running on the study {folder.name!r} ({holder})",
+                "wait for it, or stop it with Ctrl-C there",
             )
         time.sleep(0.02)
     lock.seek(0)

@@ -274,7 +274,8 @@ def _checked(store: Store) -> Store:
         reason = str(error.orig)
         if "unable to open" in reason or "readonly" in reason:
             raise EnvironmentProblem(
-                f"the study database in {store.folder} cannot be opened: {reason}", "look at the folder's disk and permissions"
+                f"the study database in {store.folder} cannot be opened: {reason}",
+                "look at the folder's disk and permissions",
             ) from None
         raise EnvironmentProblem(
             f"the study database in {store.folder} is damaged: {reason}", "restore the folder from a backup"

@@ -206,9 +206,7 @@ def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator:
     assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.reason
 
 
-def test_scoring_lets_go_of_the_machine_between_slices(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scoring_lets_go_of_the_machine_between_slices(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a text is: all rows once, in order, and the lock free before each of them."""
     held, rows = [], []
 

@@ -468,13 +468,17 @@ def test_a_child_that_had_to_wait_is_disturbed(tmp_path: Path, monkeypatch: pyte
     assert not turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not say how long a process waited")
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="the kernel does not say how long a process waited"
+)
 def test_waiting_is_read_from_the_kernel() -> None:
     """Two busy processes on one CPU wait for each other; one that sleeps waits for nobody."""
     busy, idle = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass", "input()"
     cpu = max(os.sched_getaffinity(0))
     programs = [
-        subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, {cpu}))
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, {cpu})
+        )
         for code in (busy, busy, idle)
     ]
     try:

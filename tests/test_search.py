@@ -462,8 +462,9 @@ class Picky(SimulatedEvaluator):
     same = False
 
     def run(self, work):
+        outcome = super().run(work)
         if work.kind != "rung0":
-            return super().run(work)
+            return outcome
         return Outcome("infeasible", reason="no kernel" if self.same else f"no kernel for {work.candidate.key}")
 
 

@@ -28,8 +28,8 @@ from paretune.objectives.quality import Scores, quality_measurements
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
-from paretune.tracking import housekeeper as housekeeper_module
 from paretune.tracking import MlflowSink, front_figure, front_png, rebuild, report_html, try_drain, write_report
+from paretune.tracking import housekeeper as housekeeper_module
 from paretune.tracking.housekeeper import Housekeeper
 from paretune.tracking.mlflow_runs import EXPERIMENT, alias_of, model_name
 from paretune.tracking.mlflow_sink import tracking_uri

@@ -49,7 +49,8 @@ def _head(view: StudyView) -> str:
     meta = view.meta
     state = str(meta.get("state") or "running")
     label = STATES.get(state, state) + (f": {meta['stage']}" if state == "running" and meta.get("stage") else "")
-    facts = f"{named(meta.get('teacher'))} for {named(meta.get('profile'))}{_text_of(meta.get('corpus'))}, started {minute(meta.get('created'))}"
+    machine = f"{named(meta.get('teacher'))} for {named(meta.get('profile'))}"
+    facts = f"{machine}{_text_of(meta.get('corpus'))}, started {minute(meta.get('created'))}"
     badge = f'<span class="state {escape(state)}">{escape(label)}</span>'
     return f'<header><h1>{escape(view.study)}</h1> {badge}<p class="quiet">{escape(facts)}</p></header>'
 
