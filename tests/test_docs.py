@@ -35,6 +35,7 @@ PAGES = sorted(
         "teachers/*/README.md",
         "docs/*.md",
         "compression/*/README.md",
+        "examples/*/README.md",
     )
     for path in ROOT.glob(pattern)
 )

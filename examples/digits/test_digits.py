@@ -1,4 +1,4 @@
-"""What every plug-in's author can write: `pytest examples/digits`."""
+"""What every plug-in's author can write: `python -m pytest test_digits.py`."""
 
 from paretune_digits import Digits
 
