@@ -61,7 +61,7 @@ def make_plan(
     seconds = {
         "baselines": 3 * (4 + 4 * scale * spec.report_tokens / 40_000),
         "latency fit": spec.fit_points * (0.7 + 0.4 * scale),
-        "elastic student": spec.budget_s * spec.shares.elastic,
+        **({"elastic student": spec.budget_s * spec.shares.elastic} if space.has_elastic else {"training speed": 2.0}),
     }
     left = max(0.0, spec.budget_s - sum(seconds.values()))
     seconds["explore"] = left * spec.shares.explore / (spec.shares.explore + spec.shares.confirm)
