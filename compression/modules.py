@@ -118,7 +118,7 @@ def groups_of(matrices: Mapping[str, Matrix]) -> dict[str, str]:
     heads = [".".join(p[: depth + 1]) or "all" for p in paths]
     known = list(dict.fromkeys(heads))
     per = -(-len(known) // MOST_GROUPS)
-    names = {}
+    names: dict[str, str] = {}
     for start in range(0, len(known), per):
         run = known[start : start + per]
         names |= dict.fromkeys(run, run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}")

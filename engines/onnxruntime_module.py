@@ -60,7 +60,7 @@ def run_batches(forward: Forward, request: dict[str, Any]) -> dict[str, Any]:
         for name in held.files:
             batch, _, position = name.partition(".")
             batches.setdefault(int(batch), {})[int(position)] = held[name]
-    found = {}
+    found: dict[str, Any] = {}
     for batch, arrays in sorted(batches.items()):
         for i, output in enumerate(forward.run([arrays[j] for j in sorted(arrays)])):
             found[f"{batch}.{i}"] = output

@@ -36,7 +36,7 @@ def prepare_plugin(spec: Spec, home: Path) -> Ready:
     profile, figures = load_profile(spec.profile, home), figures_of(teacher.plugin)
     spec = settle(spec, figures)
     space = ModuleSpace.of(shape_of_module(teacher.plugin, teacher.module), profile.weight_formats)
-    counted = {name: sum(len(b.inputs[0]) for b in teacher.plugin.batches(name)) for name in SPLITS}
+    counted: dict[str, int] = {name: sum(len(b.inputs[0]) for b in teacher.plugin.batches(name)) for name in SPLITS}
     plan = make_plan(spec, teacher, profile, space, counted, home, notes)
     plan = replace(plan, text_what="batches of the plug-in", text_unit="examples")
     check_affordable(plan, spec, home)

@@ -203,7 +203,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _outputs(teacher: PluginTeacher, batch: Batch) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        found = Forwarding(teacher.plugin, teacher.module)(*batch.inputs)
+        found: tuple[torch.Tensor, ...] = Forwarding(teacher.plugin, teacher.module)(*batch.inputs)
     if not found or not all(torch.is_tensor(x) for x in found):
         kinds = ", ".join(type(x).__name__ for x in found) or "nothing"
         _refuse(teacher, f"forward must give a tensor or a tuple of tensors, but gave {kinds}", "wrap it in forward()")

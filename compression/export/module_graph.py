@@ -85,7 +85,7 @@ def input_names(batch: Batch) -> list[str]:
 
 def _export(plugin: TeacherPlugin, module: nn.Module, batch: Batch) -> onnx.ModelProto:
     forwarding = Forwarding(plugin, module).eval()
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not needed
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
