@@ -26,7 +26,7 @@ def stream(
 
     Raises UsageError for a damaged artifact, a prompt that is empty, no text, or longer than the model's context.
     """
-    _require_text(prompt)
+    require_text(prompt)
     from paretune.compression.export.checksums import check_artifact
 
     if check_artifact(artifact).get("kind") == "module":
@@ -65,8 +65,8 @@ def stream(
     yield Pace(count, (count - 1) / rest if count > 1 and rest > 0 else 0.0, first * 1e3)
 
 
-def _require_text(prompt: str) -> None:
-    """The shell passes bytes that are not UTF-8 as lone surrogates, which no tokenizer takes."""
+def require_text(prompt: str) -> None:
+    """Raises UsageError for a prompt that is no text: the shell passes bytes that are not UTF-8 as lone surrogates."""
     try:
         prompt.encode("utf8")
     except UnicodeEncodeError as error:

@@ -22,7 +22,9 @@ def generate(
     json: Json = False,
 ) -> None:
     """Stream text from an artifact through onnxruntime-genai and say how fast."""
-    from paretune.engines.generate import stream
+    from paretune.engines.generate import require_text, stream
+
+    require_text(prompt)  # before it is echoed
 
     with contextlib.closing(stream(artifact, prompt, max_tokens, temperature, threads)) as pieces:
         text = ""
