@@ -19,7 +19,7 @@ from paretune.teachers.plugin import PluginTeacher, find_plugin
 from paretune.teachers.plugin_check import check_plugin
 from paretune.teachers.text import SPLITS
 
-LOSS_OF_INTEREST = 1.0
+LOSS_OF_INTEREST = 10.0
 
 
 def prepare_plugin(spec: Spec, home: Path) -> Ready:
@@ -47,7 +47,8 @@ def prepare_plugin(spec: Spec, home: Path) -> Ready:
 def settle(spec: Spec, figures: Figures) -> Spec:
     """The settings with what a plug-in's names stand for: its objectives, and which losses are of interest.
 
-    A loss is a fraction of the plug-in's own quality, which may have any scale, so up to twice the teacher's is looked at.
+    A loss is a fraction of the plug-in's own quality, which may have any scale, and a slice of the teacher is not trained at
+    rung 0, so its loss there says little: with less than ten times the teacher's no smaller size would ever be recovered.
     """
     given = spec.model_fields_set
     allowed = (figures.quality, FORWARD, "compressed_bytes", "bytes")
