@@ -83,7 +83,7 @@ class Visits(ABC):
         if self._missing:
             with self.lane().pair() as pair:
                 while self._missing and time.monotonic() < min(start + SLICE_S, self._deadline):
-                    self._measure_once(self._missing.pop(0), pair)
+                    self._measure_random(self._missing.pop(0), pair)
         if self._missing and time.monotonic() < self._deadline:
             return Outcome(done=False, facts={"missing": len(self._missing)})
         kept = self.all_kept()
@@ -112,7 +112,7 @@ class Visits(ABC):
     def _folder(self) -> Path:
         """Where `kept_file` lies: one folder per machine, engine and kind of model."""
 
-    def _measure_once(self, candidate: AnyCandidate, pair: Pair) -> None:
+    def _measure_random(self, candidate: AnyCandidate, pair: Pair) -> None:
         model = self._host.folder / "work" / "fit.onnx"
         model.parent.mkdir(parents=True, exist_ok=True)
         self.build(candidate, model)
