@@ -33,7 +33,7 @@ from paretune.tracking.report import report_html, write_report
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits"
 SPEC: dict[str, Any] = {
     "teacher": "plugin:paretune_digits:Digits",
-    "budget": "100s",
+    "budget": "50s",
     "fit_points": 8,
     "finalists": 1,
     "max_candidates": 8,
