@@ -33,12 +33,13 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: install
-	$(BIN)/python benchmarks/run.py $(NAME)
+	$(BIN)/python -m benchmarks.run $(NAME)
 
 docs: install
 	@$(PIP) install -c constraints.txt -e ".[docs]" --no-build-isolation
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_models.py
+	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_pictures.py
 
 clean:

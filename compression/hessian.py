@@ -14,7 +14,7 @@ import torch
 
 from paretune.compression.student import HEAD, Network
 
-# Which matrices read the input of the first of them; the same inputs need one Gram matrix.
+# Which matrices read the input of the first of them; the same inputs need one Gram matrix. Not every family has a gate.
 READERS = {
     "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
@@ -32,14 +32,15 @@ def watching_inputs(network: Network, see: Inputs) -> Iterator[None]:
     """A context in which `see(layer, names, x)` is called with the inputs [..., K] that the matrices `names` of a layer share."""
     handles = []
     for i, layer in enumerate(network.layers):
-        for first, names in READERS.items():
+        for readers in READERS.values():
+            names = network.present(readers)
 
             def hook(
                 _module: torch.nn.Module, inputs: tuple[Any, ...], i: int = i, names: tuple[str, ...] = names
             ) -> None:
                 see(i, names, inputs[0])
 
-            handles.append(layer.get_submodule(first).register_forward_pre_hook(hook))
+            handles.append(network.part(layer, names[0]).register_forward_pre_hook(hook))
     try:
         yield
     finally:

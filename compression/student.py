@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from paretune.compression.gpt2 import MODULES_OF_GPT2, as_linears
 from paretune.compression.quantize.grid import Quantized, fake_quantize, fake_quantize_activations, quantize
 from paretune.spaces.candidate import Candidate, Format, Layer, Shape, group_for
-from paretune.teachers.families import Family, standard_family
+from paretune.teachers.families import Family, family_of, standard_family
+from paretune.teachers.layout import stored_name
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+GATE = "mlp.gate_proj"
+# How many logits are computed at a time where all are needed but none kept: 64 MiB of float32.
+LOGITS_AT_ONCE = 2**24
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Codes that were found by more than rounding (GPTQ), by weight name.
@@ -35,7 +40,7 @@ def student_family(candidate: Candidate, shape: Shape) -> Family:
     It refuses a Llama whose hidden size is no multiple of it (KV groups were cut); a Mistral without sliding window is the
     same network.
     """
-    return standard_family(shape, candidate.layers[0].kv_groups * shape.heads_per_group)
+    return standard_family(shape, candidate.layers[0].kv_groups * shape.heads_per_group, candidate.hidden)
 
 
 def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape) -> Any:
@@ -44,11 +49,16 @@ def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape
     changed = {
         **config,
         "num_hidden_layers": len(candidate.layers),
+        "hidden_size": candidate.width(shape),
         "intermediate_size": first.ffn,
         "num_attention_heads": first.kv_groups * shape.heads_per_group,
         "num_key_value_heads": first.kv_groups,
         "head_dim": shape.head_dim,
     }
+    if family.gpt2:  # its config has no other number of heads (see layout.py), and no other names for them
+        changed = {k: v for k, v in changed.items() if k not in ("num_key_value_heads", "head_dim")}
+        changed["num_attention_heads"] = shape.heads
+        changed |= {own: changed.pop(key) for key, own in family.own_keys.items()}
     for key in ("dtype", "torch_dtype", "architectures", "transformers_version", "model_type", "layer_types"):
         changed.pop(key, None)
     return family.config_class(**{**changed, **family.full_attention})
@@ -65,23 +75,59 @@ class Network:
         template = student_config(config, plain, shape)
         with torch.device("meta"):
             self.module = student_family(plain, shape).model_class(template)
-        self.module.model.rotary_emb = type(self.module.model.rotary_emb)(copy.deepcopy(template))
+        self.gpt2 = family_of(shape).gpt2
+        self.model: nn.Module = self.module.base_model
+        if self.gpt2:
+            as_linears(self.model)
+        else:
+            self.model.rotary_emb = type(self.model.rotary_emb)(copy.deepcopy(template))
         self.module.eval()
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
-        self.layers: list[nn.Module] = list(self.module.model.layers)
+        self.layers: list[nn.Module] = list(self.model.h if self.gpt2 else self.model.layers)
+
+    def part(self, layer: nn.Module, name: str) -> nn.Module:
+        """The submodule of a layer by this project's name."""
+        return layer.get_submodule(MODULES_OF_GPT2.get(name, name) if self.gpt2 else name)
+
+    def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the matrices `names` that the family's layers have: GPT-2 has no gate."""
+        return tuple(name for name in names if not (self.gpt2 and name == GATE))
 
     def hidden(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """Final hidden states [batch, length, hidden] of token ids [batch, length]."""
-        inner = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-        output = torch.func.functional_call(self.module.model, inner, (ids,), {"use_cache": False}, tie_weights=False)
+        inner = {self._own_name(name): value for name, value in weights.items() if name.startswith("model.")}
+        output = torch.func.functional_call(self.model, inner, (ids,), {"use_cache": False}, tie_weights=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
     def __call__(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocab]; a missing head is tied to the embedding."""
-        head = weights.get(HEAD, weights[EMBEDDING])
-        return nn.functional.linear(self.hidden(weights, ids), head)
+        return self.logits(weights, self.hidden(weights, ids))
+
+    def logits(self, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocab] of final hidden states [..., hidden], for callers that cannot hold those of all positions."""
+        return nn.functional.linear(hidden, weights.get(HEAD, weights[EMBEDDING]))
+
+    def token_losses(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of every token but the first, [batch, length - 1], with few logits in memory at a time."""
+        hidden, targets = self.hidden(weights, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        rows = max(1, LOGITS_AT_ONCE // len(weights[EMBEDDING]))
+        losses = [
+            nn.functional.cross_entropy(self.logits(weights, h).float(), t, reduction="none")
+            for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+        ]
+        return torch.cat(losses).view(len(ids), -1)
+
+    def _own_name(self, name: str) -> str:
+        """The module's name of a parameter."""
+        if not self.gpt2:
+            return name.removeprefix("model.")
+        if ".layers." not in name:
+            return stored_name(name)
+        _, _, layer, rest = name.split(".", 3)
+        part, _, kind = rest.rpartition(".")
+        return f"h.{layer}.{MODULES_OF_GPT2[part]}.{kind}"
 
     @contextlib.contextmanager
     def activations(self, candidate: Candidate) -> Iterator[None]:
@@ -93,10 +139,11 @@ class Network:
                 ("post_attention_layernorm", "mlp.down_proj", spec.ffn_format),
             ):
                 if form.activation == "int8":
-                    handles.append(module.get_submodule(norm).register_forward_hook(_round_output(form)))
-                    handles.append(module.get_submodule(inner).register_forward_pre_hook(_round_input(form)))
+                    handles.append(self.part(module, norm).register_forward_hook(_round_output(form)))
+                    handles.append(self.part(module, inner).register_forward_pre_hook(_round_input(form)))
         if candidate.head_format.activation == "int8":
-            handles.append(self.module.model.norm.register_forward_hook(_round_output(candidate.head_format)))
+            final = self.model.get_submodule("ln_f" if self.gpt2 else "norm")
+            handles.append(final.register_forward_hook(_round_output(candidate.head_format)))
         try:
             yield
         finally:
@@ -105,7 +152,7 @@ class Network:
 
 
 def matmul_formats(candidate: Candidate) -> dict[str, Format]:
-    """The format of every matrix that is multiplied by, by weight name: all but the embedding."""
+    """The format of every matrix that is multiplied by, by weight name: all but the embedding. Not every family has a gate."""
     found = {
         f"model.layers.{i}.{name}.weight": form
         for i, layer in enumerate(candidate.layers)
@@ -124,6 +171,8 @@ def quantized_weights(
     """
     found = dict(weights)
     for name, form in matmul_formats(candidate).items():
+        if name not in weights and name.endswith(f"{GATE}.weight"):
+            continue  # a family without gate; where one is missing by mistake the forward pass meets a meta tensor
         weight = weights.get(name, weights[EMBEDDING]) if name == HEAD else weights[name]
         if form.algorithm == "gptq":
             found[name] = codes_of(name, weight, form, codes).dequantize()

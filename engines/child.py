@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from paretune.engines.diagnosis import place_of
 from paretune.hardware_profiles.errors import Infeasible
 
 
@@ -42,6 +44,7 @@ class EngineChild:
             env=environment,
         )
         self._pending = b""
+        self._model: Path | None = None
         if pinned and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self._process.pid, sorted(os.sched_getaffinity(0))[-threads:])
 
@@ -65,9 +68,13 @@ class EngineChild:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Infeasible(f"the engine died: {self._last_words()}", "") from None
+        if request["do"] == "load":
+            self._model = Path(request["path"])
         answer: dict[str, Any] = json.loads(self._line(timeout_s))
         if not answer.pop("ok"):
-            raise Infeasible(f"the engine refused to {request['do']}: {answer['error']}", "")
+            place = place_of(answer["error"], self._model)
+            named = f", at {place}" if place else ""
+            raise Infeasible(f"the engine refused to {request['do']}{named}: {answer['error']}", "")
         return answer
 
     def close(self) -> None:

@@ -36,15 +36,16 @@ class FitError:
 
 
 def features(candidate: Candidate, shape: Shape) -> Array:
-    """The terms of one candidate, weights in millions."""
+    """The terms of one candidate, weights in millions. Zeros count in full: no kernel of the engine skips them."""
     layer_weights, head_weights, cache = dict.fromkeys(KERNELS, 0.0), dict.fromkeys(KERNELS, 0.0), 0.0
+    hidden = candidate.width(shape)
     for layer in candidate.layers:
         kv = layer.kv_groups * shape.head_dim
         q = kv * shape.heads_per_group
-        layer_weights[layer.attention_format.kernel] += 2 * shape.hidden * (q + kv) / 1e6
-        layer_weights[layer.ffn_format.kernel] += 3 * shape.hidden * layer.ffn / 1e6
+        layer_weights[layer.attention_format.kernel] += 2 * hidden * (q + kv) / 1e6
+        layer_weights[layer.ffn_format.kernel] += shape.ffn_matrices * hidden * layer.ffn / 1e6
         cache += kv / 1e3
-    head_weights[candidate.head_format.kernel] += shape.vocab * shape.hidden / 1e6
+    head_weights[candidate.head_format.kernel] += shape.vocab * hidden / 1e6
     return np.array([1.0, len(candidate.layers), *layer_weights.values(), *head_weights.values(), cache])
 
 

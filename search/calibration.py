@@ -72,6 +72,7 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
     first = candidate.layers[0]
     formats = (first.attention_format, first.ffn_format, candidate.head_format)
     kept = len(candidate.layers) / shape.layers * (first.ffn / shape.ffn + first.kv_groups / shape.kv_heads) / 2
+    kept *= candidate.width(shape) / shape.hidden
     return np.array(
         [
             0.1,

@@ -17,8 +17,10 @@ from paretune.search.records import Fidelity
 from paretune.search.seeds import textbook_candidates
 from paretune.search.spec import Spec
 from paretune.search.store import Store
+from paretune.search.students import student_seeds
 from paretune.search.work import Outcome, Work
 from paretune.spaces.kinds import AnyCandidate, AnySpace
+from paretune.spaces.space import Space
 
 MOST_FAILURES_IN_A_ROW = 8
 STAGE = {
@@ -76,8 +78,10 @@ class Director:
         return self._hand_out(self.planning.work("rung0", candidate)).work
 
     def seeds(self) -> list[AnyCandidate]:
-        """Textbook candidates that are not explored yet; they come before the sampler's."""
-        return [c for c in textbook_candidates(self.space) if c.key not in self.ledger.rows]
+        """The user's and textbook candidates that are not explored yet; they come before the sampler's."""
+        own: list[AnyCandidate] = list(student_seeds(self.space, self.spec.student_configs)) if isinstance(self.space, Space) else []
+        found = (*own, *textbook_candidates(self.space))
+        return [c for c in dict.fromkeys(found) if c.key not in self.ledger.rows]
 
     def explored_keys(self) -> list[str]:
         """Keys with a complete rung-0 evaluation in the order of their proposal."""
@@ -205,6 +209,8 @@ class Director:
         )
         self.ledger.refresh(candidate.key, fidelity)
         self._require_teacher(candidate.key, outcome.reason)
+        if outcome.facts.get("idle_masks"):
+            self.store.event("nothing changed", f"the pattern drops no weight: {candidate.describe()}")
         if fidelity == "confirmed" and status == "complete":
             self.estimates.learn(candidate, measurements)
         elif fidelity == "rung0" and status == "complete":

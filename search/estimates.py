@@ -10,6 +10,7 @@ from paretune.objectives.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.search.calibration import Calibration, Pair
+from paretune.search.escalation import Stakes
 from paretune.search.finalists import Explored
 from paretune.search.front import Vector
 from paretune.search.ledger import Ledger
@@ -100,6 +101,22 @@ class Estimates:
     def confirmed_vector(self, e: Evaluation) -> Vector:
         """Objectives of a confirmed candidate."""
         return tuple(float(e.measurements[name].value) for name in self.spec.objectives)
+
+    def stakes(self, key: str) -> Stakes | None:
+        """What decides whether training under the rounding is worth it for an explored candidate."""
+        estimate = self.vector(key)
+        if estimate is None or not self.figures.is_decoder:
+            return None
+        search, report = self._teacher_nll()
+        confirmed = [self.confirmed_vector(e) for e in self.ledger.complete("confirmed")]
+        return Stakes.of(
+            self.spec.objectives,
+            estimate,
+            confirmed,
+            teacher_search=search,
+            teacher_report=report,
+            max_loss=self.spec.max_loss,
+        )
 
     def learn(self, candidate: AnyCandidate, measurements: dict[str, Measurement]) -> None:
         """A confirmation sharpens the calibration and the latency fit."""

@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from paretune.compression.distill.elastic import ElasticTrainer
-from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
 from paretune.compression.student import EMBEDDING, Codes, quantized_weights
@@ -23,10 +21,12 @@ from paretune.hardware_profiles.files import write_atomically
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
 from paretune.search.measuring import Measuring
+from paretune.search.recovering import Recovering, sparsity_of
 from paretune.search.work import Outcome, Work
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate
-from paretune.teachers.checkpoint import load_tensors, save_tensors
+from paretune.teachers.checkpoint import load_tensors
+from paretune.teachers.families import POSITIONS
 from paretune.teachers.tokens import Windows
 
 SCORE_BATCH = 16
@@ -71,6 +71,7 @@ class Evaluator:
             self._deadline = (work, time.monotonic() + work.seconds_left)
         left = self._deadline[1] - time.monotonic()
         if left <= 0 and not trainer.done:
+            trainer.save()
             self._trainer = None
             return Outcome(
                 "failed", reason="the budget ended while the elastic student was trained; it will go on from there"
@@ -97,7 +98,7 @@ class Evaluator:
             sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape, codes)
         return Outcome(
             scores=scores,
-            facts=_sparsity(masks),
+            facts=sparsity_of(masks),
             measurements={
                 "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
                 "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
@@ -108,16 +109,15 @@ class Evaluator:
     def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes) -> Scores:
         """NLL on the search split with fake-quant, bf16 matrix products; sums per document. `codes`: `Workspace.codes`."""
         windows, network = self.space.search_windows, self.space.network(len(candidate.layers))
-        effective = {
-            name: value.to(torch.bfloat16) if value.ndim == 2 and name != EMBEDDING else value
-            for name, value in quantized_weights(weights, candidate, codes).items()
-        }
+        effective = quantized_weights(weights, candidate, codes)
+        for name, value in list(effective.items()):
+            if value.ndim == 2 and name not in (EMBEDDING, POSITIONS):
+                effective[name] = value.to(torch.bfloat16)  # in place, so that the two sets never exist side by side
         sums = np.zeros(len(windows.ids))
         with torch.autocast("cpu", torch.bfloat16), network.activations(candidate):
             for start in range(0, len(windows.ids), SCORE_BATCH):
                 ids = torch.from_numpy(windows.ids[start : start + SCORE_BATCH])
-                logits = network(effective, ids)[:, :-1].float()
-                loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+                loss = network.token_losses(effective, ids)
                 valid = (
                     torch.arange(loss.shape[1])[None]
                     < torch.from_numpy(windows.targets[start : start + SCORE_BATCH])[:, None]
@@ -128,44 +128,7 @@ class Evaluator:
         return _scores(windows, self.space.tokens["search"].names, sums)
 
     def _recover(self, candidate: Candidate, work: Work) -> Outcome:
-        space = self.space
-        before, masks = space.sparsify(candidate, space.dense_weights(candidate))
-        batch = space.batch_within_memory(RecoveryRecipe.batch)
-        recipe = RecoveryRecipe(work.options["tokens"], context=space.window, batch=batch, seed=space.spec.seed + 1)
-        deadline = time.monotonic() + work.seconds_left
-        after, facts = recover(
-            space.teacher_weights,
-            before,
-            masks,
-            candidate,
-            space.network,
-            space.teacher.shape.layers,
-            space.tokens["train"].ids,
-            recipe,
-            space.lock.shared,
-            lambda: time.monotonic() > deadline,
-        )
-        if facts["tokens"] < work.options["tokens"] - batch * space.window:
-            return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
-        with space.lock.shared():
-            scores = self.score_in_torch(candidate, after, space.codes(candidate, after))
-            was = self.score_in_torch(candidate, before, space.codes(candidate, before))
-        better = scores.mean_nll <= was.mean_nll
-        file = space.folder / "recovered" / f"{candidate.key}.safetensors"
-        save_tensors(
-            file, {k: v.contiguous() for k, v in (after if better else before).items()}, {"key": candidate.key}
-        )
-        return Outcome(
-            scores=scores if better else was,
-            facts={
-                **facts,
-                "file": str(file),
-                "kept_recovery": better,
-                "search_nll_before": was.mean_nll,
-                "search_nll_after": scores.mean_nll,
-                **_sparsity(masks),
-            },
-        )
+        return Recovering(self.space, self.score_in_torch).run(candidate, work)
 
     def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
         recovered = work.options.get("recovered")
@@ -198,6 +161,7 @@ class Evaluator:
             "unrecovered": not recovered,
             "recovery_tokens": recovered["tokens"] if recovered else 0,
             "qat": bool(recovered and recovered["qat"]),
+            "qat_reason": recovered.get("qat_reason", "") if recovered else "the weights were not trained",
         }
         if not recovered:
             with self.space.lock.shared():
@@ -219,7 +183,7 @@ class Evaluator:
         return {
             "quality_text": text,
             "measurements": {n: m.to_dict() for n, m in measurements.items()},
-            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation"
+            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation, {_qat_text(recovered)}"
             if recovered
             else "none, the teacher's own weights",
         }
@@ -266,10 +230,9 @@ class Evaluator:
             start, size = stop, max(1, min(4 * size, int(size * SCORE_SLICE_S / seconds)))
 
 
-def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Fraction of the masked matrices' entries that are zero."""
-    total = sum(mask.numel() for mask in masks.values())
-    return {"sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / total} if total else {}
+def _qat_text(recovered: Mapping[str, Any]) -> str:
+    told = "under its rounding (QAT)" if recovered["qat"] else "without its rounding"
+    return f"{told}: {recovered['qat_reason']}" if recovered.get("qat_reason") else told
 
 
 def _scores(

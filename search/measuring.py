@@ -32,13 +32,16 @@ class Measuring(Visits):
         )
         save_model(graph, model)
 
+    def fitted(self) -> None:
+        self.space.forget_sorted_teacher()
+
     def kept_file(self, candidate: Candidate) -> Path:
         """Where a candidate's latency is kept: a changed weight value, pattern or quantizer hits, a changed shape, engine version,
         thread count or machine misses."""
         layers = tuple(
             Layer(x.ffn, x.kv_groups, _plain(x.attention_format), _plain(x.ffn_format)) for x in candidate.layers
         )
-        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format)
+        plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format, candidate.hidden)
         return self._folder() / f"{plain.key}.json"
 
     def _folder(self) -> Path:

@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paretune.hardware_profiles.profile import Profile
+from paretune.search.costs import CONFIRM_GUESS_S
 from paretune.search.spec import Spec
+from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.kinds import AnySpace
 from paretune.teachers import Teacher
 
 if TYPE_CHECKING:
     from paretune.teachers.plugin import PluginTeacher
 
-ARTIFACT_COPIES = 2.5
+# Bytes over those of the teacher's weights: of a finalist (recovered weights, artifact, for every second one a copy in MLflow), of
+# a baseline, of what is there once (elastic student with its optimizers' state).
+FINALIST_COPIES, BASELINE_COPIES, OTHER_COPIES = 3.0, 2.0, 3.0
+BASELINES = 3
+# Driver, Ray's daemons, an empty worker and its libraries.
+EMPTY_SEARCH_BYTES = 2.2e9
+# Copies of all weights that training holds: teacher, parameters, gradients, momentum, fake-quantized, and in bfloat16.
+WEIGHT_COPIES, TABLE_COPIES, LOGIT_COPIES = 7.0, 2.0, 5.0
+TRAINING_BATCH = 6
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,23 @@ class Plan:
     free_memory_bytes: int
     notes: tuple[str, ...]
     most_finalists: int = 0
+    tokens_per_parameter: float = 0.0
+    mild: bool = False
     text_what: str = "text"
     text_unit: str = "characters"
+
+
+def memory_needed(teacher: Teacher) -> int:
+    """Peak bytes of the whole search on this machine: while a finalist is trained, or while the elastic student is.
+
+    A sum over copies of the weights, of embedding and head, and of a batch of logits; docs/log.md has it beside measured ones.
+    """
+    shape = teacher.shape
+    window = min(WINDOW, teacher.context)
+    logits = batch_within_memory(TRAINING_BATCH, window, shape) * window * shape.vocab
+    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    numbers = WEIGHT_COPIES * teacher.parameters + TABLE_COPIES * tables + LOGIT_COPIES * logits
+    return int(EMPTY_SEARCH_BYTES + 4 * numbers)
 
 
 def training_tokens_per_parameter(spec: Spec, teacher: Teacher, profile: Profile) -> float:
@@ -68,6 +94,9 @@ def make_plan(
     seconds["explore"] = left * spec.shares.explore / (spec.shares.explore + spec.shares.confirm)
     seconds["recover and confirm"] = left - seconds["explore"]
     per_candidate = 0.25 + 1.0 * scale * spec.search_tokens / 24_000
+    per_finalist = CONFIRM_GUESS_S * scale * max(0.5, spec.report_tokens / 40_000) + 2 * per_candidate
+    finalists = max(1, int(seconds["recover and confirm"] / per_finalist))
+    copies = FINALIST_COPIES * min(2 * spec.finalists, finalists) + BASELINE_COPIES * BASELINES + OTHER_COPIES
     size = teacher.parameters * 4
     return Plan(
         teacher.name,
@@ -78,13 +107,15 @@ def make_plan(
         spec.budget_s,
         {k: round(v, 1) for k, v in seconds.items()},
         min(spec.max_candidates, int(seconds["explore"] / per_candidate)),
-        spec.finalists,
-        int(size * ARTIFACT_COPIES * (spec.finalists * 1.5 + 4) + 600e6),
+        min(spec.finalists, finalists),
+        int(size * copies + 300e6),
         shutil.disk_usage(_existing(home)).free,
-        int(size * 12 + 2.5e9),
-        _available_memory(),
+        memory_needed(teacher) if isinstance(teacher, Teacher) else int(EMPTY_SEARCH_BYTES + size * WEIGHT_COPIES),
+        available_memory(),
         tuple(notes),
         spec.most_finalists,
+        training_tokens_per_parameter(spec, teacher, profile),
+        space.mild,
     )
 
 
@@ -94,8 +125,23 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Bytes that this machine, and the control group that holds us, have left."""
+    return min(_left_on_machine(), _left_in_group())
+
+
+def _left_on_machine() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return sys.maxsize
+
+
+def _left_in_group() -> int:
+    """By cgroup v2; file pages that can be dropped count as free. No limit where there is none, or it cannot be read."""
+    try:
+        most, used = ((CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        return sys.maxsize if most == "max" else int(most) - int(used) + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return sys.maxsize

@@ -113,7 +113,9 @@ class Planning:
                     "confirm", self.ledger.rows[again].candidate, {"recovered": recovered.facts} if recovered else {}
                 )
             return _end("all is done" if left >= cost else "the budget has ended")
-        return self.work("recover", self.ledger.rows[finalist].candidate, {"tokens": self.costs.recovery_tokens()})
+        stakes = self.estimates.stakes(finalist)
+        options = {"tokens": self.costs.recovery_tokens(), **({"stakes": stakes.to_dict()} if stakes else {})}
+        return self.work("recover", self.ledger.rows[finalist].candidate, options)
 
     def _disturbed(self) -> str | None:
         """A confirmed candidate whose latency was disturbed, baselines first: what is left of the budget measures it again."""

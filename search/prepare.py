@@ -15,6 +15,7 @@ from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
+from paretune.search.students import with_students
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
@@ -75,13 +76,20 @@ def prepare(spec: Spec, home: Path) -> Ready:
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     space = Space.of(
-        teacher.shape, profile.weight_formats, mild=affordable < AFFORDABLE, second_order=spec.second_order
+        teacher.shape,
+        profile.weight_formats,
+        mild=affordable < AFFORDABLE,
+        second_order=spec.second_order,
+        hidden=spec.hidden,
+        given=_has_given_masks(spec, teacher),
     )
+    space = with_students(space, spec.student_configs)
     notes = []
     if affordable < AFFORDABLE:
         notes.append(
-            f"the budget allows {affordable:.3f} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
-            "searched beside precision and masks. A longer --budget searches smaller students"
+            f"the budget allows {affordable:.2g} training tokens per parameter; below {AFFORDABLE} only mild cuts are "
+            "searched beside precision and masks, and finalists are recovered block by block. A longer --budget searches smaller "
+            "students"
         )
     if (
         spec.data is None
@@ -106,7 +114,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:
-    """Raises UsageError if the budget is too small for the baselines, EnvironmentProblem if the disk is too full."""
+    """Raises UsageError if the budget is too small for the baselines, EnvironmentProblem if disk or memory do not suffice."""
     if spec.budget_s < MIN_BUDGET_S * max(1.0, plan.parameters / 6e6):
         least = MIN_BUDGET_S * max(1.0, plan.parameters / 6e6)
         raise UsageError(
@@ -118,6 +126,22 @@ def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:
             f"the search needs about {plan.disk_bytes / 1e9:.1f} GB of disk, but {home} has {plan.free_disk_bytes / 1e9:.1f} GB free",
             "free some, or choose another disk with --home",
         )
+    if plan.memory_bytes > plan.free_memory_bytes:
+        raise EnvironmentProblem(
+            f"a search on {plan.parameters / 1e6:.0f}M parameters needs about {plan.memory_bytes / 1e9:.1f} GB of memory, but "
+            f"{plan.free_memory_bytes / 1e9:.1f} GB are free",
+            "end other programs, take a larger machine or a smaller teacher",
+        )
+
+
+def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
+    """Whether the teacher came with masks that a candidate can keep. Raises UsageError if zeros are to be kept, but there are none."""
+    if spec.keep_zeros and not teacher.masks(zeros=True):
+        raise UsageError(
+            f"keep_zeros needs a teacher of which a matrix has 5 % zeros or more, but {teacher.name} has none",
+            "leave keep_zeros out",
+        )
+    return spec.keep_zeros or teacher.has_masks
 
 
 def check_home(home: Path) -> None:

@@ -117,6 +117,7 @@ def point_dict(point: Point) -> dict[str, Any]:
         "source": point.source,
         "kind": point.kind,
         "measurements": {name: m.to_dict() for name, m in point.measurements.items()},
+        **{name: point.facts[name] for name in ("qat", "qat_reason") if name in point.facts},
     }
 
 

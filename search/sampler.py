@@ -21,7 +21,7 @@ from paretune.spaces.kinds import AnySpace
 RANDOM_STARTS = 12
 POPULATION = 24
 # What studies of version 0.1, whose parameters lack it, did.
-SINCE_THEN = {"quantizer": "rtn"}
+SINCE_THEN = {"quantizer": "rtn", "hidden": 0}
 
 
 def stable_seed(seed: int, number: int) -> int:

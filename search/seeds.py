@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from paretune.spaces.candidate import Candidate
 from paretune.spaces.kinds import AnyCandidate, AnySpace
 from paretune.spaces.module_space import ModuleSpace
+from paretune.spaces.space import Space
 
 
 def textbook_candidates(space: AnySpace) -> list[AnyCandidate]:
     """Each size cut alone and together, each with the engine's two integer precisions; without repetitions."""
     if isinstance(space, ModuleSpace):
         return list(space.seeds())
-    s, found = space.shape, []
+    s = space.shape
+    found: list[Candidate] = []
     widths = space.ffn_widths
     sizes = [
         (s.layers, widths[-1], s.kv_heads),
@@ -38,4 +43,7 @@ def textbook_candidates(space: AnySpace) -> list[AnyCandidate]:
                 "group_size": 0,
             }
             found.append(space.decode(params))
+    if len(space.hidden_widths) > 1:
+        narrower = space.hidden_widths[-2]
+        found += [replace(c, hidden=narrower).canonical(s) for c in found if c.is_full_size(s)]
     return list(dict.fromkeys(found))

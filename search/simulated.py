@@ -12,12 +12,14 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from paretune.compression.export.checksums import CHECKSUMS, sha256, write_checksums
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.latency_fit import features
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements
+from paretune.search.escalation import Stakes, Tried, escalate, may_escalate, not_eligible, unrounded
 from paretune.search.spec import Spec
 from paretune.search.work import Outcome, Work
 from paretune.spaces.candidate import Candidate, Shape
@@ -49,7 +51,10 @@ class SimulatedEvaluator:
         self.folder, self.home, self.clock = folder, home, clock
         self.spec = Spec.model_validate(setup["spec"])
         self.space = Space.of(
-            SHAPE, Profile.model_validate(setup["profile"]).weight_formats, second_order=self.spec.second_order
+            SHAPE,
+            Profile.model_validate(setup["profile"]).weight_formats,
+            second_order=self.spec.second_order,
+            hidden=self.spec.hidden,
         )
         self.log = folder / "simulated.log"
 
@@ -77,24 +82,36 @@ class SimulatedEvaluator:
                 facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
             )
         assert isinstance(work.candidate, Candidate)
-        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](work.candidate)
+        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](
+            work.candidate, work
+        )
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _rung0(self, candidate: Candidate) -> Outcome:
+    def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
         size = compressed_size(candidate)
         found = {"bytes": Measurement.exact(size, "bytes"), "compressed_bytes": Measurement.exact(size, "bytes")}
         return Outcome(scores=_scores("search", loss(candidate)), measurements=found)
 
-    def _recover(self, candidate: Candidate) -> Outcome:
+    def _recover(self, candidate: Candidate, work: Work) -> Outcome:
+        """Training leaves 60 % of what cuts and zeros cost, and of what rounding costs only if it sees the rounding."""
+        choice = not_eligible(candidate)
+        if may_escalate(candidate) and "stakes" in work.options:
+            ptq, exact = (
+                TEACHER_NLL["search"] + recovered_loss(candidate, c) for c in (candidate, unrounded(candidate))
+            )
+            choice = escalate(Tried(ptq, exact, ptq - exact), Stakes.from_dict(work.options["stakes"]))
+        increase = 0.6 * loss(candidate) if choice.qat else recovered_loss(candidate, candidate)
         return Outcome(
-            scores=_scores("search", 0.6 * loss(candidate)), facts={"tokens": 40_960.0, "qat": 0.0, "file": ""}
+            scores=_scores("search", increase),
+            facts={"tokens": 40_960.0, "qat": choice.qat, "qat_reason": choice.reason, "file": ""},
         )
 
-    def _confirm(self, candidate: Candidate) -> Outcome:
-        full = candidate.is_full_size(SHAPE) and not candidate.is_sparse
-        scores = _scores("report", loss(candidate) * (1.0 if full else 0.6))
+    def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
+        recovered = work.options.get("recovered")
+        increase = 0.6 * loss(candidate) if recovered and recovered["qat"] else recovered_loss(candidate, candidate)
+        scores = _scores("report", increase if recovered else loss(candidate))
         quality = quality_measurements(scores, _scores("report", 0.0), 3.0, "simulated")
         decode, size = decode_ms(candidate), compressed_size(candidate)
         lane = {
@@ -106,7 +123,9 @@ class SimulatedEvaluator:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "paretune.json").write_text(json.dumps({"candidate": json.loads(candidate.to_json())}))
         write_checksums(folder)
-        facts = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
+        facts: dict[str, Any] = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
+        if recovered:
+            facts |= {"qat": recovered["qat"], "qat_reason": recovered["qat_reason"]}
         artifact = (str(folder), sha256(folder / CHECKSUMS))
         return Outcome(measurements={**quality, **lane, **exact}, scores=scores, facts=facts, artifact=artifact)
 
@@ -118,6 +137,7 @@ def loss(candidate: Candidate) -> float:
         1.2 * (1 - len(candidate.layers) / SHAPE.layers) ** 1.5
         + 0.4 * (1 - x.ffn / SHAPE.ffn)
         + 0.3 * (1 - x.kv_groups / SHAPE.kv_heads)
+        + 0.8 * (1 - candidate.width(SHAPE) / SHAPE.hidden)
     )
     rounding = sum(
         {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] * (0.7 if f.algorithm == "gptq" else 1.0)
@@ -126,6 +146,12 @@ def loss(candidate: Candidate) -> float:
     noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
     changed = cut + rounding + x.pattern.ratio > 0
     return float(cut + rounding + 0.5 * x.pattern.ratio**2 + (0.002 * noise if changed else 0.0))
+
+
+def recovered_loss(trained: Candidate, shipped: Candidate) -> float:
+    """What is left of the loss when training did not see the rounding of `shipped`, a form of what was `trained`."""
+    rounding = loss(trained) - loss(unrounded(trained))
+    return 0.6 * loss(unrounded(trained)) + (rounding if shipped.is_quantized else 0.0)
 
 
 def decode_ms(candidate: Candidate) -> float:

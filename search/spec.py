@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from paretune.teachers.plugin_name import is_plugin
 OBJECTIVES = ("nll", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes")  # of decoders
 Positive = Annotated[float, Field(gt=0)]
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
+PERCENTAGE = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -38,12 +40,64 @@ class Shares(BaseModel):
         return self
 
 
+class Reference(BaseModel):
+    """The corner below which a front's volume is counted: `loss` is a relative NLL increase over the fp32 teacher, `times` a
+    multiple of the teacher's latency and bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: float = Field(default=0.25, gt=0)
+    times: float = Field(default=1.1, gt=0)
+
+
+class Recovery(BaseModel):
+    """What a finalist's training minimizes, and what of the teacher is kept on disk.
+
+    kl_weight T² KL to the teacher at temperature T, ce_weight cross-entropy on the text, hidden_weight squared difference of
+    normalised hidden states (same hidden width only). `cached_labels` is the number of likeliest tokens per position whose
+    teacher probabilities are kept for the next recovery (0: none, the teacher runs every time), in 512 MB at most.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    kl_weight: float = Field(default=0.9, ge=0)
+    ce_weight: float = Field(default=0.1, ge=0)
+    hidden_weight: float = Field(default=0.0, ge=0)
+    cached_labels: int = Field(default=0, ge=0, le=4096)
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Recovery:
+        if self.kl_weight + self.ce_weight + self.hidden_weight == 0:
+            raise ValueError(
+                "kl_weight, ce_weight and hidden_weight must not all be 0, or there is nothing to learn from"
+            )
+        return self
+
+
+class StudentConfig(BaseModel):
+    """A student's size that the search must look at: numbers of layers, FFN neurons and KV groups; `hidden` is the width."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: int = Field(ge=1)
+    ffn: int = Field(ge=1)
+    kv_groups: int = Field(ge=1)
+    hidden: int | None = Field(default=None, ge=1)
+
+
 class Spec(BaseModel):
     """Settings of one search. Durations are like `90s`, `45m`, `8h`.
 
-    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score.
+    `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score. `hidden` adds cuts of the
+    residual stream. `keep_zeros` takes the zeros of a pruned teacher as given masks, which a candidate can keep through
+    recovery; masks that `torch.nn.utils.prune` left in the checkpoint are always taken.
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
-    the sampler is kept below it and finalists come from below it.
+    the sampler is kept below it and finalists come from below it. `sampler: sequential` searches one axis after the other
+    (size, mask, precision) instead of jointly, for comparison; `reference` is what fronts are compared by.
+    `max_loss` is the NLL increase that post-training quantization may cost before a 4-bit finalist is trained under its
+    rounding (QAT): a fraction or `1%`; without it QAT goes to those who would be on the front if rounding cost nothing.
+    `student_configs` are sizes that are explored first, each unquantized and at the engine's integer precisions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,25 +107,38 @@ class Spec(BaseModel):
     field: str | None = None
     profile: str = "local-cpu"
     budget: str = "9m"
-    sampler: Literal["tpe", "nsga2"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "sequential"] = "tpe"
     seed: int = 0
     objectives: tuple[str, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
     limits: dict[Literal["decode_ms_per_token", "ttft_ms", "forward_ms", "compressed_bytes", "bytes"], Positive] = (
         Field(default_factory=dict)
     )
     second_order: bool = False
+    hidden: bool = False
+    keep_zeros: bool = False
     loss_of_interest: float = Field(default=0.25, gt=0)
+    max_loss: float | None = Field(default=None, gt=0)
+    recovery: Recovery = Recovery()
+    student_configs: tuple[StudentConfig, ...] = Field(default=(), max_length=100)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)
     fit_points: int = Field(24, ge=8, le=200)
     max_candidates: int = Field(2000, ge=1)
     finalists: int = Field(9, ge=1)
     shares: Shares = Shares()
+    reference: Reference = Reference()
 
     @field_validator("budget")
     @classmethod
     def _is_duration(cls, value: str) -> str:
         seconds(value)
+        return value
+
+    @field_validator("max_loss", mode="before")
+    @classmethod
+    def _percentage(cls, value: object) -> object:
+        if isinstance(value, str) and (match := PERCENTAGE.match(value.strip())):
+            return float(match[1]) / 100
         return value
 
     @field_validator("objectives")
@@ -123,8 +190,11 @@ def make_spec(file: Path | None, preset: str | None, options: dict[str, Any]) ->
     merged |= {name: value for name, value in options.items() if value is not None}
     for name in ("teacher", "data"):  # the same search from another directory is the same search
         value = merged.get(name)
-        if isinstance(value, str) and Path(value).exists():
-            merged[name] = str(Path(value).resolve())
+        if value == "":
+            raise UsageError(f"--{name} must name a file or folder, but is empty", "name one, or leave the option out")
+        with contextlib.suppress(OSError, ValueError):  # an impossible path is refused where it is read
+            if isinstance(value, str) and Path(value).exists():
+                merged[name] = str(Path(value).resolve())
     try:
         return Spec.model_validate(merged)
     except ValidationError as error:

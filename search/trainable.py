@@ -6,6 +6,8 @@ trial as failed and starts a fresh worker.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -31,7 +33,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1)
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
-        self._evaluator = _make_evaluator()
+        self._evaluator = make_evaluator(Path(os.environ[FOLDER]), Path(os.environ[HOME]))
         self._work = Work.from_json(config["work"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -52,6 +54,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
             outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
         finally:
             faulthandler.cancel_dump_traceback_later()
+            give_memory_back()
         return {OUTCOME: outcome.to_json(), "done": outcome.done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -64,6 +67,12 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         self._evaluator.close()
 
 
+def give_memory_back() -> None:
+    """Hand freed heap pages to the system: glibc keeps them, a gigabyte after training 135M parameters."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _disk_outcome(error: OSError) -> Outcome:
     """Fatal if the disk or the study folder is what failed, else this work's own failure."""
     folder = Path(os.environ[FOLDER])
@@ -74,9 +83,8 @@ def _disk_outcome(error: OSError) -> Outcome:
     return Outcome("failed", reason=f"{type(error).__name__}: {error}")
 
 
-def _make_evaluator() -> Any:
+def make_evaluator(folder: Path, home: Path) -> Any:
     """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
-    folder, home = Path(os.environ[FOLDER]), Path(os.environ[HOME])
     usual = json.loads((folder / "setup.json").read_text()).get("evaluator", "paretune.search.evaluator:Evaluator")
     name = os.environ.get(EVALUATOR, usual)
     module, _, cls = name.partition(":")

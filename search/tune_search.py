@@ -19,6 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from paretune.search.director import Director
 from paretune.search.sampler import distributions, frozen_trial, make_sampler, rebuild, stable_seed, tell_constraints
+from paretune.search.sequential import SequentialPlan
 from paretune.search.work import Outcome, Work
 from paretune.spaces.kinds import params_of
 
@@ -44,7 +45,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self._built = -1
         self._asked = int(director.store.meta("asked", 0))
         self._work: dict[str, tuple[Work, float]] = {}
-        self._seeds = director.seeds()
+        self._plan = SequentialPlan(director.estimates) if director.spec.sampler == "sequential" else None
+        self._seeds = director.seeds() if self._plan is None else []
 
     def suggest(self, trial_id: str) -> Any:
         """The next Tune config, None if something must finish first, FINISHED at the end."""
@@ -53,7 +55,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             return None
         work = self._propose(trial_id) if decision.kind == "propose" else decision.work
         if work is None:
-            return Searcher.FINISHED if decision.kind == "done" else None
+            return Searcher.FINISHED if self.director.stop_reason is not None else None
         self._work[trial_id] = (work, self.director.budget.clock())
         return {"work": work.to_json()}
 
@@ -92,6 +94,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")
 
     def _propose(self, trial_id: str) -> Work | None:
+        if self._plan is not None:
+            return self._planned(self._plan)
         while self._seeds:
             candidate = self._seeds.pop(0)
             work = self.director.register(candidate, "seed", params_of(self.director.space, candidate))
@@ -106,6 +110,14 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             # Not told a second time: a study that is rebuilt after a resume has one trial per row of the store.
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         return self._random_proposal()
+
+    def _planned(self, plan: SequentialPlan) -> Work | None:
+        """The next candidate of a search that goes by stages; without one exploring ends."""
+        params = plan.ask()
+        if params is not None:
+            return self.director.register(self.director.space.decode(params), "sampler", params)
+        self.director.exhausted()
+        return self.director.next().work
 
     def _random_proposal(self) -> Work | None:
         """When the sampler only repeats itself: uniformly random candidates, and after many duplicates the end of exploring."""

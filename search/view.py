@@ -70,7 +70,8 @@ class Point:
             return f"teacher {self.candidate.head_format.name}"
         sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
         formats = f"{x.attention_format.name}/{x.ffn_format.name}{' GPTQ' if self.candidate.uses_gptq else ''}"
-        return f"L{len(self.candidate.layers)} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
+        hidden = f" H{self.candidate.hidden}" if self.candidate.hidden else ""
+        return f"L{len(self.candidate.layers)}{hidden} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
     def value(self, objective: str) -> Measurement:
         """The measurement of an objective. A rung-0 point answers its quality with an estimate, a confirmed one with the

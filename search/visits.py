@@ -51,6 +51,9 @@ class Visits(ABC):
     def build(self, candidate: Any, model: Path) -> None:
         """Write a graph of the candidate with any weights: values do not change the time."""
 
+    def fitted(self) -> None:  # noqa: B027 (nothing to let go of is usual)
+        """The measuring for the fit has ended: let go of what only `build` needs."""
+
     def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
         """The lane's measurements as this kind of model calls them."""
         return measurements
@@ -86,6 +89,7 @@ class Visits(ABC):
                     self._measure_random(self._missing.pop(0), pair)
         if self._missing and time.monotonic() < self._deadline:
             return Outcome(done=False, facts={"missing": len(self._missing)})
+        self.fitted()
         kept = self.all_kept()
         disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
         skipped, self._missing = len(self._missing), None

@@ -27,8 +27,10 @@ from paretune.compression.prune import (
     importance,
     layer_statistics,
     mask_for,
+    masks_of_student,
     slice_weights,
     sort_by_importance,
+    warn_if_idle,
 )
 from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
@@ -37,6 +39,8 @@ from paretune.hardware_profiles.files import warn_damaged
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
+from paretune.search.students import with_students
+from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
 from paretune.teachers import (
@@ -52,7 +56,6 @@ from paretune.teachers import (
 from paretune.teachers.checkpoint import DAMAGED, load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 
-WINDOW = 256
 CALIBRATION_TOKENS = 4000
 KEPT_STRUCTURES = 24
 GOLDEN = 0.6180339887498949
@@ -88,11 +91,20 @@ class Workspace:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return load_teacher(self.spec.teacher)
+        return load_teacher(self.spec.teacher).kept_in(self.cache)
 
     @cached_property
     def space(self) -> Space:
-        return Space.of(self.teacher.shape, self.profile.weight_formats, self._mild, self.spec.second_order)
+        given = self.spec.keep_zeros or self.teacher.has_masks
+        space = Space.of(
+            self.teacher.shape,
+            self.profile.weight_formats,
+            self._mild,
+            self.spec.second_order,
+            hidden=self.spec.hidden,
+            given=given,
+        )
+        return with_students(space, self.spec.student_configs)
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -128,8 +140,8 @@ class Workspace:
         return self._networks[depth]
 
     def batch_within_memory(self, wanted: int) -> int:
-        """`wanted` windows, or fewer where the logits of a batch would pass 16M numbers."""
-        return max(1, min(wanted, 2**24 // (self.window * self.teacher.shape.vocab)))
+        """`wanted` windows, or fewer where their logits would take too much memory."""
+        return batch_within_memory(wanted, self.window, self.teacher.shape)
 
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
@@ -177,8 +189,13 @@ class Workspace:
             order = importance(
                 layer_statistics(self.network(self.teacher.shape.layers), self.teacher_weights, self.calibration_ids),
                 self.teacher.shape,
+                hidden=len(self.space.hidden_widths) > 1,
             )
         return sort_by_importance(self.teacher_weights, order, self.teacher.shape), order
+
+    def forget_sorted_teacher(self) -> None:
+        """Free the sorted copy of the weights; only the latency fit needs it, before all training."""
+        vars(self).pop("sorted_teacher", None)
 
     def _kept_order(self) -> Importance | None:
         """What the elastic student is sorted by, also while it is in training."""
@@ -197,12 +214,18 @@ class Workspace:
         weights, order = self._elastic
         return slice_weights(weights, candidate, order, self.teacher.shape)
 
+    def kept_layers(self, candidate: Candidate) -> list[int]:
+        """The teacher's layers that a candidate keeps, in their order."""
+        if len(candidate.layers) == self.teacher.shape.layers:
+            return list(range(self.teacher.shape.layers))
+        return self._elastic[1].kept_layers(len(candidate.layers))
+
     def sparsify(
         self, candidate: Candidate, dense: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The `dense` weights with zeros by the layers' patterns, and the masks (none for a dense candidate).
 
-        SparseGPT also moves what it keeps. Raises Infeasible where it cannot be computed.
+        SparseGPT also moves what it keeps. Warns (NothingChanged) if no weight goes. Raises Infeasible where it cannot be computed.
         """
         weights, masks = dict(dense), dict[str, torch.Tensor]()
         if not candidate.is_sparse:
@@ -210,18 +233,39 @@ class Workspace:
         network = self.network(len(candidate.layers))
         with _infeasible_when_impossible():
             second_order = sparsegpt_weights(network, dense, candidate, self.calibration_ids)
-        wanda = any(x.pattern.score == "wanda" for x in candidate.layers)
-        statistics = self._layer_statistics(candidate, dense) if wanda else None
+        calibrated = any(x.pattern.score in ("wanda", "activation") for x in candidate.layers)
+        statistics = self._layer_statistics(candidate, dense) if calibrated else None
+        masks |= self._given(candidate)
         for i, layer in enumerate(candidate.layers):
+            if layer.pattern.kind in ("none", "given"):
+                continue
             for name in (*ATTENTION, *FFN):
                 full = f"model.layers.{i}.{name}.weight"
+                if full not in dense:
+                    continue  # a family without gate
                 if full in second_order:
                     masks[full], weights[full] = second_order[full]
                 else:
                     norms = None if statistics is None else statistics[i].input_norms[name]
                     masks[full] = mask_for(dense[full], layer.pattern, norms)
-                    weights[full] = dense[full] * masks[full]
+        for name, mask in masks.items():
+            if name not in second_order:
+                weights[name] = dense[name] * mask
+        warn_if_idle(masks, f"the pattern of this candidate drops no weight: {candidate.describe()}")
         return weights, masks
+
+    def _given(self, candidate: Candidate) -> dict[str, torch.Tensor]:
+        """The masks that the teacher came with, as far as the candidate keeps them."""
+        if all(layer.pattern.kind != "given" for layer in candidate.layers):
+            return {}
+        weights = self.teacher_weights
+        order = self._elastic[1] if not candidate.is_full_size(self.teacher.shape) else Importance((), (), ())
+        return masks_of_student(self.teacher_masks, weights, candidate, order, self.teacher.shape)
+
+    @cached_property
+    def teacher_masks(self) -> dict[str, torch.Tensor]:
+        """Masks of torch.nn.utils.prune, and with `keep_zeros` the teacher's plain zeros."""
+        return self.teacher.masks(self.spec.keep_zeros)
 
     def codes(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Codes:
         """Codes by GPTQ of the matrices that want them, from the weights as they are now (masked, recovered or not)."""

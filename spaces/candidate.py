@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 from typing import Any, Literal
 
 Bits = Literal[4, 8, 32]
 Activation = Literal["fp32", "int8"]
 Algorithm = Literal["rtn", "gptq"]
-PatternKind = Literal["none", "2:4", "unstructured", "block"]
-Score = Literal["magnitude", "wanda", "sparsegpt"]
+PatternKind = Literal["none", "2:4", "unstructured", "threshold", "block", "given"]
+Score = Literal["magnitude", "activation", "wanda", "sparsegpt"]
 
 # Width of a sparsity block: this many consecutive input features (along K) of one output row, as wide as the smallest
 # quantization group of the space, so that an empty block is one that an engine could skip with its scale.
@@ -22,7 +23,8 @@ BLOCK = 32
 class Shape:
     """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads.
 
-    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has.
+    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has. `positions` counts
+    learned positions (0: rotary ones); `gated` FFNs have three matrices, others two.
     """
 
     layers: int
@@ -34,17 +36,23 @@ class Shape:
     vocab: int
     tied: bool = True
     family: str = "llama"
+    positions: int = 0
+    gated: bool = True
 
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.kv_heads
 
     @property
+    def ffn_matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
     def parameters(self) -> int:
-        """Number of parameters, a tied embedding counted once; biases and q/k norms, well below 1 %, are left out."""
+        """Number of parameters, a tied embedding counted once; biases, q/k norms and positions, about 1 %, are left out."""
         layer = (
             2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-            + 3 * self.hidden * self.ffn
+            + self.ffn_matrices * self.hidden * self.ffn
             + 2 * self.hidden
         )
         return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
@@ -86,20 +94,40 @@ FP32 = Format()
 class Pattern:
     """Sparsity of one layer's matrices. `ratio` is the fraction of zeros: 0.5 for 2:4, in (0, 1) for the others.
 
-    A "block" is `BLOCK` consecutive input features of one output row; it stays or goes as a whole.
+    A "block" is `BLOCK` consecutive input features of one output row; it stays or goes as a whole. A "threshold" is one number
+    for all matrices: what scores less than `threshold` times the matrix's root mean square goes, so a matrix with many small
+    entries loses more than `ratio`, which is the share a normally distributed one would lose. "given" keeps the zeros that
+    the teacher came with.
     """
 
     kind: PatternKind = "none"
     ratio: float = 0.0
     score: Score = "magnitude"
 
+    @classmethod
+    def below(cls, threshold: float, score: Score = "magnitude") -> Pattern:
+        """The pattern that drops what scores less than `threshold` (> 0) times the matrix's root mean square."""
+        if not threshold > 0:
+            raise ValueError(f"a threshold is a positive multiple of the root mean square, but got {threshold}")
+        return cls("threshold", 2 * NormalDist().cdf(threshold) - 1, score)
+
+    @property
+    def threshold(self) -> float:
+        """In units of the matrix's root mean square; `ratio` of a normal distribution lies below it."""
+        return NormalDist().inv_cdf((1 + self.ratio) / 2)
+
     @property
     def name(self) -> str:
+        """For people: `dense`, `2:4 wanda`, `50% magnitude`, `50% blocks wanda`, `below 0.67 RMS magnitude`."""
+        if self.kind == "threshold":
+            return f"below {self.threshold:.2f} RMS {self.score}"
         shape = "blocks " if self.kind == "block" else ""
-        return {"none": "dense", "2:4": f"2:4 {self.score}"}.get(self.kind, f"{self.ratio:.0%} {shape}{self.score}")
+        plain = {"none": "dense", "given": "given mask", "2:4": f"2:4 {self.score}"}
+        return plain.get(self.kind, f"{self.ratio:.0%} {shape}{self.score}")
 
 
 DENSE = Pattern()
+GIVEN = Pattern("given")
 
 
 @dataclass(frozen=True)
@@ -115,31 +143,40 @@ class Layer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A student and everything done to it. Equal canonical candidates have equal keys."""
+    """A student and everything done to it. Equal canonical candidates have equal keys.
+
+    `hidden` is the width of the residual stream, 0 where it is the teacher's own.
+    """
 
     layers: tuple[Layer, ...]
     head_format: Format = FP32
     embedding_format: Format = FP32
+    hidden: int = 0
 
     def canonical(self, shape: Shape) -> Candidate:
         """Repair group sizes, drop settings that have no effect, so that equal computations are equal candidates.
 
         The embedding has no inputs to calibrate on, so it is rounded to nearest; and so is a head that shares its table.
         """
+        width = self.width(shape)
         layers = tuple(
             replace(
                 layer,
-                attention_format=_repair(layer.attention_format, shape.hidden),
-                ffn_format=_repair(layer.ffn_format, shape.hidden),
+                attention_format=_repair(layer.attention_format, width),
+                ffn_format=_repair(layer.ffn_format, width),
                 pattern=_settle(layer.pattern),
             )
             for layer in self.layers
         )
-        embedding = replace(_repair(self.embedding_format, shape.hidden), activation="fp32", algorithm="rtn")
-        head = _repair(self.head_format, shape.hidden)
+        embedding = replace(_repair(self.embedding_format, width), activation="fp32", algorithm="rtn")
+        head = _repair(self.head_format, width)
         if shape.tied and (head.bits, head.group_size) == (embedding.bits, embedding.group_size):
             head = replace(head, algorithm="rtn")
-        return Candidate(layers, head, embedding)
+        return Candidate(layers, head, embedding, 0 if width == shape.hidden else width)
+
+    def width(self, shape: Shape) -> int:
+        """Width of the residual stream."""
+        return self.hidden or shape.hidden
 
     @property
     def key(self) -> str:
@@ -149,19 +186,29 @@ class Candidate:
     @property
     def structure_key(self) -> str:
         """Key of what decides shapes: the number of layers and their widths."""
-        widths = json.dumps([[layer.ffn, layer.kv_groups] for layer in self.layers])
+        widths = json.dumps(
+            [[layer.ffn, layer.kv_groups] for layer in self.layers] + ([self.hidden] if self.hidden else [])
+        )
         return hashlib.sha256(widths.encode()).hexdigest()[:16]
 
     @property
     def stratum(self) -> str:
-        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `block/int8`, …"""
+        """Pattern and layer precision, the cells from which finalists are drawn: `dense/int4`, `block/int8`, …
+
+        A threshold leaves unstructured zeros, and a given mask costs a teacher that came with it nothing.
+        """
         first = self.layers[0]
-        return f"{'dense' if first.pattern.kind == 'none' else first.pattern.kind}/{first.ffn_format.name}"
+        kind = {"none": "dense", "given": "dense", "threshold": "unstructured"}.get(
+            first.pattern.kind, first.pattern.kind
+        )
+        return f"{kind}/{first.ffn_format.name}"
 
     def is_full_size(self, shape: Shape) -> bool:
         """Whether nothing is cut away, so that the teacher's own weights serve."""
-        return len(self.layers) == shape.layers and all(
-            layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers
+        return (
+            len(self.layers) == shape.layers
+            and self.width(shape) == shape.hidden
+            and all(layer.ffn == shape.ffn and layer.kv_groups == shape.kv_heads for layer in self.layers)
         )
 
     @property
@@ -182,7 +229,8 @@ class Candidate:
         return any(layer.pattern.kind != "none" for layer in self.layers)
 
     def to_json(self) -> str:
-        """Round to nearest goes without saying, so candidates of versions that knew nothing else keep their keys."""
+        """Round to nearest and the teacher's hidden width go without saying: candidates of versions that knew nothing else keep
+        their keys."""
         return json.dumps(asdict(self, dict_factory=_without_rtn), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -201,7 +249,9 @@ class Candidate:
             )
             for d in data["layers"]
         )
-        return cls(layers, Format(**data["head_format"]), Format(**data["embedding_format"]))
+        return cls(
+            layers, Format(**data["head_format"]), Format(**data["embedding_format"]), int(data.get("hidden", 0))
+        )
 
     def describe(self) -> str:
         """One line for people; layer-uniform candidates only need the first layer."""
@@ -211,7 +261,7 @@ class Candidate:
             f"{len(self.layers)} layers, FFN {x.ffn}, {x.kv_groups} KV groups"
             if uniform
             else f"{len(self.layers)} mixed layers"
-        )
+        ) + (f", hidden {self.hidden}" if self.hidden else "")
         formats = (
             f"attn {x.attention_format.label}, ffn {x.ffn_format.label}, "
             f"head {self.head_format.label}, embed {self.embedding_format.name}"
@@ -228,7 +278,7 @@ class Candidate:
 
 
 def _without_rtn(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in pairs if (name, value) != ("algorithm", "rtn")}
+    return {name: value for name, value in pairs if (name, value) not in (("algorithm", "rtn"), ("hidden", 0))}
 
 
 def _activations(candidate: Candidate) -> str:
@@ -254,6 +304,8 @@ def group_for(group_size: int, k: int) -> int:
 
 
 def _settle(pattern: Pattern) -> Pattern:
+    if pattern.kind == "given":
+        return GIVEN
     if pattern.kind == "none" or pattern.ratio <= 0:
         return DENSE
     return replace(pattern, ratio=0.5) if pattern.kind == "2:4" else pattern

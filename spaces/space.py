@@ -28,7 +28,7 @@ from paretune.spaces.candidate import (
 
 GROUP_SIZES = (32, 64, 128)
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
-PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "block")
+PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "threshold", "block")
 SCORES: tuple[Score, ...] = ("magnitude", "wanda", "sparsegpt")
 QUANTIZERS: tuple[Algorithm, ...] = ("rtn", "gptq")
 # Layers times the cube of the widest input: beyond this (about 200M parameters) GPTQ and SparseGPT take longer than all the
@@ -45,6 +45,8 @@ class Space:
     """All layer-uniform candidates of a teacher's `shape` that the kernels in `kernels` (`int4/int8` …) execute.
 
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
+    `min_hidden` bounds the residual stream, 0 leaves it alone. With `given` the teacher came with masks that can be kept.
+    `extra_ffn` are widths beside the usual ones.
     """
 
     shape: Shape
@@ -54,15 +56,28 @@ class Space:
     min_kv_groups: int
     mild: bool = False
     second_order: bool = True
+    min_hidden: int = 0
+    given: bool = False
+    extra_ffn: tuple[int, ...] = ()
     # Sizes below the teacher's come from an elastic student.
     has_elastic: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, shape: Shape, kernels: tuple[str, ...], mild: bool = False, second_order: bool = True) -> Space:
+    def of(
+        cls,
+        shape: Shape,
+        kernels: tuple[str, ...],
+        mild: bool = False,
+        second_order: bool = True,
+        hidden: bool = False,
+        given: bool = False,
+    ) -> Space:
         """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each).
 
-        `second_order` has GPTQ and SparseGPT in it, for teachers that are small enough.
+        `second_order` has GPTQ and SparseGPT in it, for teachers that are small enough; `hidden` has residual widths down to half
+        the teacher's (`mild`: three quarters).
         """
+        narrowest = _align((3 * shape.hidden // 4) if mild else shape.hidden // 2) if hidden and shape.gated else 0
         if mild:
             return cls(
                 shape,
@@ -72,6 +87,8 @@ class Space:
                 max(1, -(-3 * shape.kv_heads // 4)),
                 mild,
                 second_order,
+                narrowest,
+                given,
             )
         return cls(
             shape,
@@ -80,15 +97,20 @@ class Space:
             _align(shape.ffn // 4),
             max(1, shape.kv_heads // 4),
             second_order=second_order,
+            min_hidden=narrowest,
+            given=given,
         )
 
     @property
     def ffn_widths(self) -> tuple[int, ...]:
-        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them; the teacher's own is the last."""
-        step = WIDTH_STEP if self.shape.ffn >= 4 * WIDTH_STEP else 32
-        inner = [w for w in range(self.min_ffn, self.shape.ffn, step) if w % step == 0]
-        stride = max(1, -(-len(inner) // (WIDTH_LEVELS - 1)))
-        return (*inner[::stride], self.shape.ffn)
+        """Ascending FFN widths, multiples of 64 (32 for small teachers), at most 12 of them and the extra ones; the teacher's own
+        is the last."""
+        return tuple(sorted({*_widths(self.min_ffn, self.shape.ffn), *self.extra_ffn}))
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Widths of the residual stream like those of the FFN; only the teacher's own unless they are searched."""
+        return _widths(self.min_hidden, self.shape.hidden) if self.min_hidden else (self.shape.hidden,)
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -120,11 +142,12 @@ class Space:
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
         top = len(self.bits) - 1
+        patterns: tuple[PatternKind, ...] = (*PATTERNS, "given") if self.given else PATTERNS
         found: dict[str, Distribution] = {
             "depth": ("int", (self.min_depth, self.shape.layers)),
             "ffn": ("int", (0, len(self.ffn_widths) - 1)),
             "kv_groups": ("int", (self.min_kv_groups, self.shape.kv_heads)),
-            "pattern": ("categorical", PATTERNS),
+            "pattern": ("categorical", patterns),
             "ratio": ("int", (0, len(RATIOS) - 1)),
             "score": ("categorical", self.scores),
             "attention_bits": ("int", (0, top)),
@@ -137,6 +160,8 @@ class Space:
             found["int4_activation"] = ("categorical", ("int8", "fp32"))
         if 4 in self.bits and len(self.quantizers) > 1:
             found["quantizer"] = ("categorical", self.quantizers)
+        if len(self.hidden_widths) > 1:  # steps below the teacher's width, so that 0 is what studies without it did
+            found["hidden"] = ("int", (0, len(self.hidden_widths) - 1))
         return found
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
@@ -154,7 +179,8 @@ class Space:
             ffn,
             Pattern(params["pattern"], 0.5 if params["pattern"] == "2:4" else RATIOS[params["ratio"]], params["score"]),
         )
-        return Candidate((layer,) * params["depth"], head, embedding).canonical(self.shape)
+        hidden = self.hidden_widths[-1 - params.get("hidden", 0)]
+        return Candidate((layer,) * params["depth"], head, embedding, hidden).canonical(self.shape)
 
     def encode(self, candidate: Candidate) -> dict[str, Any]:
         """Sampler parameters of a layer-uniform candidate; `decode(encode(c)) == c`. Raises ValueError if it has none."""
@@ -169,7 +195,7 @@ class Space:
             "ffn": self.ffn_widths.index(x.ffn),
             "kv_groups": x.kv_groups,
             "pattern": x.pattern.kind,
-            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.kind in ("unstructured", "block") else 0,
+            "ratio": RATIOS.index(x.pattern.ratio) if x.pattern.ratio in RATIOS and x.pattern.kind != "2:4" else 0,
             "score": x.pattern.score,
             "attention_bits": attention,
             "ffn_bits": ffn,
@@ -181,6 +207,9 @@ class Space:
             params["int4_activation"] = next((f.activation for f in formats[:3] if f.bits == 4), "int8")
         if "quantizer" in self.distributions():
             params["quantizer"] = "gptq" if candidate.uses_gptq else "rtn"
+        if "hidden" in self.distributions():
+            widths = self.hidden_widths
+            params["hidden"] = len(widths) - 1 - widths.index(candidate.width(self.shape))
         if self.decode(params) != candidate:
             raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
         return params
@@ -212,29 +241,38 @@ class Space:
 
     def size(self) -> int:
         """Number of distinct candidates, counted over canonical ones."""
-        bits, groups, activations = (
-            self.bits,
-            len(self.group_sizes),
-            2 if "int4_activation" in self.distributions() else 1,
-        )
-        patterns = 1 + len(self.scores) + 2 * len(self.scores) * len(RATIOS)
-        precisions = 0
-        for combination in itertools.product(bits, repeat=4):
-            quantized = any(b != 32 for b in combination)
-            shared = self.shape.tied and combination[2] == combination[3]
-            calibrated = 4 in (combination[:2] if shared else combination[:3])
-            variants = (groups if quantized else 1) * (len(self.quantizers) if calibrated else 1)
-            precisions += variants * (activations if 4 in combination[:3] else 1)
+        ratios = len(self.scores) * len(RATIOS)
+        patterns = 1 + len(self.scores) + (len(PATTERNS) - 2) * ratios + int(self.given)
         sizes = (
             (self.shape.layers - self.min_depth + 1)
             * len(self.ffn_widths)
             * (self.shape.kv_heads - self.min_kv_groups + 1)
         )
-        return sizes * patterns * precisions
+        return sizes * patterns * sum(self._precisions(hidden) for hidden in self.hidden_widths)
+
+    def _precisions(self, hidden: int) -> int:
+        """Number of distinct precisions of a student of that width."""
+        groups = len({group_for(size, hidden) for size in self.group_sizes})
+        activations, precisions = 2 if "int4_activation" in self.distributions() else 1, 0
+        for combination in itertools.product(self.bits, repeat=4):
+            quantized = any(b != 32 for b in combination)
+            shared = self.shape.tied and combination[2] == combination[3]
+            calibrated = 4 in (combination[:2] if shared else combination[:3])
+            variants = (groups if quantized else 1) * (len(self.quantizers) if calibrated else 1)
+            precisions += variants * (activations if 4 in combination[:3] else 1)
+        return precisions
 
     def smallest(self) -> tuple[int, int, int]:
         """(depth, FFN width, KV groups) of the smallest student."""
         return self.min_depth, self.ffn_widths[0], self.min_kv_groups
+
+
+def _widths(least: int, own: int) -> tuple[int, ...]:
+    """Ascending multiples of 64 (32 where `own` is below 256) from `least`, at most 12 with the teacher's own at the end."""
+    step = WIDTH_STEP if own >= 4 * WIDTH_STEP else 32
+    inner = [w for w in range(least, own, step) if w % step == 0]
+    stride = max(1, -(-len(inner) // (WIDTH_LEVELS - 1)))
+    return (*inner[::stride], own)
 
 
 def _align(width: int) -> int:

@@ -47,6 +47,7 @@ SOURCE_SUFFIXES = {
     ".tex",
     ".csv",
 }
+BYTE_ORDER_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
 BLOCK_CHARACTERS = 4000
 MIN_DOCUMENTS = 8
 MIN_CHARACTERS = 40_000
@@ -72,7 +73,7 @@ class Corpus:
         digest = hashlib.sha256()
         for split in SPLITS:
             for document in self.splits[split]:
-                digest.update(f"{split}\0{document.name}\0".encode())
+                digest.update(f"{split}\0{document.name}\0".encode("utf8", "replace"))
                 digest.update(hashlib.sha256(document.text.encode("utf8", "replace")).digest())
         return digest.hexdigest()[:16]
 
@@ -145,7 +146,7 @@ def user_corpus(path: Path, field: str | None = None) -> Corpus:
 
 
 def _read(path: Path, field: str | None) -> Iterator[Document]:
-    if not path.exists():
+    if not _exists(path):
         raise UsageError(f"--data must name an existing file or folder, but {path} does not exist", "check the path")
     if path.is_dir():
         files = sorted(
@@ -157,7 +158,8 @@ def _read(path: Path, field: str | None) -> Iterator[Document]:
                 "name a folder of source or text files",
             )
         for file in files:
-            yield Document(file.relative_to(path).as_posix(), _decode(file))
+            name = file.relative_to(path).as_posix().encode("utf8", "replace").decode()  # a name need not be UTF-8
+            yield Document(name, _decode(file))
     elif path.suffix == ".jsonl":
         yield from _json_lines(path, field)
     else:
@@ -189,14 +191,39 @@ def _json_lines(path: Path, field: str | None) -> Iterator[Document]:
         )  # lone surrogates become "?"
 
 
-def _decode(path: Path) -> str:
+def _exists(path: Path) -> bool:
     try:
-        return path.read_text("utf8")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def _decode(path: Path) -> str:
+    """The text of a file. Raises UsageError with its line where it is not UTF-8, or holds zero bytes as UTF-16 and binaries do."""
+    if not path.is_file():
         raise UsageError(
-            f"{path}:{line}: the text must be UTF-8, but byte {error.start} is not",
-            "convert it, e.g. with iconv -t utf8",
-        ) from None
+            f"--data must name a regular file or a folder, but {path} is neither", "save the text as a file"
+        )
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark that some editors begin UTF-8 with
+        text = data.decode("utf8")
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path, data, error.start) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "check the permissions") from None
+    if "\0" in text:
+        raise _wrong_encoding(path, data, data.index(b"\0"))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _wrong_encoding(path: Path, data: bytes, where: int) -> UsageError:
+    line = data[:where].count(b"\n") + 1
+    guess = next((name for name, marks in BYTE_ORDER_MARKS.items() if data.startswith(marks)), None)
+    near = data[max(0, where - 8) :][:16]
+    if guess is None and sorted(near[parity::2].count(0) > 5 for parity in (0, 1)) == [False, True]:
+        guess = "UTF-16"  # every other byte is zero
+    known = f", and the file looks like {guess}" if guess else ""
+    return UsageError(
+        f"{path}:{line}: the text must be UTF-8, but byte {where} is 0x{data[where]:02x}{known}",
+        f"convert it: iconv -f {guess or 'ITS-ENCODING'} -t UTF-8 {path.name} > converted.txt",
+    )

@@ -55,6 +55,16 @@ FAMILY_CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "tie_word_embeddings": False},
     "qwen2": {"head_dim": ...},  # its configs have none
     "qwen3": {"head_dim": 32},
+    "gpt2": {},
+}
+GPT2_LACKS = ("num_key_value_heads", "head_dim")
+GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "rms_norm_eps": "layer_norm_epsilon",
 }
 WORDS = [
     "the",
@@ -119,6 +129,8 @@ def _write_teacher(folder: Path, seed: int = 0, family: str = "llama", **changes
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     settings = {**TINY, **FAMILY_CHANGES[family], **changes}
+    if family == "gpt2":
+        settings = {GPT2_KEYS.get(key, key): value for key, value in settings.items() if key not in GPT2_LACKS}
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **{key: value for key, value in settings.items() if value is not ...})
     )

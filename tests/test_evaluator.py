@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from paretune.compression import student
+from paretune.compression.export import artifact
 from paretune.compression.export.checksums import MODEL
-from paretune.compression.student import quantized_weights
+from paretune.compression.export.graph import save_model
+from paretune.compression.student import Network, quantized_weights
+from paretune.engines.child import EngineChild
 from paretune.hardware_profiles import Infeasible, MachineLock
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.lane import LaneResult, Nominal
@@ -162,6 +166,50 @@ def test_studies_from_before_gptq_can_be_resumed(study: tuple[Path, Path]) -> No
     params = space.encode(space.baselines()[-1])
     old: Director = Old()  # type: ignore[assignment]
     assert frozen_trial(old, "k", distributions(space)).params == params
+
+
+def test_a_candidate_that_the_engine_refuses_is_infeasible_with_op_and_layer_and_the_next_one_is_done(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph asks for an operator that no engine has."""
+    lane = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
+
+    def measure(_candidate: Candidate, model: Path) -> LaneResult:
+        with EngineChild(1) as child:
+            child.ask(do="load", path=str(model), threads=1)
+        return LaneResult(lane, True)
+
+    def spoil(model: Any, path: Path) -> None:
+        node = next(n for n in model.graph.node if n.name == "/model/layers.2/mlp/down_proj")
+        node.op_type = "MatMulOfTomorrow"
+        save_model(model, path)
+
+    monkeypatch.setattr(evaluator.measuring, "measure", measure)
+    with monkeypatch.context() as during:
+        during.setattr(artifact, "save_model", spoil)
+        refused = evaluator.run(Work("confirm", whole(INT4), 60.0))
+    assert refused.status == "infeasible"
+    assert "at MatMulOfTomorrow of layer 2 (/model/layers.2/mlp/down_proj)" in refused.reason
+    done(evaluator, Work("confirm", Candidate((Layer(128, 2),) * 3), 60.0))
+    done(evaluator, Work("confirm", whole(INT4), 60.0))
+
+
+def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary is scored piece by piece, to the same NLL."""
+    plain = Candidate((Layer(128, 2),) * 3)
+    whole_batches = done(evaluator, Work("rung0", plain)).scores
+    seen: list[int] = []
+    honest = Network.logits
+
+    def watched(self: Network, weights: Any, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        return honest(self, weights, hidden)
+
+    monkeypatch.setattr(Network, "logits", watched)
+    monkeypatch.setattr(student, "LOGITS_AT_ONCE", 100 * 288)
+    pieces = done(evaluator, Work("rung0", plain)).scores
+    assert max(seen) == 100
+    assert pieces.mean_nll == pytest.approx(whole_batches.mean_nll, abs=1e-3)
 
 
 def test_damaged_measurements_are_misses(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:

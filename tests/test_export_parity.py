@@ -44,9 +44,10 @@ def uniform(
     ffn: int = 128,
     groups: int = 2,
     depth: int = 3,
+    hidden: int = 0,
 ) -> Candidate:
     layer = Layer(ffn, groups, form, form, pattern)
-    return Candidate((layer,) * depth, form if head is None else head, form if embedding is None else embedding)
+    return Candidate((layer,) * depth, form if head is None else head, form if embedding is None else embedding, hidden)
 
 
 EXACT = {
@@ -68,6 +69,9 @@ EXACT = {
     "unstructured sparse fp32": uniform(FP32, pattern=Pattern("unstructured", 0.6)),
     "smaller student": uniform(INT4_FP, ffn=96, groups=1, depth=2),
     "narrow FFN repairs its groups": uniform(Format(4, 64, "fp32"), ffn=32, groups=1, depth=2),
+    "narrower residual stream": uniform(FP32, hidden=32),
+    "narrower residual stream int4": uniform(Format(4, 16, "fp32"), ffn=96, groups=1, depth=2, hidden=32),
+    "narrower residual stream, two tables": uniform(FP32, Format(4, 64, "fp32"), Format(8, 64), hidden=48),
 }
 ROUNDED = {
     "int8/int8": uniform(INT8),
@@ -78,6 +82,8 @@ ROUNDED = {
     "attention int8, ffn int4": Candidate((Layer(128, 2, INT8, INT4),) * 3, INT4_FP, INT4),
     "2:4 sparse int4": uniform(INT4, pattern=SPARSE),
     "smaller student int8": uniform(INT8, ffn=64, groups=1, depth=2),
+    "narrower residual stream int8": uniform(INT8, hidden=32),
+    "narrower residual stream int4": uniform(INT4, pattern=Pattern("threshold", 0.5), hidden=32),
 }
 
 
@@ -212,7 +218,7 @@ def coarser(candidate: Candidate) -> Candidate:
     layers = tuple(
         Layer(x.ffn, x.kv_groups, worse(x.attention_format), worse(x.ffn_format), x.pattern) for x in candidate.layers
     )
-    return Candidate(layers, worse(candidate.head_format), worse(candidate.embedding_format))
+    return Candidate(layers, worse(candidate.head_format), worse(candidate.embedding_format), candidate.hidden)
 
 
 @pytest.mark.parametrize("candidate", EXACT.values(), ids=EXACT)
@@ -419,6 +425,7 @@ ARTIFACTS = {
     "int4": uniform(INT4_FP),
     "mixed": uniform(INT4_FP, FP32, Format(8, 32)),
     "sparse cut": uniform(INT4_FP, pattern=SPARSE, ffn=96, groups=1, depth=2),
+    "hidden cut": uniform(INT4_FP, FP32, ffn=96, hidden=32),
 }
 
 

@@ -6,10 +6,14 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,9 +23,10 @@ from paretune.compression.export.artifact import genai_config, write_artifact
 from paretune.compression.prune import Importance, slice_weights
 from paretune.compression.student import EMBEDDING, Network
 from paretune.hardware_profiles import UsageError
-from paretune.spaces import Candidate, Format, Layer, Space
+from paretune.spaces import Candidate, Format, Layer, Shape, Space
 from paretune.teachers import Teacher, load_teacher
 from paretune.teachers.families import COMMON, FAMILIES
+from paretune.teachers.layout import GPT2_PREFIX, stored_name, stored_shapes, to_stored
 from paretune.teachers.teacher import expected_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +92,8 @@ def test_onnxruntime_genai_streams_what_transformers_decodes_greedily(model: str
     assert page.streamed(toy) == expected
     turned = {**toy.weights, EMBEDDING: toy.weights[EMBEDDING].roll(1, 0)}
     assert page.greedy(toy, turned)[0] != expected
-    assert genai_config(toy.teacher, toy.whole(page.INT4))["model"]["type"] == toy.shape.family
+    kind = "llama" if toy.shape.family == "gpt2" else toy.shape.family
+    assert genai_config(toy.teacher, toy.whole(page.INT4))["model"]["type"] == kind
 
 
 @pytest.fixture(params=FAMILIES)
@@ -100,13 +106,18 @@ def test_the_expected_tensors_are_those_of_transformers(teacher: Teacher) -> Non
 
     model = AutoModelForCausalLM.from_pretrained(teacher.folder)
     expected = expected_tensors(teacher.shape)
-    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state = dict(model.state_dict())
     if teacher.shape.tied:
         del state["lm_head.weight"]
-    assert state == expected
+    prefix = GPT2_PREFIX if teacher.shape.family == "gpt2" else ""
+    stored = {name.removeprefix(prefix): tuple(value.shape) for name, value in state.items()}
+    assert stored == stored_shapes(teacher.shape)
+    assert {name: tuple(value.shape) for name, value in teacher.weights().items()} == expected
     assert teacher.parameters == sum(p.numel() for p in model.parameters())
-    for name, value in teacher.weights().items():
-        assert torch.equal(value, model.state_dict()[name]), name
+    again = to_stored(teacher.weights(), teacher.shape)
+    assert again.keys() == state.keys()
+    for name, value in again.items():
+        assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -146,14 +157,15 @@ def test_a_missing_or_misshapen_bias_or_norm_is_named(
     family: str, tensor: str, tmp_path: Path, write_teacher: Callable[..., Path]
 ) -> None:
     folder, name = write_teacher(tmp_path / "model", family=family), f"model.layers.2.{tensor}"
+    prefix, name = (GPT2_PREFIX, stored_name(name)) if family == "gpt2" else ("", name)
     load_teacher(str(folder))
-    value = load_file(folder / "model.safetensors")[name]
-    change_tensors(folder, **{name: value[:-1].clone()})
+    value = load_file(folder / "model.safetensors")[prefix + name]
+    change_tensors(folder, **{prefix + name: value[:-1].clone()})
     problem = problem_of(folder)
     assert name in problem
     assert str((len(value),)) in problem
     assert str((len(value) - 1,)) in problem
-    change_tensors(folder, **{name: None})
+    change_tensors(folder, **{prefix + name: None})
     assert f"lacks the tensor {name}" in problem_of(folder)
 
 
@@ -172,7 +184,8 @@ def test_a_config_of_another_family_is_refused_by_the_tensors_it_would_ignore(
     ("tensor", "accepted"),
     [
         ("model.layers.0.self_attn.rotary_emb.inv_freq", True),  # an old buffer that transformers ignores too
-        ("model.layers.3.self_attn.q_proj.bias", True),  # a layer beyond num_hidden_layers
+        ("model.layers.3.self_attn.q_proj.bias", False),  # a layer beyond num_hidden_layers
+        ("model.vision.weight", False),
         ("model.layers.0.self_attn.o_proj.bias", False),
         ("model.layers.0.mlp.up_proj.bias", False),
         ("model.layers.0.pre_feedforward_layernorm.weight", False),
@@ -226,13 +239,16 @@ def test_a_window_below_the_context_is_refused(
 def test_an_impossible_context_is_refused(
     name: str, value: Any, tmp_path: Path, write_teacher: Callable[..., Path]
 ) -> None:
-    folder = write_teacher(tmp_path / "model", family=name)
-    change_config(folder, max_position_embeddings=value)
-    assert "max_position_embeddings must be a positive integer" in problem_of(folder)
+    folder, key = write_teacher(tmp_path / "model", family=name), "max_position_embeddings"
+    key = FAMILIES[name].own_keys.get(key, key)
+    change_config(folder, **{key: value})
+    assert f"{key} must be a positive integer" in problem_of(folder)
 
 
 def test_configs_in_the_form_of_older_checkpoints_are_understood(teacher: Teacher) -> None:
     """What most folders look like: rope_theta at the top, torch_dtype, keys for windows that are not used."""
+    if teacher.shape.positions:
+        pytest.skip("GPT-2 has no rotary positions")
     change_config(
         teacher.folder,
         rope_parameters=...,
@@ -290,6 +306,74 @@ def test_heads_that_do_not_divide_the_hidden_width_have_a_standard_folder(
         expected = Network(teacher.config, teacher.shape, 2)(weights, ids)
         assert (model(ids).logits - expected).abs().max() <= 1e-5
         assert (model(ids).logits[:, 1:] - expected[:, :-1]).abs().max() > 1e-2
+
+
+def test_the_layout_of_the_first_gpt2_folders_is_read(tmp_path: Path, write_teacher: Callable[..., Path]) -> None:
+    """openai-community/gpt2: no prefix, the causal mask as a buffer, no n_inner, the head written out."""
+    folder = write_teacher(tmp_path / "model", family="gpt2", intermediate_size=256)
+    expected = load_teacher(str(folder)).weights()
+    tensors = load_file(folder / "model.safetensors")
+    plain = {name.removeprefix(GPT2_PREFIX): value for name, value in tensors.items()}
+    plain["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    plain["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    plain["lm_head.weight"] = plain["wte.weight"].clone()
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, n_inner=...)
+    found = load_teacher(str(folder)).weights()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation_function": "relu"}, "activation_function must be 'gelu_new'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False"),
+        ({"scale_attn_weights": False}, "scale_attn_weights must be True"),
+        ({"add_cross_attention": True}, "add_cross_attention must be False"),
+        ({"n_head": 5}, "n_embd must be a multiple of n_head, but got 64, 5"),
+        ({"n_layer": None}, "n_layer must be a positive integer"),
+        ({"n_head": 8}, "head_dim"),
+    ],
+)
+def test_a_gpt2_that_computes_something_else_is_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path, write_teacher: Callable[..., Path]
+) -> None:
+    folder = write_teacher(tmp_path / "model", family="gpt2")
+    change_config(folder, **changes)
+    assert words in problem_of(folder)
+
+
+def test_gpt2_with_fewer_heads_ships_the_cut_ones_as_zeros(tmp_path: Path, write_teacher: Callable[..., Path]) -> None:
+    toy = page.Toy(load_teacher(str(write_teacher(tmp_path / "model", family="gpt2"))), tmp_path)
+    write_artifact(tmp_path / "artifact", toy.teacher, toy.cut, toy.cut_weights(toy.weights), {})
+    config = json.loads((tmp_path / "artifact" / "hf" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
+    assert (config["n_head"], config["n_inner"], config["n_layer"], config["n_embd"]) == (4, 96, 2, 64)
+    tensors = load_file(tmp_path / "artifact" / "hf" / "model.safetensors")
+    q, k, v = tensors["transformer.h.0.attn.c_attn.weight"].split(64, 1)
+    assert all((part[:, 48:] == 0).all() and (part[:, :48] != 0).any() for part in (q, k, v))
+    assert (tensors["transformer.h.0.attn.c_proj.weight"][48:] == 0).all()
+
+
+def test_gpt2_keeps_its_residual_width() -> None:
+    shape = Shape(3, 128, 256, 8, 8, 16, 288, True, "gpt2", 512, False)
+    assert Space.of(shape, ("fp32/fp32",), hidden=True).hidden_widths == (128,)
+    assert len(Space.of(replace(shape, gated=True), ("fp32/fp32",), hidden=True).hidden_widths) > 1
+
+
+def test_left_padding_does_not_move_gpt2s_positions(tmp_path: Path, write_teacher: Callable[..., Path]) -> None:
+    """Positions count the tokens that the mask lets through, and go on behind a cache."""
+    toy = page.Toy(load_teacher(str(write_teacher(tmp_path / "model", family="gpt2"))), tmp_path)
+    session = toy.decoder(toy.weights, toy.whole(page.FP32)).session
+    graph = onnx.load(str(tmp_path / "model.onnx"))
+    del graph.graph.output[:]
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("/model/positions/own/output", 7, None))
+    part = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {i.name: np.zeros((2, 4, 4, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    own = part.run(None, {**feeds, "input_ids": np.ones((2, 1), np.int64), "attention_mask": mask})[0]
+    assert own.tolist() == [[2], [4]]
 
 
 def test_layers_of_different_widths_have_no_standard_folder_and_the_card_says_so(

@@ -25,7 +25,7 @@ from paretune.search.run import run_study
 from paretune.search.spec import Spec
 from paretune.search.store import Store
 from paretune.search.studies import create_study
-from paretune.search.trainable import EVALUATOR, FOLDER, HOME, _make_evaluator
+from paretune.search.trainable import EVALUATOR, make_evaluator
 from paretune.search.view import StudyView, load_view
 from paretune.tracking.mlflow_sink import try_drain
 from paretune.tracking.report import report_html, write_report
@@ -171,10 +171,8 @@ def test_commands_on_a_plugins_study(study: StudyView, prepared: tuple[Ready, Pa
 
 
 def test_a_worker_takes_the_evaluator_of_the_study(study: StudyView, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FOLDER, str(study.folder))
-    monkeypatch.setenv(HOME, str(study.folder.parents[1]))
     monkeypatch.delenv(EVALUATOR, raising=False)
-    evaluator = _make_evaluator()
+    evaluator = make_evaluator(study.folder, study.folder.parents[1])
     assert isinstance(evaluator, PluginEvaluator) and evaluator.space.teacher.name == "digits"
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def norms(k: int, seed: int = 0) -> torch.Tensor:
 def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> list[list[bool]]:
     """Plain Python: what stays, entry by entry."""
     n, k = weight.shape
+    size = [[1.0 if pattern.score == "activation" else abs(float(weight[i, j])) for j in range(k)] for i in range(n)]
     score = [
-        [abs(float(weight[i, j])) * (float(norm[j]) if pattern.score == "wanda" else 1.0) for j in range(k)]
-        for i in range(n)
+        [size[i][j] * (1.0 if pattern.score == "magnitude" else float(norm[j])) for j in range(k)] for i in range(n)
     ]
     kept = [[True] * k for _ in range(n)]
     if pattern.kind == "block":
@@ -54,7 +55,10 @@ def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> lis
         for i, block in itertools.product(range(n), range(0, k, 4)):
             for j in sorted(range(block, block + 4), key=lambda j: score[i][j])[:2]:
                 kept[i][j] = False
-    elif pattern.score == "wanda":
+    elif pattern.kind == "threshold":
+        limit = pattern.threshold * math.sqrt(sum(v * v for row in score for v in row) / (n * k))
+        kept = [[v >= limit for v in row] for row in score]
+    elif pattern.score != "magnitude":
         for i in range(n):
             for j in sorted(range(k), key=lambda j: score[i][j])[: round(pattern.ratio * k)]:
                 kept[i][j] = False
@@ -69,7 +73,10 @@ def slow_mask(weight: torch.Tensor, pattern: Pattern, norm: torch.Tensor) -> lis
 PATTERNS = [
     Pattern("2:4", 0.5, "magnitude"),
     Pattern("2:4", 0.5, "wanda"),
-    *(Pattern("unstructured", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda")),
+    Pattern("2:4", 0.5, "activation"),
+    *(Pattern("unstructured", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda", "activation")),
+    *(Pattern("threshold", r, s) for r in (0.3, 0.7) for s in ("magnitude", "wanda")),
+    Pattern.below(1.45, "activation"),
 ]
 BLOCKS = [Pattern("block", r, s) for r in (0.3, 0.5, 0.7) for s in ("magnitude", "wanda")]
 
@@ -97,6 +104,44 @@ def test_blocks_stay_or_go_whole_and_hit_the_ratio_even_with_ties(
     kept = mask_for(weight, pattern, norms(32 * blocks, seed)).view(n, blocks, 32)
     assert torch.equal(kept.all(-1), kept.any(-1))
     assert int((~kept.all(-1)).sum()) == round(pattern.ratio * n * blocks)
+
+
+@pytest.mark.parametrize("kind", ["2:4", "unstructured", "threshold"])
+def test_the_activation_norm_removes_whole_input_features(kind: Any) -> None:
+    """So that the engine's matrix loses columns, as a structural cut of its inputs would."""
+    mask = mask_for(random_matrix(9, 36), Pattern(kind, 0.5, "activation"), norms(36))
+    assert torch.equal(mask.all(0), mask.any(0))
+    assert 0 < int(mask.all(0).sum()) < 36
+    other = mask_for(random_matrix(9, 36), Pattern(kind, 0.5, "wanda"), norms(36))
+    assert not torch.equal(other.all(0), other.any(0)), "control: Wanda looks at the weights too"
+
+
+@given(st.floats(0.05, 3.0), st.sampled_from(["magnitude", "wanda", "activation"]), st.integers(0, 99))
+def test_one_threshold_takes_what_lies_below_it_and_more_from_heavier_tails(
+    threshold: float, score: Any, seed: int
+) -> None:
+    pattern = Pattern.below(threshold, score)
+    assert pattern.threshold == pytest.approx(threshold, rel=1e-6)
+    assert 0 < pattern.ratio < 1
+    weight, norm = random_matrix(40, 64, seed), norms(64, seed)
+    kept = mask_for(weight, pattern, norm)
+    assert torch.equal(kept, mask_for(weight * 7, pattern, norm * 3)), "relative to the root mean square"
+    assert kept.all() or not mask_for(weight, Pattern.below(threshold * 1.5, score), norm).all()
+    if score == "magnitude":  # 2,560 normal entries: four standard deviations of the share are below 0.04
+        assert float((~kept).float().mean()) == pytest.approx(pattern.ratio, abs=0.04)
+        heavy = float((~mask_for(weight**3, pattern, norm)).float().mean())
+        assert heavy > float((~kept).float().mean()) or threshold > 1.5
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])
+def test_a_threshold_that_can_drop_nothing_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="positive multiple"):
+        Pattern.below(threshold)
+
+
+def test_a_given_mask_is_where_the_weight_is_not_zero() -> None:
+    weight = random_matrix(9, 36) * (random_matrix(9, 36, 1) > 0)
+    assert torch.equal(mask_for(weight, Pattern("given"), None), weight != 0)
 
 
 def test_the_scores_and_scopes_really_differ() -> None:
@@ -153,6 +198,8 @@ def test_dense_keeps_everything_and_impossible_masks_are_refused() -> None:
         mask_for(random_matrix(2, 8), Pattern("2:4", 0.5, "sparsegpt"), norms(8))
     with pytest.raises(ValueError, match="input norms"):
         mask_for(random_matrix(2, 8), Pattern("2:4", 0.5, "wanda"), None)
+    with pytest.raises(ValueError, match="activation score needs the input norms"):
+        mask_for(random_matrix(2, 8), Pattern("threshold", 0.5, "activation"), None)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +222,10 @@ def test_statistics_are_those_of_transformers_own_model(
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.__setitem__(name, inputs[0]))
+    model.model.norm.register_forward_pre_hook(lambda _m, inputs: seen.__setitem__("last", inputs[0]))
     with torch.no_grad():
         hidden = model(ids, output_hidden_states=True).hidden_states
+    stream = [*hidden[:-1], seen["last"]]  # what transformers calls the last hidden state is normalized
     found = layer_statistics(network, tiny_weights, ids)
     assert len(found) == 3
     for i, layer in enumerate(found):
@@ -186,9 +235,11 @@ def test_statistics_are_those_of_transformers_own_model(
             slow = torch.tensor([math.sqrt(sum(float(v) ** 2 for v in x[:, j])) for j in (0, x.shape[1] - 1)])
             assert torch.allclose(layer.input_norms[name][[0, -1]], slow, rtol=1e-4)
             assert torch.allclose(layer.input_norms[name], x.norm(dim=0), rtol=1e-4)
-        if i < 2:  # transformers normalizes the last one
-            cosine = (hidden[i] * hidden[i + 1]).sum(-1) / hidden[i].norm(dim=-1) / hidden[i + 1].norm(dim=-1)
-            assert layer.influence == pytest.approx(1 - float(cosine.mean()), abs=1e-5)
+        cosine = (stream[i] * stream[i + 1]).sum(-1) / stream[i].norm(dim=-1) / stream[i + 1].norm(dim=-1)
+        assert layer.influence == pytest.approx(1 - float(cosine.mean()), abs=1e-5)
+    assert found[2].influence != pytest.approx(
+        1 - float(torch.nn.functional.cosine_similarity(hidden[2], hidden[3], dim=-1).mean()), abs=1e-3
+    ), "control: the normalized stream is another"
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in network.module.modules())
 
 

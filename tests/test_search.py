@@ -136,8 +136,9 @@ def proposals(store):
     return [(r.key, r.source) for r in store.candidates()]
 
 
-def test_an_interrupted_search_proposes_what_the_uninterrupted_one_does(tmp_path):
-    ready = make_ready(budget="260s")
+@pytest.mark.parametrize("sampler", ["tpe", "sequential"])
+def test_an_interrupted_search_proposes_what_the_uninterrupted_one_does(sampler, tmp_path):
+    ready = make_ready(budget="260s", sampler=sampler)
     whole = create_study(ready, tmp_path / "a", "s", "x")
     simulate(ready, whole, tmp_path / "a")
     broken = create_study(ready, tmp_path / "b", "s", "x")
@@ -250,8 +251,9 @@ def test_nsga2_can_be_chosen(tmp_path):
     assert simulate(ready, store, tmp_path)[0] == 0
 
 
-def test_a_tiny_space_is_exhausted_not_repeated(tmp_path):
-    ready = make_ready()
+@pytest.mark.parametrize("sampler", ["tpe", "sequential"])
+def test_a_tiny_space_is_exhausted_not_repeated(sampler, tmp_path):
+    ready = make_ready(sampler=sampler, loss_of_interest=5.0)
     small = Space(SHAPE, ("fp32/fp32",), 6, 768, 3)
     ready = Ready(ready.spec, ready.teacher, ready.profile, small, ready.plan)
     store = create_study(ready, tmp_path, "s", "x")

@@ -39,7 +39,14 @@ KERNEL_SETS = [
 
 
 def spaces() -> st.SearchStrategy[Space]:
-    return st.builds(Space.of, st.sampled_from(list(SHAPES.values())), st.sampled_from(KERNEL_SETS), st.booleans())
+    return st.builds(
+        Space.of,
+        st.sampled_from(list(SHAPES.values())),
+        st.sampled_from(KERNEL_SETS),
+        st.booleans(),
+        hidden=st.booleans(),
+        given=st.booleans(),
+    )
 
 
 def strategy_of(space: Space) -> st.SearchStrategy[dict[str, Any]]:
@@ -125,7 +132,9 @@ def test_proposed_sizes_can_be_built(case: tuple[Space, dict[str, Any]]) -> None
     assert space.min_depth <= len(candidate.layers) <= shape.layers
     assert first.ffn == shape.ffn or (first.ffn < shape.ffn and first.ffn % 32 == 0 and first.ffn >= 32)
     assert 1 <= first.kv_groups <= shape.kv_heads
-    for k in (shape.hidden, first.ffn, first.kv_groups * shape.heads_per_group * shape.head_dim):
+    assert space.hidden_widths[0] <= candidate.width(shape) <= shape.hidden
+    assert candidate.hidden == 0 or (candidate.hidden < shape.hidden and candidate.hidden % 32 == 0)
+    for k in (candidate.width(shape), first.ffn, first.kv_groups * shape.heads_per_group * shape.head_dim):
         for form in matmul_formats(candidate):
             if form.bits != 32:
                 assert k % group_for(form.group_size, k) == 0
@@ -140,15 +149,18 @@ def explicit_computation(candidate: Candidate, shape: Shape) -> Any:
         groups = [max(g for g in (16, 32, 64, 128, 256) if g <= form.group_size and k % g == 0) for k in widths]
         return form.bits, groups, (form.activation, form.algorithm) if activations else None
 
-    head = grid(candidate.head_format, (shape.hidden,), True)
-    embedding = grid(candidate.embedding_format, (shape.hidden,), False)
+    hidden = candidate.hidden or shape.hidden
+    head = grid(candidate.head_format, (hidden,), True)
+    embedding = grid(candidate.embedding_format, (hidden,), False)
     if shape.tied and head != "exact" and embedding != "exact" and head[:2] == embedding[:2]:
         head = (*head[:2], (head[2][0], "rtn"))  # one table
     layers = []
     for x in candidate.layers:
         q = x.kv_groups * shape.heads_per_group * shape.head_dim
         sparse = (
-            None
+            x.pattern.kind
+            if x.pattern.kind == "given"
+            else None
             if x.pattern.kind == "none" or not x.pattern.ratio
             else (x.pattern.kind, x.pattern.score, 0.5 if x.pattern.kind == "2:4" else x.pattern.ratio)
         )
@@ -156,12 +168,12 @@ def explicit_computation(candidate: Candidate, shape: Shape) -> Any:
             (
                 x.ffn,
                 x.kv_groups,
-                grid(x.attention_format, (shape.hidden, q), True),
-                grid(x.ffn_format, (shape.hidden, x.ffn), True),
+                grid(x.attention_format, (hidden, q), True),
+                grid(x.ffn_format, (hidden, x.ffn), True),
                 sparse,
             )
         )
-    return repr((layers, head, embedding))
+    return repr((layers, head, embedding, hidden))
 
 
 formats = st.builds(
@@ -173,16 +185,17 @@ formats = st.builds(
 )
 patterns = st.builds(
     Pattern,
-    st.sampled_from(["none", "2:4", "unstructured", "block"]),
+    st.sampled_from(["none", "2:4", "unstructured", "threshold", "block", "given"]),
     st.sampled_from([0.0, 0.5, 0.6]),
-    st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    st.sampled_from(["magnitude", "activation", "wanda", "sparsegpt"]),
 )
 raw_candidates = st.builds(
-    lambda layer, depth, head, embedding: Candidate((layer,) * depth, head, embedding),
+    lambda layer, depth, head, embedding, hidden: Candidate((layer,) * depth, head, embedding, hidden),
     st.builds(Layer, st.just(64), st.just(1), formats, formats, patterns),
     st.just(2),
     formats,
     formats,
+    st.sampled_from([0, 32, 64]),
 )
 
 
@@ -252,6 +265,31 @@ def test_only_four_bit_matrices_are_proposed_with_gptq() -> None:
     assert "quantizer" not in Space(SHAPES["tiny"], ("fp32/fp32", "int8/int8"), 2, 32, 2).distributions()
 
 
+def test_the_residual_stream_is_one_more_ordered_size_where_it_is_searched() -> None:
+    space = Space.of(EMBEDDED, KERNELS, hidden=True)
+    assert space.hidden_widths == (128, 192, 256)
+    assert space.distributions()["hidden"] == ("int", (0, 2))
+    params = space.encode(space.baselines()[1])
+    assert params["hidden"] == 0, "what studies without it did"
+    narrower = space.decode({**params, "hidden": 1})
+    assert narrower.hidden == 192 and not narrower.is_full_size(EMBEDDED)
+    assert narrower.describe().startswith("6 layers, FFN 768, 4 KV groups, hidden 192;")
+    without = Space.of(EMBEDDED, KERNELS)
+    assert without.decode(params) == space.decode(params) == space.baselines()[1]
+    assert "hidden" not in space.baselines()[1].to_json(), "keys stay what they were"
+    with pytest.raises(ValueError):
+        without.encode(narrower)
+    assert space.size() > 2 * without.size()
+
+
+def test_finalists_treat_a_threshold_as_unstructured_and_a_given_mask_as_none() -> None:
+    def stratum(pattern: Pattern) -> str:
+        return Candidate((Layer(128, 2, pattern=pattern),)).stratum
+
+    assert stratum(Pattern.below(0.7)) == stratum(Pattern("unstructured", 0.5)) == "unstructured/fp32"
+    assert stratum(Pattern("given")) == stratum(DENSE) == "dense/fp32"
+
+
 SMALL = [
     Space(Shape(2, 64, 32, 2, 2, 16, 100), KERNELS, 2, 32, 2),
     Space(Shape(2, 128, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2),
@@ -260,13 +298,16 @@ SMALL = [
     Space(Shape(1, 128, 32, 2, 2, 16, 100), ALL_KERNELS, 1, 32, 2),
     Space(Shape(1, 128, 32, 2, 2, 16, 100, tied=False), ALL_KERNELS, 1, 32, 2),
     Space(Shape(1, 9600, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2),  # too wide for second-order methods
+    Space(Shape(1, 128, 32, 2, 2, 16, 100), ("int8/int8", "int4/int8"), 1, 32, 2, min_hidden=32, given=True),
 ]
 
 
 @pytest.mark.parametrize(
     "space",
     SMALL,
-    ids=lambda s: f"hidden{s.shape.hidden}-{len(s.kernels)}kernels-{'tied' if s.shape.tied else 'untied'}",
+    ids=lambda s: (
+        f"hidden{s.shape.hidden}-{len(s.hidden_widths)}-{len(s.kernels)}kernels-{'tied' if s.shape.tied else 'untied'}"
+    ),
 )
 def test_size_counts_what_brute_force_enumerates(space: Space) -> None:
     assert space.size() == len(every_candidate(space))
@@ -310,6 +351,8 @@ def test_full_size_and_sparsity_see_every_single_layer() -> None:
     whole = Layer(128, 2)
     for cut in (replace(whole, ffn=96), replace(whole, kv_groups=1)):
         assert not Candidate((whole, cut, whole)).is_full_size(shape)
+    assert Candidate((whole,) * 3, hidden=64).is_full_size(shape)
+    assert not Candidate((whole,) * 3, hidden=32).is_full_size(shape)
     assert not Candidate((whole, whole)).is_full_size(shape)
     assert Candidate((whole, replace(whole, pattern=Pattern("2:4", 0.5)), whole)).is_sparse
     assert Candidate((whole, replace(whole, ffn_format=Format(4, 32)), whole)).is_quantized
@@ -325,8 +368,9 @@ def test_structure_key_ignores_precision_and_pattern_but_no_width() -> None:
         Candidate((layer,) * 2),
         Candidate((replace(layer, ffn=64),) * 3),
         Candidate((replace(layer, kv_groups=1),) * 3),
+        Candidate((layer,) * 3, hidden=32),
     ]
-    assert len({base.structure_key, *(c.structure_key for c in others)}) == 4
+    assert len({base.structure_key, *(c.structure_key for c in others)}) == 5
 
 
 def test_mixed_layers_and_foreign_candidates_have_no_parameters() -> None:
@@ -344,6 +388,9 @@ def test_mild_spaces_cut_less() -> None:
         deep, mild = Space.of(shape, KERNELS), Space.of(shape, KERNELS, mild=True)
         assert mild.min_depth >= 0.75 * shape.layers
         assert mild.min_kv_groups >= 0.75 * shape.kv_heads
+        wide, wider = (Space.of(shape, KERNELS, mild, hidden=True).hidden_widths for mild in (False, True))
+        assert wide[0] <= wider[0] and wider[0] >= 0.5 * shape.hidden
+        assert deep.hidden_widths == mild.hidden_widths == (shape.hidden,)
         assert set(mild.ffn_widths) <= {w for w in range(shape.ffn + 1) if w >= deep.min_ffn}
         assert mild.smallest() >= deep.smallest()
 
@@ -365,7 +412,8 @@ def test_the_default_space_holds_what_the_design_promises() -> None:
     assert space.smallest() == (2, 192, 1)
     assert space.bits == (4, 8, 32)
     ranges: Mapping[str, Any] = space.distributions()
-    assert ranges["pattern"][1] == ("none", "2:4", "unstructured", "block")
+    assert ranges["pattern"][1] == ("none", "2:4", "unstructured", "threshold", "block")
+    assert "hidden" not in ranges
     assert ranges["score"][1] == ("magnitude", "wanda", "sparsegpt")
     assert ranges["quantizer"][1] == ("rtn", "gptq")
     assert len(RATIOS) == ranges["ratio"][1][1] + 1

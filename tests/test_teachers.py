@@ -157,7 +157,7 @@ def test_a_folder_without_weights_or_tokenizer_says_so(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"model_type": "bert"}, "model_type='bert'"),
         ({"model_type": ...}, "model_type=None"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"attention_bias": True}, "attention_bias"),

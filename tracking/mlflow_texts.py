@@ -78,6 +78,7 @@ def candidate_params(point: Point) -> dict[str, str]:
         "layers": str(len(x.layers)),
         "ffn": joined(layer.ffn for layer in x.layers),
         "kv_groups": joined(layer.kv_groups for layer in x.layers),
+        **({"hidden": str(x.hidden)} if x.hidden else {}),
         "pattern": joined(layer.pattern.kind for layer in x.layers),
         "sparsity": joined(layer.pattern.ratio for layer in x.layers),
         "attention": joined(layer.attention_format.name for layer in x.layers),

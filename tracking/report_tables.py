@@ -77,6 +77,9 @@ def _row(view: StudyView, point: Point, star: str | None, artifact: str | None) 
     name = f'<b title="{escape(point.description)}">{mark}{escape(point.name)}</b><br><code>{point.key[:8]}</code>'
     if tie:
         name += f' <span class="quiet">tied with <code>{escape(tie[:8])}</code></span>'
+    if reason := point.facts.get("qat_reason"):
+        kind = "QAT" if point.facts.get("qat") else "no QAT"
+        name += f'<br><span class="quiet">{kind}: {escape(str(reason))}</span>'
     return [
         name,
         *(_value(point, column) for column, _ in columns_of(view.figures)),

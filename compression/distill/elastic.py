@@ -64,7 +64,7 @@ def elastic_key(teacher: Teacher, corpus_fingerprint: str, space: Space, recipe:
         teacher.digest,
         corpus_fingerprint,
         json.dumps(asdict(recipe), sort_keys=True),
-        repr((space.min_depth, space.ffn_widths, space.min_kv_groups)),
+        repr((space.min_depth, space.ffn_widths, space.min_kv_groups, space.hidden_widths)),
         package_version("torch"),
         package_version("transformers"),
         *(hashlib.sha256((root / name).read_bytes()).hexdigest() for name in CODE),
@@ -91,9 +91,10 @@ class ElasticTrainer:
         self.networks: dict[int, Network] = {}
         self.batches = Batches(train, recipe.context, recipe.batch, recipe.seed)
         self.step_count, self.elapsed, self.loss = 0, 0.0, float("nan")
+        self.saved, self.saving_s = time.monotonic(), 0.0
         if not self._resume():
             statistics = layer_statistics(self.network(self.shape.layers), self.teacher_weights, calibration)
-            self.order = importance(statistics, self.shape)
+            self.order = importance(statistics, self.shape, hidden=len(space.hidden_widths) > 1)
             self.parameters = _parameters(sort_by_importance(self.teacher_weights, self.order, self.shape))
             self.optimizers = Optimizers(self.parameters, recipe.muon_lr, recipe.adamw_lr)
 
@@ -114,16 +115,15 @@ class ElasticTrainer:
         """Train for about `seconds` (or until done), checkpointing on the way; returns progress."""
         if self.done:  # kept from an earlier search: the file stays as it is
             return self._progress()
-        start = mark = saved = time.monotonic()
+        start = mark = time.monotonic()
         while not self.done and mark - start < seconds:
             with self.machine():
                 self.step()
             now = time.monotonic()
             self.elapsed, mark = self.elapsed + now - mark, now
-            if now - saved > CHECKPOINT_EVERY_S:
-                self.save()
-                saved = now
-        self.save()
+            if now - self.saved > CHECKPOINT_EVERY_S:
+                self._save_seldom()
+        self._save_seldom()
         return self._progress()
 
     def _progress(self) -> dict[str, float]:
@@ -151,7 +151,14 @@ class ElasticTrainer:
         self.step_count += 1
         self.loss = sum(losses) / len(losses)
 
+    def _save_seldom(self) -> None:
+        """Save, when done or unless the last time is so recent that a large model would do little else: 5 % of the time."""
+        if self.done or time.monotonic() - self.saved >= 20 * self.saving_s:
+            self.save()
+
     def save(self) -> None:
+        """Everything that training needs to go on."""
+        start = time.monotonic()
         meta = {
             "step": self.step_count,
             "elapsed": self.elapsed,
@@ -163,6 +170,8 @@ class ElasticTrainer:
         save_tensors(
             self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta
         )
+        self.saved = time.monotonic()
+        self.saving_s = self.saved - start
 
     def _resume(self) -> bool:
         """Take the kept state; False if there is none or it is damaged."""
@@ -190,22 +199,36 @@ class ElasticTrainer:
         def draw(low: int, high: int) -> int:
             return int(torch.randint(low, high + 1, (1,), generator=generator))
 
-        def random_student() -> tuple[int, int, int]:
+        def random_student() -> tuple[int, int, int, int]:
             return (
                 draw(self.space.min_depth, self.shape.layers),
                 self.space.ffn_widths[draw(0, len(self.space.ffn_widths) - 1)],
                 draw(self.space.min_kv_groups, self.shape.kv_heads),
+                self._hidden(draw),
             )
 
         smallest = float(torch.rand(1, generator=generator)) < self.recipe.smallest_share
-        sizes = [self.space.smallest() if smallest else random_student(), random_student()]
-        return [Candidate((Layer(ffn, groups),) * depth) for depth, ffn, groups in sizes]
+        least = (*self.space.smallest(), self.space.hidden_widths[0])
+        sizes = [least if smallest else random_student(), random_student()]
+        return [Candidate((Layer(ffn, groups),) * depth, hidden=hidden) for depth, ffn, groups, hidden in sizes]
+
+    def _hidden(self, draw: Callable[[int, int], int]) -> int:
+        """The teacher's residual width every other time: nearly all other sizes are searched at that one too."""
+        narrower = self.space.hidden_widths[:-1]
+        if not narrower or draw(0, 1):
+            return self.space.hidden_widths[-1]
+        return narrower[draw(0, len(narrower) - 1)]
 
 
 def order_of(meta: Mapping[str, Any]) -> Importance:
     """The importance order in a checkpoint's meta."""
     order = meta["order"]
-    return Importance(tuple(map(tuple, order["ffn"])), tuple(map(tuple, order["groups"])), tuple(order["layers"]))
+    return Importance(
+        tuple(map(tuple, order["ffn"])),
+        tuple(map(tuple, order["groups"])),
+        tuple(order["layers"]),
+        tuple(order.get("hidden", ())),
+    )
 
 
 def _parameters(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:

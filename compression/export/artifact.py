@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 import zstandard
 
@@ -30,10 +31,13 @@ from paretune.compression.student import (
 from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.files import sync_folder
 from paretune.spaces.candidate import Candidate, Shape
+from paretune.teachers.checkpoint import write_tensors
 from paretune.teachers.families import family_of
+from paretune.teachers.layout import to_stored
 from paretune.teachers.teacher import Teacher
 
 ZSTD_LEVEL = 3
+ZSTD_CHUNK = 1 << 22
 HUGGING_FACE = """`hf/` is the same student as a Hugging Face folder; its float32 weights are what the engine computes
 with, except that int8 activations are not simulated there."""
 NO_HUGGING_FACE = (
@@ -68,11 +72,9 @@ def write_artifact(
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "onnx").mkdir(parents=True)
     try:
-        try:
-            model = build_model(weights, candidate, teacher.config, teacher.shape, codes)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise Infeasible(f"the graph cannot be built: {error}", "") from error
+        model = _graph(weights, candidate, teacher.config, teacher.shape, codes)
         save_model(model, temporary / MODEL)
+        del model  # as large as all weights
         _write_tokenizer(teacher, temporary / "onnx")
         (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
         # what a standard config can express
@@ -120,13 +122,23 @@ def compressed_bytes(
     shape: Shape,
     codes: Codes = NO_CODES,
 ) -> ArtifactFacts:
-    """The sizes an artifact of this candidate would have, without writing it."""
-    model = build_model(weights, candidate, config, shape, codes)
+    """The sizes an artifact of this candidate would have, without writing it. Raises Infeasible like `write_artifact`."""
+    model = _graph(weights, candidate, config, shape, codes)
     if weight_bytes(model) < INLINE_LIMIT_BYTES:
-        data = model.SerializeToString()
-        return ArtifactFacts(len(data), len(zstandard.compress(data, ZSTD_LEVEL)))
-    parts = [len(zstandard.compress(tensor.raw_data, ZSTD_LEVEL)) for tensor in model.graph.initializer]
-    return ArtifactFacts(weight_bytes(model), sum(parts))
+        data = memoryview(model.SerializeToString())
+        del model
+        pieces = (data[start : start + ZSTD_CHUNK] for start in range(0, len(data), ZSTD_CHUNK))
+        return ArtifactFacts(len(data), _compressed(pieces))
+    return ArtifactFacts(weight_bytes(model), _compressed(tensor.raw_data for tensor in model.graph.initializer))
+
+
+def _graph(
+    weights: Mapping[str, torch.Tensor], candidate: Candidate, config: Mapping[str, Any], shape: Shape, codes: Codes
+) -> onnx.ModelProto:
+    try:
+        return build_model(weights, candidate, config, shape, codes)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise Infeasible(f"the graph cannot be built: {error}", "") from error
 
 
 def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
@@ -142,13 +154,14 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
             "eos_token_id": end,
             "pad_token_id": end,
             "context_length": teacher.context,
-            "type": family_of(shape).name,
+            # to genai the type says what the interface is like, and ours is a Llama's
+            "type": "llama" if family_of(shape).gpt2 else family_of(shape).name,
             "vocab_size": shape.vocab,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": shape.head_dim,
-                "hidden_size": shape.hidden,
+                "hidden_size": candidate.width(shape),
                 "num_attention_heads": kv * shape.heads_per_group,
                 "num_key_value_heads": kv,
                 "num_hidden_layers": len(candidate.layers),
@@ -218,8 +231,6 @@ def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
 def _write_hugging_face(
     folder: Path, teacher: Teacher, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes
 ) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     effective = quantized_weights(weights, candidate, codes)
     tied = HEAD not in weights and torch.equal(effective[HEAD], effective[EMBEDDING])
@@ -229,12 +240,8 @@ def _write_hugging_face(
     architecture = student_family(candidate, teacher.shape).architecture
     config |= {"tie_word_embeddings": tied, "architectures": [architecture], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    save_file(
-        {name: value.float().contiguous() for name, value in effective.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    (folder / "model.safetensors").chmod(0o644)
+    stored = {name: value.float() for name, value in to_stored(effective, teacher.shape).items()}
+    write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
     _write_tokenizer(teacher, folder)
 
 
@@ -243,8 +250,11 @@ def _sizes(folder: Path) -> tuple[int, int]:
     for path in sorted(folder.glob("model.onnx*")):
         plain += path.stat().st_size
         with path.open("rb") as stream:
-            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
-            while chunk := stream.read(1 << 22):
-                compressed += len(compressor.compress(chunk))
-            compressed += len(compressor.flush())
+            compressed += _compressed(iter(lambda: stream.read(ZSTD_CHUNK), b""))
     return plain, compressed
+
+
+def _compressed(pieces: Iterable[bytes | memoryview]) -> int:
+    """Bytes of one zstd stream of all `pieces`, which is not kept."""
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+    return sum(len(compressor.compress(piece)) for piece in pieces) + len(compressor.flush())

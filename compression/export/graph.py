@@ -21,6 +21,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from paretune.compression.export.gpt2_graph import gpt2_decoder
 from paretune.compression.quantize.grid import Quantized, quantize
 from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of, plain_candidate, student_config
 from paretune.spaces.candidate import Candidate, Format, Layer, Shape
@@ -50,6 +51,10 @@ def build_model(
     """
     graph = _Graph(float(config.get("rms_norm_eps", 1e-6)), weights, codes)
     graph.lengths()
+    if family_of(shape).gpt2:
+        normed = gpt2_decoder(graph, candidate, shape)
+        graph.head(candidate.head_format, normed)
+        return graph.finish(candidate, shape)
     graph.rotary(config, shape)
     stream = graph.embedding_and_head(candidate)
     residual = ""
@@ -97,7 +102,8 @@ class _Graph:
         self, epsilon: float, weights: Mapping[str, torch.Tensor] = MappingProxyType({}), codes: Codes = NO_CODES
     ) -> None:
         self.weights, self.codes = weights, codes
-        self.nodes: list[onnx.NodeProto] = []
+        self.model = onnx.ModelProto()  # filled in place: protobuf copies what it is given
+        self.nodes = self.model.graph.node
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.epsilon = epsilon
         self.head_inputs: list[str] = []
@@ -118,8 +124,9 @@ class _Graph:
     def constant(self, name: str, value: Array | torch.Tensor) -> str:
         array = value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
         if name not in self.initializers:
-            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-            self.initializers[name] = helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+            tensor = self.initializers[name] = self.model.graph.initializer.add(name=name, dims=array.shape)
+            tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+            tensor.raw_data = array.tobytes()
         return name
 
     def lengths(self) -> None:
@@ -168,7 +175,16 @@ class _Graph:
         return outputs[0], outputs[3]
 
     def product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None = None) -> str:
-        """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes."""
+        """stream @ W.T + bias with the rows of the weights `names`, one below the other, and their own codes.
+
+        Raises ValueError with the op and its path where a weight is missing or cannot be quantized.
+        """
+        try:
+            return self._product(names, form, name, stream, bias)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{'MatMul' if form.bits == 32 else 'MatMulNBits'} at {name}: {error}") from error
+
+    def _product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None) -> str:
         parts = {n: self.weights[n] for n in names}
         weight, whole = torch.cat(list(parts.values())), None
         if form.bits != 32:
@@ -225,7 +241,8 @@ class _Graph:
     def heads(self, i: int, layer: Layer, shape: Shape, normed: str) -> list[str]:
         """Query, key and value of GroupQueryAttention: one packed matrix, split only where heads are normed one by one."""
         family, prefix, path = family_of(shape), f"model.layers.{i}.self_attn.", f"/model/layers.{i}/attn"
-        bias = torch.cat([self.weights[f"{prefix}{p}_proj.bias"] for p in "qkv"]) if family.qkv_bias else None
+        biases = [f"{prefix}{p}_proj.bias" for p in "qkv"] if family.qkv_bias or family.gpt2 else []
+        bias = torch.cat([self.weights[name] for name in biases]) if biases else None
         names = [f"{prefix}{p}_proj.weight" for p in "qkv"]
         packed = self.product(names, layer.attention_format, f"{path}/qkv_proj", normed, bias)
         if not family.qk_norm:
@@ -249,15 +266,14 @@ class _Graph:
         return self.node("Reshape", [normed, all_heads], f"{name}/join")
 
     def attention(self, i: int, qkv: list[str], layer: Layer, shape: Shape) -> str:
-        path = f"/model/layers.{i}/attn/gqa"
+        path, rotary = f"/model/layers.{i}/attn/gqa", not shape.positions
         inputs = [
             *qkv,
             f"past_key_values.{i}.key",
             f"past_key_values.{i}.value",
             "seqlens_k",
             "total_length",
-            "cos_cache",
-            "sin_cache",
+            *(["cos_cache", "sin_cache"] if rotary else []),
         ]
         return self.node(
             "GroupQueryAttention",
@@ -268,7 +284,7 @@ class _Graph:
             num_heads=layer.kv_groups * shape.heads_per_group,
             kv_num_heads=layer.kv_groups,
             scale=shape.head_dim**-0.5,
-            do_rotary=1,
+            do_rotary=int(rotary),
             rotary_interleaved=0,
         )
 
@@ -336,9 +352,11 @@ class _Graph:
                         f"present.{i}.{kind}", TensorProto.FLOAT, ["batch", layer.kv_groups, "total", shape.head_dim]
                     )
                 )
-        graph = helper.make_graph(self.nodes, "paretune", inputs, outputs, list(self.initializers.values()))
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="paretune")
+        self.model.graph.name, self.model.producer_name, self.model.ir_version = "paretune", "paretune", IR_VERSION
+        self.model.graph.input.extend(inputs)
+        self.model.graph.output.extend(outputs)
+        self.model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)])
+        return self.model
 
 
 def pack(q: Quantized) -> Array:

@@ -1,7 +1,9 @@
-"""Masks by magnitude and by Wanda (Sun et al. 2023, arXiv 2306.11695): |W| times the L2 norm of the input feature.
+"""Masks by magnitude, by activation norm and by Wanda (Sun et al. 2023, arXiv 2306.11695), which is their product.
 
-Wanda and N:M compare inside an output row, as in the paper; magnitude at a ratio compares over the whole matrix. So do
-blocks, of which a row has too few to hit a ratio: a block's score is the L2 norm of the scores in it.
+The activation norm is the L2 norm of an input feature over the calibration text, so a mask by it removes whole input features
+of a matrix; it is the score of structural cuts (Minitron, arXiv 2407.14679). N:M, Wanda and activation at a ratio compare
+inside an output row, magnitude at a ratio over the whole matrix. So do blocks, of which a row has too few to hit a ratio: a
+block's score is the L2 norm of the scores in it. A threshold compares with the root mean square of the matrix's scores.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from paretune.spaces.candidate import BLOCK, Pattern, group_for
 def mask_for(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | None) -> torch.Tensor:
     """Boolean mask of `weight` [N, K], True where it stays.
 
-    `input_norm` [K] is the L2 norm of every input feature over the calibration text; needed for "wanda".
-    Raises ValueError if the score lacks it, if K is no multiple of 4 for 2:4 or of 16 for blocks, and for "sparsegpt", which
-    does more than mask.
+    `input_norm` [K] is the L2 norm of every input feature over the calibration text; needed for "wanda" and "activation".
+    A "given" mask is where `weight` is not zero. Raises ValueError if the score lacks its norms, if K is no multiple of 4 for
+    2:4 or of 16 for blocks, and for "sparsegpt", which does more than mask.
     """
     if pattern.kind == "none":
         return torch.ones_like(weight, dtype=torch.bool)
+    if pattern.kind == "given":
+        return weight != 0
     score = _score(weight, pattern, input_norm)
     if pattern.kind == "2:4":
         return two_of_four(score)
@@ -29,7 +33,9 @@ def mask_for(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | 
         blocks = score.view(n, k // width, width).norm(dim=-1)
         kept = keep_largest(blocks.reshape(1, -1), round(pattern.ratio * blocks.numel()))
         return kept.view_as(blocks).repeat_interleave(width, 1)
-    if pattern.score == "wanda":
+    if pattern.kind == "threshold":
+        return score >= pattern.threshold * score.square().mean().sqrt()
+    if pattern.score != "magnitude":
         return keep_largest(score, round(pattern.ratio * score.shape[1]))
     return keep_largest(score.reshape(1, -1), round(pattern.ratio * score.numel())).view(weight.shape)
 
@@ -46,8 +52,8 @@ def _score(weight: torch.Tensor, pattern: Pattern, input_norm: torch.Tensor | No
     if pattern.score == "magnitude":
         return magnitude
     if input_norm is None:
-        raise ValueError("the Wanda score needs the input norms of a calibration run, but got none")
-    return magnitude * input_norm
+        raise ValueError(f"the {pattern.score} score needs the input norms of a calibration run, but got none")
+    return magnitude * input_norm if pattern.score == "wanda" else input_norm.float().expand_as(magnitude)
 
 
 def two_of_four(score: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 The cost of an entry is w² / U[j, j]² with U the factor of the inverse Hessian, as in the paper's algorithm; that of a block of
 columns S is |U[S, S]^-T w_S|², of which the paper's is the case of one column. Both are what the output loses when the
 entries go and all later columns adapt. Which entries go is decided at the start of every 128 columns (every 4 for 2:4), over
-all rows together, so each such chunk loses the same share.
+all rows together, so each such chunk loses the same share; at a threshold, what costs less than its square times the mean
+cost of the untouched matrix goes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ CHUNK = 128
 def sparsegpt(weight: torch.Tensor, gram: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask (True where it stays) and compensated weights [N, K] of `weight`, given the Gram matrix [K, K] of its inputs.
 
-    The pattern's score is not looked at. Raises ValueError if `gram` is not finite or K does not fit the pattern.
+    The pattern's score is not looked at. Raises ValueError if `gram` is not finite, K does not fit the pattern, or the mask is a
+    given one, which needs no scores.
     """
     if pattern.kind == "none":
         return torch.ones_like(weight, dtype=torch.bool), weight
+    if pattern.kind == "given":
+        raise ValueError("SparseGPT decides what goes, but the pattern is a given mask: call mask_for() instead")
     k = weight.shape[1]
     step, width = 4 if pattern.kind == "2:4" else CHUNK, block_width(pattern, k)
     if k % 4 and pattern.kind == "2:4":
@@ -31,6 +35,7 @@ def sparsegpt(weight: torch.Tensor, gram: torch.Tensor, pattern: Pattern) -> tup
     upper = inverse_factor(gram).float()
     left = weight.detach().float().T.clone(memory_format=torch.contiguous_format)  # [K, N]
     mask = torch.ones_like(left, dtype=torch.bool)
+    limit = pattern.threshold**2 * float(_cost(left, upper, 1).mean()) if pattern.kind == "threshold" else 0.0
     for start in range(0, k, CHUNK):
         end = min(start + CHUNK, k)
         errors = torch.zeros(end - start, left.shape[1])
@@ -38,7 +43,8 @@ def sparsegpt(weight: torch.Tensor, gram: torch.Tensor, pattern: Pattern) -> tup
             if j % step == 0:
                 stop = min(j + step, end)
                 cost = _cost(left[j:stop], upper[j:stop, j:stop], width)
-                mask[j:stop] = _cheapest_go(cost, pattern, j // width).repeat_interleave(width, 0)
+                kept = cost >= limit if pattern.kind == "threshold" else _cheapest_go(cost, pattern, j // width)
+                mask[j:stop] = kept.repeat_interleave(width, 0)
             errors[j - start] = left[j] * ~mask[j] / upper[j, j]
             left[j] *= mask[j]
             left[j + 1 : end] -= torch.outer(upper[j, j + 1 : end], errors[j - start])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json
+from paretune.cli_options import HOME, Home, Json, fraction
 from paretune.cli_study import status_of
 from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
 
@@ -25,15 +25,20 @@ def search(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
     teacher: Annotated[
-        str | None, typer.Option(
-            help="stdlib-coder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3), or plugin:NAME (plugin:MODULE:CLASS)."
+        str | None,
+        typer.Option(
+            help="stdlib-coder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2), or plugin:NAME (plugin:MODULE:CLASS)."
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
     profile: Annotated[str | None, typer.Option(help="Target machine: a name or a YAML file.")] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe or nsga2.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.")] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     study: Annotated[
         str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
@@ -56,6 +61,7 @@ def search(
         "profile": profile,
         "budget": budget,
         "sampler": sampler,
+        "max_loss": fraction(max_loss, "--max-loss"),
         "seed": seed,
     }
     spec = make_spec(spec_file, preset, options)
@@ -152,6 +158,10 @@ def _show_plan(plan: Plan, json: bool) -> None:
     print_text(
         f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
         f"confirmed, and for more of them, {plan.most_finalists} at most, if they take less"
+    )
+    print_text(
+        f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so "
+        + ("mild cuts only, at least three quarters of every width" if plan.mild else "all sizes down to a quarter of the widths")
     )
     print_text(
         f"disk about {plan.disk_bytes / 1e9:.1f} GB ({plan.free_disk_bytes / 1e9:.0f} GB free), memory about {plan.memory_bytes / 1e9:.1f} GB "

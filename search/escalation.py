@@ -1,0 +1,135 @@
+"""Whether a candidate deserves quantization-aware training: post-training quantization is tried first, its result decides.
+
+By value (the default): training under the rounding can at best give back what rounding took. So it is spent only on
+candidates that would be non-dominated with their *unquantized* quality at their *quantized* latency and size, and whose
+rounding costs something at all. With `max_loss` the classical rule: only where the loss after post-training quantization is
+more than that. Values in, decision out; every decision has its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from paretune.search.front import Vector, dominates, non_dominated
+from paretune.spaces.candidate import FP32, Candidate
+
+UNITS = {"nll": "nats/token", "decode_ms_per_token": "ms/token", "ttft_ms": "ms to the first token"}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What post-training quantization made of a student: mean NLL in nats/token on the search split, with rounding and without.
+
+    `cost_low` is the lower end of the paired interval of their difference; at or below 0 the difference may be chance.
+    """
+
+    ptq_nll: float
+    unquantized_nll: float
+    cost_low: float
+
+
+@dataclass(frozen=True)
+class Stakes:
+    """What the director knows: the objectives (all minimized), the candidate's estimated values and the confirmed front's.
+
+    `teacher_search` and `teacher_report` are the fp32 teacher's NLL on the two splits; `max_loss` is a fraction of the first.
+    """
+
+    objectives: tuple[str, ...]
+    estimate: Vector
+    front: tuple[Vector, ...]
+    teacher_search: float
+    teacher_report: float
+    max_loss: float | None = None
+
+    @classmethod
+    def of(cls, objectives: tuple[str, ...], estimate: Vector, confirmed: list[Vector], **rest: Any) -> Stakes:
+        """With the non-dominated ones of all `confirmed` vectors as the front."""
+        return cls(objectives, estimate, tuple(confirmed[i] for i in non_dominated(confirmed)), **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Stakes:
+        vectors = {"estimate": tuple(data["estimate"]), "front": tuple(tuple(v) for v in data["front"])}
+        return cls(**{**data, **vectors, "objectives": tuple(data["objectives"])})
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """`qat`: whether to train under the rounding. `reason` is never empty."""
+
+    qat: bool
+    reason: str
+
+
+def escalate(tried: Tried, stakes: Stakes) -> Escalation:
+    """The decision for one candidate."""
+    if stakes.max_loss is not None:
+        return _classical(tried, stakes.teacher_search, stakes.max_loss)
+    cost = tried.ptq_nll - tried.unquantized_nll
+    if tried.cost_low <= 0:
+        return Escalation(
+            False, f"rounding costs {cost:+.4f} nats/token, which may be chance: there is nothing to win back"
+        )
+    best = _optimistic(tried, stakes)
+    better = next((v for v in stakes.front if dominates(v, best)), None)
+    if better is not None:
+        return Escalation(
+            False,
+            f"even with its unquantized quality ({_told(stakes.objectives, best)}) it would be dominated by a confirmed "
+            f"candidate ({_told(stakes.objectives, better)})",
+        )
+    return Escalation(
+        True,
+        f"with its unquantized quality at its quantized cost ({_told(stakes.objectives, best)}) it would be non-dominated, "
+        f"and rounding costs {cost:+.4f} nats/token",
+    )
+
+
+def may_escalate(candidate: Candidate) -> bool:
+    """Whether training may see the rounding at all: 4-bit layers, unless GPTQ finds the codes."""
+    forms = [f for layer in candidate.layers for f in (layer.attention_format, layer.ffn_format)]
+    return not candidate.uses_gptq and any(f.bits < 8 for f in forms)
+
+
+def not_eligible(candidate: Candidate) -> Escalation:
+    """Why a candidate that cannot be trained under its rounding is not."""
+    if not candidate.is_quantized:
+        return Escalation(False, "nothing is quantized")
+    if candidate.uses_gptq:
+        return Escalation(False, "its codes come from GPTQ, which rounds after training")
+    return Escalation(False, "its layers have 8 bits or more: what rounding costs there is less than training moves")
+
+
+def unrounded(candidate: Candidate) -> Candidate:
+    """The same student with every matrix in fp32."""
+    layers = tuple(replace(x, attention_format=FP32, ffn_format=FP32) for x in candidate.layers)
+    return replace(candidate, layers=layers, head_format=FP32, embedding_format=FP32)
+
+
+def _classical(tried: Tried, teacher: float, max_loss: float) -> Escalation:
+    loss = tried.ptq_nll / teacher - 1
+    told = f"post-training quantization loses {loss:.2%} of the teacher's NLL"
+    if loss > max_loss:
+        return Escalation(True, f"{told}, more than the {max_loss:.2%} that --max-loss allows")
+    return Escalation(False, f"{told}, within the {max_loss:.2%} that --max-loss allows")
+
+
+def _optimistic(tried: Tried, stakes: Stakes) -> Vector:
+    """The estimated vector with the best NLL that training under the rounding can hope for, on the report split."""
+    measured = stakes.teacher_report + tried.unquantized_nll - stakes.teacher_search
+    return tuple(
+        min(value, measured) if name == "nll" else value
+        for name, value in zip(stakes.objectives, stakes.estimate, strict=True)
+    )
+
+
+def _told(objectives: tuple[str, ...], vector: Vector) -> str:
+    return ", ".join(
+        f"{value / 1e6:.2f} MB" if name.endswith("bytes") else f"{value:.3f} {UNITS[name]}"
+        for name, value in zip(objectives, vector, strict=True)
+    )
