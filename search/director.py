@@ -79,7 +79,9 @@ class Director:
 
     def seeds(self) -> list[AnyCandidate]:
         """The user's and textbook candidates that are not explored yet; they come before the sampler's."""
-        own: list[AnyCandidate] = list(student_seeds(self.space, self.spec.student_configs)) if isinstance(self.space, Space) else []
+        own: list[AnyCandidate] = []
+        if isinstance(self.space, Space):
+            own += student_seeds(self.space, self.spec.student_configs)
         found = (*own, *textbook_candidates(self.space))
         return [c for c in dict.fromkeys(found) if c.key not in self.ledger.rows]
 

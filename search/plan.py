@@ -114,7 +114,7 @@ def make_plan(
         available_memory(),
         tuple(notes),
         spec.most_finalists,
-        training_tokens_per_parameter(spec, teacher, profile),
+        training_tokens_per_parameter(spec, teacher, profile) if isinstance(teacher, Teacher) else 0.0,
         space.mild,
     )
 

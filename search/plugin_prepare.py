@@ -29,6 +29,10 @@ def prepare_plugin(spec: Spec, home: Path) -> Ready:
             f"a plug-in brings its own data, but got --data {spec.data}",
             "leave --data out, or change the plug-in's batches",
         )
+    if spec.sampler == "sequential":
+        raise UsageError(
+            "the sequential sampler orders a decoder's axes, but the teacher is a plug-in", "use tpe or nsga2"
+        )
     folder = Path.cwd()
     teacher = PluginTeacher(find_plugin(spec.teacher, folder))
     notes = check_plugin(teacher)

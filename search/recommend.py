@@ -206,4 +206,6 @@ def _plain(name: str, value: float) -> str:
         return f"{value / 1e6:.2f} MB"
     if name == "relative_loss":
         return f"{value:.1%}"
-    return f"{value:.3f}" + (" ms" if "ms" in name else "")
+    if "ms" in name:
+        return f"{value:.3f} ms"
+    return f"{value:.3f}" if name in LABELS else f"{value:.4g}"

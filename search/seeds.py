@@ -7,7 +7,6 @@ from dataclasses import replace
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.kinds import AnyCandidate, AnySpace
 from paretune.spaces.module_space import ModuleSpace
-from paretune.spaces.space import Space
 
 
 def textbook_candidates(space: AnySpace) -> list[AnyCandidate]:

@@ -80,6 +80,8 @@ def test_the_settings_follow_from_the_plugin(prepared: tuple[Ready, Path]) -> No
     assert ready.plan.text_unit == "examples"
     with pytest.raises(UsageError, match="brings its own data"):
         prepare(ready.spec.model_copy(update={"data": "text.txt"}), Path("unused"))
+    with pytest.raises(UsageError, match="sequential sampler orders a decoder's axes"):
+        prepare(ready.spec.model_copy(update={"sampler": "sequential"}), prepared[1])
     wrong = Spec.model_validate({**SPEC, "objectives": ["nll", "forward_ms"]})
     with pytest.raises(UsageError, match="objectives of this plug-in are squared_error and others of forward_ms"):
         prepare(wrong, prepared[1])
