@@ -39,7 +39,8 @@ def check_tensors(stored: dict[str, Stored], shape: Shape, folder: Path) -> None
                 f"tensor {name} must have shape {size} by config.json, but has {actual[name]}",
                 "use the matching config.json",
             )
-        _check_numbers(name, tensors[name if name in tensors else name + ORIGINAL])
+        held = name if name in tensors else name + ORIGINAL
+        _check_numbers(held, tensors[held])
     _check_head(tensors, shape, folder)
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from paretune import cli, cli_search, console
-from paretune.objectives.figures import Figures
 from paretune.hardware_profiles import EnvironmentProblem, UsageError
+from paretune.objectives.figures import Figures
 from paretune.search import cluster
 from paretune.search.store import Store
 

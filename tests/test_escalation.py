@@ -113,7 +113,7 @@ def searched(home: Path, **options: Any) -> tuple[list[tuple[Work, Outcome]], St
 
 @pytest.fixture(scope="module")
 def by_value(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Work, Outcome]], Store]:
-    return searched(tmp_path_factory.mktemp("value"))
+    return searched(tmp_path_factory.mktemp("value"), seed=1)  # of seeds 0 … 6 four have candidates that stay with PTQ
 
 
 def unquantized_at_its_cost(work: Work) -> tuple[float, ...]:
