@@ -17,7 +17,7 @@ import onnx
 import torch
 
 from benchmarks.common import Figure, figure
-from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
+from paretune.compression.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.export import graph
 from paretune.compression.export.graph import build_model
 from paretune.compression.prune import layer_statistics, mask_for
@@ -42,7 +42,7 @@ def quantize_seconds_per_100m_params() -> Iterator[Figure]:
 
         def run(candidate: Candidate = candidate, algorithm: str = algorithm) -> None:
             if algorithm == "gptq":
-                gptq_codes(network, weights, candidate, ids)
+                calibrated_codes(network, weights, candidate, ids)
             else:
                 for name, own in matmul_formats(candidate).items():
                     if own.bits != 32:

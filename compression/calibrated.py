@@ -1,4 +1,4 @@
-"""Second-order methods over a whole student: one run of the calibration text, every matrix treated as its inputs pass.
+"""Calibrated methods over a whole student: one run of the calibration text, every matrix treated as its inputs pass.
 
 Inputs are those of the student as it is given, not of one whose earlier layers are already changed; that keeps it to one
 pass, and the matrices independent of each other.
@@ -7,43 +7,59 @@ pass, and the matrices independent of each other.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from paretune.compression.hessian import each_input, gram_of
 from paretune.compression.prune.sparsegpt import sparsegpt
+from paretune.compression.quantize.clip import search_scales
 from paretune.compression.quantize.gptq import gptq
-from paretune.compression.quantize.grid import Quantized
+from paretune.compression.quantize.grid import Quantized, quantize
+from paretune.compression.quantize.per_tensor import static_scale
 from paretune.compression.student import ATTENTION, EMBEDDING, FFN, Network, matmul_formats
-from paretune.spaces.candidate import Candidate, Pattern
+from paretune.spaces.candidate import Candidate, Format, Pattern
 
 Weights = Mapping[str, torch.Tensor]
 
 
-def gptq_codes(network: Network, weights: Weights, candidate: Candidate, ids: torch.Tensor) -> dict[str, Quantized]:
-    """Codes of every matrix whose format asks for GPTQ, by weight name; nothing is run if none does.
+def calibrated_codes(
+    network: Network, weights: Weights, candidate: Candidate, ids: torch.Tensor
+) -> dict[str, Quantized]:
+    """Codes of every matrix whose format needs calibration text, by weight name; nothing is run if none does.
 
     `weights` are the student's, masked and unquantized. In a sparse layer whatever is zero stays zero.
     """
     found: dict[str, Quantized] = {}
-    if not candidate.uses_gptq:
+    if not candidate.needs_calibration:
         return found
     forms, patterns = matmul_formats(candidate), _patterns(candidate)
 
     def use(names: tuple[str, ...], x: torch.Tensor) -> None:
         form = forms[names[0]]
-        if form.algorithm != "gptq":
+        if not form.needs_calibration:
             return
         rows = torch.cat([weights.get(name, weights[EMBEDDING]) for name in names])  # only a tied head has no weight
         mask = rows != 0 if patterns.get(names[0], Pattern()).kind != "none" else None
-        whole, start = gptq(rows, gram_of(x), form, mask), 0
+        whole, start = _codes(rows, form, x, mask), 0
         for name in names:
             end = start + len(weights.get(name, weights[EMBEDDING]))
-            found[name] = Quantized(whole.codes[start:end], whole.scales[start:end], whole.bits, whole.group_size)
+            found[name] = replace(whole, codes=whole.codes[start:end], scales=whole.scales[start:end])
             start = end
 
     each_input(network, weights, ids, use)
     return found
+
+
+def _codes(rows: torch.Tensor, form: Format, x: torch.Tensor, mask: torch.Tensor | None) -> Quantized:
+    """Codes of `rows` [N, K] by the format's algorithm, with the scale of its static activations, from the inputs x [..., K]."""
+    if form.algorithm == "gptq":
+        found = gptq(rows, gram_of(x), form, mask)
+    elif form.algorithm == "clip":
+        found = search_scales(rows, form, x.float().square().flatten(0, -2).mean(0))
+    else:
+        found = quantize(rows, form)
+    return replace(found, input_scale=static_scale(x)) if form.activation == "static" else found
 
 
 def sparsegpt_weights(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +18,14 @@ import torch
 from torch import nn
 
 from paretune.compression.gpt2 import MODULES_OF_GPT2, as_linears
-from paretune.compression.quantize.grid import Quantized, fake_quantize, fake_quantize_activations, quantize
+from paretune.compression.quantize.grid import (
+    Quantized,
+    activation_block,
+    fake_quantize,
+    fake_quantize_activations,
+    quantize,
+)
+from paretune.compression.quantize.per_tensor import fake_quantize_dynamic, fake_quantize_static
 from paretune.spaces.candidate import Candidate, Format, Layer, Shape, group_for
 from paretune.teachers.families import Family, family_of, standard_family
 from paretune.teachers.layout import stored_name
@@ -29,9 +37,10 @@ GATE = "mlp.gate_proj"
 LOGITS_AT_ONCE = 2**24
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Codes that were found by more than rounding (GPTQ), by weight name.
+# Codes that were found on calibration text (GPTQ, clipping, static activation scales), by weight name.
 Codes = Mapping[str, Quantized]
 NO_CODES: Codes = MappingProxyType({})
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 def student_family(candidate: Candidate, shape: Shape) -> Family:
@@ -130,20 +139,26 @@ class Network:
         return f"h.{layer}.{MODULES_OF_GPT2[part]}.{kind}"
 
     @contextlib.contextmanager
-    def activations(self, candidate: Candidate) -> Iterator[None]:
-        """Round activations to int8 per group in front of every matrix whose format says so."""
+    def activations(self, candidate: Candidate, codes: Codes = NO_CODES) -> Iterator[None]:
+        """Round activations to 8 bits in front of every matrix whose format says so.
+
+        `codes` have the scales of static ones. Raises ValueError if they are missing.
+        """
         handles = []
-        for module, spec in zip(self.layers, candidate.layers, strict=True):
-            for norm, inner, form in (
-                ("input_layernorm", "self_attn.o_proj", spec.attention_format),
-                ("post_attention_layernorm", "mlp.down_proj", spec.ffn_format),
+        for i, (module, spec) in enumerate(zip(self.layers, candidate.layers, strict=True)):
+            for norm, reader, inner, form in (
+                ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj", spec.attention_format),
+                ("post_attention_layernorm", "mlp.up_proj", "mlp.down_proj", spec.ffn_format),
             ):
-                if form.activation == "int8":
-                    handles.append(self.part(module, norm).register_forward_hook(_round_output(form)))
-                    handles.append(self.part(module, inner).register_forward_pre_hook(_round_input(form)))
-        if candidate.head_format.activation == "int8":
+                if form.activation != "fp32":
+                    outer = activation_rounding(f"model.layers.{i}.{reader}.weight", form, codes)
+                    handles.append(self.part(module, norm).register_forward_hook(_round_output(outer)))
+                    own = activation_rounding(f"model.layers.{i}.{inner}.weight", form, codes)
+                    handles.append(self.part(module, inner).register_forward_pre_hook(_round_input(own)))
+        if candidate.head_format.activation != "fp32":
             final = self.model.get_submodule("ln_f" if self.gpt2 else "norm")
-            handles.append(final.register_forward_hook(_round_output(candidate.head_format)))
+            rounding = activation_rounding(HEAD, candidate.head_format, codes)
+            handles.append(final.register_forward_hook(_round_output(rounding)))
         try:
             yield
         finally:
@@ -167,14 +182,14 @@ def quantized_weights(
 ) -> dict[str, torch.Tensor]:
     """Fake-quantized weights of a student, head and embedding as tensors of their own.
 
-    `codes` are those of the matrices whose format says "gptq"; everything else is rounded to nearest, with gradients.
+    `codes` are those of the matrices whose format needs calibration; everything else is rounded to nearest, with gradients.
     """
     found = dict(weights)
     for name, form in matmul_formats(candidate).items():
         if name not in weights and name.endswith(f"{GATE}.weight"):
             continue  # a family without gate; where one is missing by mistake the forward pass meets a meta tensor
         weight = weights.get(name, weights[EMBEDDING]) if name == HEAD else weights[name]
-        if form.algorithm == "gptq":
+        if form.needs_calibration:
             found[name] = codes_of(name, weight, form, codes).dequantize()
         else:
             found[name] = fake_quantize(weight, form)
@@ -183,14 +198,14 @@ def quantized_weights(
 
 
 def codes_of(name: str, weight: torch.Tensor, form: Format, codes: Codes) -> Quantized:
-    """The codes of one matrix that ship: ready ones for "gptq", else `weight` rounded to nearest.
+    """The codes of one matrix that ship: ready ones where calibration found them, else `weight` rounded to nearest.
 
     Raises ValueError if ready ones are missing or on another grid, so that nothing ships under a wrong name.
     """
-    if form.algorithm == "rtn":
+    if not form.needs_calibration:
         return quantize(weight, form)
     if name not in codes:
-        raise ValueError(f"the format of {name} says GPTQ, so its codes must be given, but they are not")
+        raise ValueError(f"the format of {name} needs calibration, so its codes must be given, but they are not")
     found, wanted = codes[name], (weight.shape, form.bits, group_for(form.group_size, weight.shape[1]))
     if (found.codes.shape, found.bits, found.group_size) != wanted:
         raise ValueError(
@@ -205,15 +220,26 @@ def plain_candidate(shape: Shape, depth: int) -> Candidate:
     return Candidate((Layer(shape.ffn, shape.kv_heads),) * depth)
 
 
-def _round_output(form: Format) -> Any:
+def activation_rounding(name: str, form: Format, codes: Codes) -> Rounding:
+    """What the engine does to the inputs of the weight `name`."""
+    if form.activation == "dynamic":
+        return fake_quantize_dynamic
+    if form.activation == "static":
+        if name not in codes or not codes[name].input_scale > 0:
+            raise ValueError(f"the activations of {name} are static, so their scale must be given, but it is not")
+        return functools.partial(fake_quantize_static, scale=codes[name].input_scale)
+    return lambda x: fake_quantize_activations(x, activation_block(form, x.shape[-1]))
+
+
+def _round_output(rounding: Rounding) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return fake_quantize_activations(output, group_for(form.group_size, output.shape[-1]))
+        return rounding(output)
 
     return hook
 
 
-def _round_input(form: Format) -> Any:
+def _round_input(rounding: Rounding) -> Any:
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (fake_quantize_activations(inputs[0], group_for(form.group_size, inputs[0].shape[-1])), *inputs[1:])
+        return (rounding(inputs[0]), *inputs[1:])
 
     return hook

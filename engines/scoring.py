@@ -26,7 +26,8 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
 
     Writes npy files: `nll` [n] summed nats per window; with `reference` also `kl` [m] and `agree` [m] summed over the
     targets of the first m windows whose reference log-probabilities are in that file; with `save_reference` writes them.
-    With `start` and `stop` only those rows are scored and the rest of the files stays as an earlier request left it.
+    With `start` and `stop` only those rows are scored and the rest of the files stays as an earlier request left it; with `one_by_one`
+    no two windows share a run.
     """
     ids, targets = np.load(request["ids"], allow_pickle=False), np.load(request["targets"], allow_pickle=False)
     reference = np.load(request["reference"], mmap_mode="r", allow_pickle=False) if request.get("reference") else None
@@ -38,7 +39,7 @@ def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
             request["save_reference"], "w+" if first == 0 else "r+", np.float32, (m, ids.shape[1] - 1, decoder.vocab)
         )
     nll, kl, agree = (_begun(request.get(name), n, first) for name, n in (("nll", len(ids)), ("kl", m), ("agree", m)))
-    rows = max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
+    rows = 1 if request.get("one_by_one") else max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
     for start in range(first, last, rows):
         batch = ids[start : min(start + rows, last)]
         log_probs = log_softmax(decoder.logits(batch)[:, :-1])

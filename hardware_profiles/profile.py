@@ -10,16 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from paretune.hardware_profiles.detect import detect_local
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.kernels import ONNXRUNTIME_CPU, Kernel
 from paretune.hardware_profiles.yaml_file import dump_model, load_model
 
 LOCAL = "local-cpu"
 
 
 class Profile(BaseModel):
-    """What a target is and what it executes fast.
+    """What a target is and what it executes.
 
-    `weight_formats` lists `<weights>/<activations>` pairs that its engine has a kernel for; a pair that is missing is not
-    proposed. `sparse_patterns` lists the patterns that a kernel exploits: any other gains bytes, never time.
+    `weight_formats` lists `<weights>/<activations>` pairs that its engine has a kernel for (kernels.py says what each does); a
+    pair that is missing is not proposed, and of the others only those of the precisions that a search asks for.
+    `sparse_patterns` lists the patterns that a kernel exploits: any other gains bytes, never time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,12 +35,7 @@ class Profile(BaseModel):
     cpu: str
     isa: tuple[str, ...] = ()
     memory_bytes: int = Field(gt=0)
-    weight_formats: tuple[Literal["fp32/fp32", "int8/int8", "int8/fp32", "int4/int8", "int4/fp32"], ...] = (
-        "fp32/fp32",
-        "int8/int8",
-        "int4/int8",
-        "int4/fp32",
-    )
+    weight_formats: tuple[Kernel, ...] = tuple(ONNXRUNTIME_CPU)
     sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
     source: str
 

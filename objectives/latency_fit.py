@@ -12,12 +12,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from paretune.hardware_profiles.kernels import STORAGE_ONLY
 from paretune.objectives.measurement import Measurement
-from paretune.spaces.candidate import Candidate, Shape
+from paretune.spaces.candidate import Candidate, Format, Shape
 from paretune.spaces.kinds import AnyCandidate, AnyShape, AnySpace
 from paretune.spaces.module_candidate import ModuleCandidate, ModuleShape
 
-KERNELS = ("fp32/fp32", "int8/int8", "int8/fp32", "int4/int8", "int4/fp32")
+# Kernels with a cost of their own, and the bits of their weights. Weights that are only stored in 16 bits cost what fp32 does.
+KERNEL_BITS = {
+    "fp32/fp32": 32,
+    "int8/int8": 8,
+    "int8/fp32": 8,
+    "int4/int8": 4,
+    "int4/fp32": 4,
+    "int8/dynamic": 8,
+    "int8/static": 8,
+    "int2/int8": 2,
+    "int2/fp32": 2,
+}
 MIN_POINTS = 2
 FOLDS = 5
 Array = npt.NDArray[np.float64]
@@ -35,25 +47,36 @@ class FitError:
     points: int
 
 
-def features(candidate: Candidate, shape: Shape) -> Array:
-    """The terms of one candidate, weights in millions. Zeros count in full: no kernel of the engine skips them."""
-    layer_weights, head_weights, cache = dict.fromkeys(KERNELS, 0.0), dict.fromkeys(KERNELS, 0.0), 0.0
+def weights_per_kernel(candidate: Candidate, shape: Shape) -> tuple[dict[str, float], dict[str, float]]:
+    """Millions of weights that each kernel multiplies by: those of the layers, and those of the head."""
+    layers, head = dict.fromkeys(KERNEL_BITS, 0.0), dict.fromkeys(KERNEL_BITS, 0.0)
     hidden = candidate.width(shape)
     for layer in candidate.layers:
-        kv = layer.kv_groups * shape.head_dim
-        q = kv * shape.heads_per_group
-        layer_weights[layer.attention_format.kernel] += 2 * hidden * (q + kv) / 1e6
-        layer_weights[layer.ffn_format.kernel] += shape.ffn_matrices * hidden * layer.ffn / 1e6
-        cache += kv / 1e3
-    head_weights[candidate.head_format.kernel] += shape.vocab * hidden / 1e6
-    return np.array([1.0, len(candidate.layers), *layer_weights.values(), *head_weights.values(), cache])
+        width = layer.kv_groups * shape.head_dim * (shape.heads_per_group + 1)
+        layers[_computed(layer.attention_format)] += 2 * hidden * width / 1e6
+        layers[_computed(layer.ffn_format)] += shape.ffn_matrices * hidden * layer.ffn / 1e6
+    head[_computed(candidate.head_format)] += shape.vocab * hidden / 1e6
+    return layers, head
+
+
+def features(candidate: Candidate, shape: Shape) -> Array:
+    """The terms of one candidate, weights in millions. Zeros count in full: no kernel of the engine skips them."""
+    layers, head = weights_per_kernel(candidate, shape)
+    cache = sum(layer.kv_groups * shape.head_dim for layer in candidate.layers) / 1e3
+    return np.array([1.0, len(candidate.layers), *layers.values(), *head.values(), cache])
 
 
 def params_times_bits(candidate: Candidate, shape: Shape) -> float:
     """The naive proxy that a latency model has to beat: megabits of weights read per token."""
-    found = features(candidate, shape)
-    bits = [32, 8, 8, 4, 4]
-    return float(found[2:7] @ bits + found[7:12] @ bits)
+    return sum(
+        millions * KERNEL_BITS[kernel]
+        for found in weights_per_kernel(candidate, shape)
+        for kernel, millions in found.items()
+    )
+
+
+def _computed(form: Format) -> str:
+    return STORAGE_ONLY.get(form.kernel, form.kernel)
 
 
 def terms(candidate: AnyCandidate, shape: AnyShape) -> Array:

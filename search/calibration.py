@@ -65,8 +65,8 @@ class Calibration:
 
 
 def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
-    """What the correction depends on: level, rung-0 value (bent), sparsity, 4-bit weights (GPTQ has repaired beforehand what
-    training under the rounding would), how much was cut away."""
+    """What the correction depends on: level, rung-0 value (bent), sparsity, weights of 4 bits or fewer (GPTQ and clipping have repaired
+    beforehand what training under the rounding would), how much was cut away."""
     if candidate is None:
         return np.zeros(7)
     first = candidate.layers[0]
@@ -79,8 +79,8 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
             rung0 / (1 + rung0),
             first.pattern.ratio * rung0,
             float(first.pattern.kind == "2:4") * 0.3,
-            sum(f.bits == 4 for f in formats) / 3 * 0.3,
-            sum(f.algorithm == "gptq" for f in formats) / 3 * 0.3,
+            sum(f.bits <= 4 for f in formats) / 3 * 0.3,
+            sum(f.algorithm != "rtn" for f in formats) / 3 * 0.3,
             (1 - kept) * 0.5,
         ]
     )

@@ -93,14 +93,14 @@ def escalate(tried: Tried, stakes: Stakes) -> Escalation:
 def may_escalate(candidate: Candidate) -> bool:
     """Whether training may see the rounding at all: 4-bit layers, unless GPTQ finds the codes."""
     forms = [f for layer in candidate.layers for f in (layer.attention_format, layer.ffn_format)]
-    return not candidate.uses_gptq and any(f.bits < 8 for f in forms)
+    return not candidate.needs_calibration and any(f.bits < 8 for f in forms)
 
 
 def not_eligible(candidate: Candidate) -> Escalation:
     """Why a candidate that cannot be trained under its rounding is not."""
     if not candidate.is_quantized:
         return Escalation(False, "nothing is quantized")
-    if candidate.uses_gptq:
+    if candidate.needs_calibration:
         return Escalation(False, "its codes come from GPTQ, which rounds after training")
     return Escalation(False, "its layers have 8 bits or more: what rounding costs there is less than training moves")
 

@@ -114,7 +114,7 @@ class Evaluator:
             if value.ndim == 2 and name not in (EMBEDDING, POSITIONS):
                 effective[name] = value.to(torch.bfloat16)  # in place, so that the two sets never exist side by side
         sums = np.zeros(len(windows.ids))
-        with torch.autocast("cpu", torch.bfloat16), network.activations(candidate):
+        with torch.autocast("cpu", torch.bfloat16), network.activations(candidate, codes):
             for start in range(0, len(windows.ids), SCORE_BATCH):
                 ids = torch.from_numpy(windows.ids[start : start + SCORE_BATCH])
                 loss = network.token_losses(effective, ids)
@@ -205,6 +205,7 @@ class Evaluator:
         )
         out = {name: str(space.folder / "work" / f"{name}-{candidate.key}.npy") for name in ("nll", "kl", "agree")}
         request = {"ids": str(ids), "targets": str(targets), "reference_windows": m, **out}
+        request["one_by_one"] = candidate.uses_dynamic_activations  # their scale is that of all windows in a run
         request["save_reference" if is_teacher else "reference"] = str(reference)
         with EngineChild(space.profile.cores) as child:
             child.ask(do="load", path=str(model), threads=space.profile.cores)

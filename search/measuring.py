@@ -27,9 +27,9 @@ class Measuring(Visits):
         """A graph with the sorted teacher's weights: values do not change the time."""
         weights, order = self.space.sorted_teacher
         shape = self.space.teacher.shape
-        graph = build_model(
-            slice_weights(weights, candidate, order, shape), candidate, self.space.teacher.config, shape
-        )
+        sliced = slice_weights(weights, candidate, order, shape)
+        codes = self.space.codes(candidate, sliced)
+        graph = build_model(sliced, candidate, self.space.teacher.config, shape, codes)
         save_model(graph, model)
 
     def fitted(self) -> None:

@@ -75,6 +75,11 @@ def prepare(spec: Spec, home: Path) -> Ready:
     profile = load_profile(spec.profile, home)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
+    if missing := spec.choices.missing(profile.weight_formats):
+        raise UsageError(
+            f"the profile {profile.name} has no kernel for {', '.join(missing)}",
+            "leave it out of `precisions`, or add its pair to the profile's weight_formats",
+        )
     space = Space.of(
         teacher.shape,
         profile.weight_formats,
@@ -82,6 +87,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         second_order=spec.second_order,
         hidden=spec.hidden,
         given=_has_given_masks(spec, teacher),
+        choices=spec.choices,
     )
     space = with_students(space, spec.student_configs)
     notes = []

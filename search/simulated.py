@@ -16,7 +16,7 @@ from typing import Any
 
 from paretune.compression.export.checksums import CHECKSUMS, sha256, write_checksums
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.latency_fit import features
+from paretune.objectives.latency_fit import weights_per_kernel
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements
 from paretune.search.escalation import Stakes, Tried, escalate, may_escalate, not_eligible, unrounded
@@ -28,7 +28,13 @@ from paretune.spaces.space import Space
 SHAPE = Shape(6, 256, 768, 8, 4, 32, 4096)
 TEACHER_NLL = {"search": 1.80, "report": 1.87}
 DOCUMENTS, TOKENS = 8, 1000
-COSTS = (0.1, 0.2, 0.04, 0.02, 0.02, 0.015, 0.012, 0.018, 0.012, 0.012, 0.008, 0.01, 0.005)
+CONSTANT_MS, LAYER_MS, CACHE_MS = 0.1, 0.2, 0.005
+# Milliseconds per million weights in the layers and in the head, bytes per weight, and nats lost per matrix kind.
+LAYER_COSTS = {"fp32/fp32": 0.04, "int8/int8": 0.02, "int8/fp32": 0.02, "int4/int8": 0.015, "int4/fp32": 0.012}
+HEAD_COSTS = {"fp32/fp32": 0.018, "int8/int8": 0.012, "int8/fp32": 0.012, "int4/int8": 0.008, "int4/fp32": 0.01}
+OTHER_COST = 0.02
+WEIGHT_BYTES = {2: 0.3, 4: 0.55, 8: 1.0, 16: 2.0, 32: 4.0}
+LOSS = {2: 0.2, 4: 0.012, 8: 0.0005, 16: 0.0, 32: 0.0}
 SECONDS = {"fit": 20.0, "elastic": 30.0, "rung0": 1.0, "recover": 9.0, "confirm": 5.0}
 SLEEP = "PARETUNE_SIMULATED_SLEEP"
 
@@ -54,6 +60,7 @@ class SimulatedEvaluator:
             SHAPE,
             Profile.model_validate(setup["profile"]).weight_formats,
             second_order=self.spec.second_order,
+            choices=self.spec.choices,
             hidden=self.spec.hidden,
         )
         self.log = folder / "simulated.log"
@@ -140,7 +147,7 @@ def loss(candidate: Candidate) -> float:
         + 0.8 * (1 - candidate.width(SHAPE) / SHAPE.hidden)
     )
     rounding = sum(
-        {4: 0.012, 8: 0.0005, 32: 0.0}[f.bits] * (0.7 if f.algorithm == "gptq" else 1.0)
+        LOSS[f.bits] * (1.0 if f.algorithm == "rtn" else 0.7)
         for f in (x.attention_format, x.ffn_format, candidate.head_format)
     )
     noise = int(hashlib.sha256(candidate.key.encode()).hexdigest()[:4], 16) / 65535
@@ -156,14 +163,27 @@ def recovered_loss(trained: Candidate, shipped: Candidate) -> float:
 
 def decode_ms(candidate: Candidate) -> float:
     """A linear law in the terms of the latency fit."""
-    return float(features(candidate, SHAPE) @ COSTS)
+    layers, head = weights_per_kernel(candidate, SHAPE)
+    cache = sum(x.kv_groups for x in candidate.layers) * SHAPE.head_dim / 1e3
+    products = sum(
+        millions * costs.get(kernel, OTHER_COST)
+        for found, costs in ((layers, LAYER_COSTS), (head, HEAD_COSTS))
+        for kernel, millions in found.items()
+    )
+    return CONSTANT_MS + LAYER_MS * len(candidate.layers) + CACHE_MS * cache + products
 
 
 def compressed_size(candidate: Candidate) -> float:
     """Bytes of weights by bits, zeros half as dear."""
-    found = features(candidate, SHAPE)
-    weights = found[2:7] @ (4, 1, 1, 0.55, 0.55) * (1 - 0.5 * candidate.layers[0].pattern.ratio)
-    return float(math.ceil(1e6 * (weights + found[7:12] @ (4, 1, 1, 0.55, 0.55) + candidate.embedding_format.bits / 8)))
+    first = candidate.layers[0]
+    attention = 2 * SHAPE.hidden * first.kv_groups * SHAPE.head_dim * (SHAPE.heads_per_group + 1)
+    layer = attention * WEIGHT_BYTES[first.attention_format.bits]
+    layer += 3 * SHAPE.hidden * first.ffn * WEIGHT_BYTES[first.ffn_format.bits]
+    tables = (
+        1e6 * candidate.embedding_format.bits / 8
+        + SHAPE.vocab * SHAPE.hidden * WEIGHT_BYTES[candidate.head_format.bits]
+    )
+    return float(math.ceil(len(candidate.layers) * layer * (1 - 0.5 * first.pattern.ratio) + tables))
 
 
 def _scores(split: str, increase: float) -> Scores:

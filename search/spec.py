@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.yaml_file import load_model
+from paretune.spaces.candidate import PER_CHANNEL, Algorithm
+from paretune.spaces.precision import DEFAULT_PRECISIONS, Precision, PrecisionChoices
 from paretune.teachers.plugin_name import is_plugin
 
 OBJECTIVES = ("nll", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes")  # of decoders
@@ -92,6 +94,8 @@ class Spec(BaseModel):
     `second_order` adds GPTQ and SparseGPT to the space; a candidate then takes longer to score. `hidden` adds cuts of the
     residual stream. `keep_zeros` takes the zeros of a pruned teacher as given masks, which a candidate can keep through
     recovery; masks that `torch.nn.utils.prune` left in the checkpoint are always taken.
+    `precisions` are those that may be proposed (spaces/precision.py says why not all are by default), `group_sizes` those of
+    integer weights, "channel" one per output row; `quantizers` may find the codes of int4 and int2 matrices.
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
     the sampler is kept below it and finalists come from below it. `sampler: sequential` searches one axis after the other
     (size, mask, precision) instead of jointly, for comparison; `reference` is what fronts are compared by.
@@ -114,6 +118,9 @@ class Spec(BaseModel):
         Field(default_factory=dict)
     )
     second_order: bool = False
+    precisions: tuple[Precision, ...] = DEFAULT_PRECISIONS
+    group_sizes: tuple[Literal[32, 64, 128, 256, "channel"], ...] = (32, 64, 128)
+    quantizers: tuple[Algorithm, ...] | None = None
     hidden: bool = False
     keep_zeros: bool = False
     loss_of_interest: float = Field(default=0.25, gt=0)
@@ -151,6 +158,32 @@ class Spec(BaseModel):
         if "nll" not in value or not set(value) <= set(OBJECTIVES):
             raise ValueError(f"objectives are nll and others of {', '.join(OBJECTIVES[1:])}")
         return value
+
+    @field_validator("precisions")
+    @classmethod
+    def _has_the_teachers_own(cls, value: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        if "fp32" not in value:
+            raise ValueError("fp32 must be among the precisions, because the fp32 teacher is what all is compared with")
+        return value
+
+    @field_validator("group_sizes")
+    @classmethod
+    def _has_a_size(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("at least one group size is needed")
+        return value
+
+    @field_validator("quantizers")
+    @classmethod
+    def _has_rounding(cls, value: tuple[Algorithm, ...] | None) -> tuple[Algorithm, ...] | None:
+        if value is not None and "rtn" not in value:
+            raise ValueError("rtn must be among the quantizers, because the baselines are rounded to nearest")
+        return value
+
+    @property
+    def choices(self) -> PrecisionChoices:
+        sizes = tuple(PER_CHANNEL if size == "channel" else size for size in self.group_sizes)
+        return PrecisionChoices(self.precisions, sizes, self.quantizers)
 
     @property
     def budget_s(self) -> float:

@@ -15,6 +15,7 @@ from paretune.search.database import is_taken
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
 from paretune.search.store import Store
+from paretune.spaces.candidate import ALGORITHM_NAMES
 from paretune.spaces.kinds import AnyCandidate
 from paretune.spaces.module_candidate import ModuleCandidate
 
@@ -69,7 +70,8 @@ class Point:
         if self.source == "baseline":
             return f"teacher {self.candidate.head_format.name}"
         sparse = "" if x.pattern.kind == "none" else f" {x.pattern.name}"
-        formats = f"{x.attention_format.name}/{x.ffn_format.name}{' GPTQ' if self.candidate.uses_gptq else ''}"
+        found_by = ALGORITHM_NAMES[self.candidate.quantizer]
+        formats = f"{x.attention_format.name}/{x.ffn_format.name}{f' {found_by}' if found_by else ''}"
         hidden = f" H{self.candidate.hidden}" if self.candidate.hidden else ""
         return f"L{len(self.candidate.layers)}{hidden} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 

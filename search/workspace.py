@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
+from paretune.compression.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.distill.elastic import ElasticRecipe, ElasticTrainer, elastic_key, order_of
 from paretune.compression.prune import (
     Importance,
@@ -103,6 +103,7 @@ class Workspace:
             self.spec.second_order,
             hidden=self.spec.hidden,
             given=given,
+            choices=self.spec.choices,
         )
         return with_students(space, self.spec.student_configs)
 
@@ -268,9 +269,9 @@ class Workspace:
         return self.teacher.masks(self.spec.keep_zeros)
 
     def codes(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> Codes:
-        """Codes by GPTQ of the matrices that want them, from the weights as they are now (masked, recovered or not)."""
+        """Codes of the matrices whose format needs calibration text, from the weights as they are now (masked, recovered or not)."""
         with _infeasible_when_impossible():
-            return gptq_codes(self.network(len(candidate.layers)), weights, candidate, self.calibration_ids)
+            return calibrated_codes(self.network(len(candidate.layers)), weights, candidate, self.calibration_ids)
 
     def _layer_statistics(self, candidate: Candidate, weights: Mapping[str, torch.Tensor]) -> list[LayerStatistics]:
         key = candidate.structure_key

@@ -8,15 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
-Bits = Literal[4, 8, 32]
-Activation = Literal["fp32", "int8"]
-Algorithm = Literal["rtn", "gptq"]
+Bits = Literal[2, 4, 8, 16, 32]
+Activation = Literal["fp32", "int8", "dynamic", "static"]
+Algorithm = Literal["rtn", "gptq", "clip"]
+Half = Literal["fp16", "bf16"]
 PatternKind = Literal["none", "2:4", "unstructured", "threshold", "block", "given"]
 Score = Literal["magnitude", "activation", "wanda", "sparsegpt"]
 
 # Width of a sparsity block: this many consecutive input features (along K) of one output row, as wide as the smallest
 # quantization group of the space, so that an empty block is one that an engine could skip with its scale.
 BLOCK = 32
+# Runs of K that the engine's integer kernels know, largest first.
+ENGINE_BLOCKS = (256, 128, 64, 32, 16)
+LARGEST_INT2_BLOCK = 128
+PER_CHANNEL = 0
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class Format:
-    """Precision of one matrix: weights of `bits` (32 means fp32) in symmetric groups along K, and what multiplies them.
+    """Precision of one matrix: weights of `bits` and what multiplies them.
 
-    `activation` "int8" means that the engine quantizes the activations per group (ONNX Runtime accuracy_level 4).
-    `algorithm` is how the codes are found: "rtn" rounds to nearest, "gptq" compensates on calibration text. Same grid, same
-    kernel; only the values differ.
+    16 bits are the floating-point type `half`, stored so and computed in fp32 where the engine has no arithmetic for it; 2, 4
+    and 8 bits are integers in symmetric groups of `group_size` along K, `PER_CHANNEL` (0): one group per output row.
+
+    `activation` "int8" means that the engine rounds the activations per group (ONNX Runtime accuracy_level 4); "dynamic" and
+    "static" that all of a tensor share one scale, taken from the tensor itself or from calibration text, for 8 bits per
+    channel. `algorithm` is how the codes are found: "rtn" rounds to nearest, "clip" searches each group's scale, "gptq"
+    compensates on calibration text. Same grid, same kernel; only the values differ.
     """
 
     bits: Bits = 32
     group_size: int = 0
     activation: Activation = "fp32"
     algorithm: Algorithm = "rtn"
+    half: Half = "fp16"
 
     @property
     def name(self) -> str:
-        return "fp32" if self.bits == 32 else f"int{self.bits}"
+        return self.half if self.bits == 16 else "fp32" if self.bits == 32 else f"int{self.bits}"
 
     @property
     def kernel(self) -> str:
@@ -84,9 +94,26 @@ class Format:
     @property
     def label(self) -> str:
         """For people: `int4`, or `int4 GPTQ`."""
-        return f"{self.name} GPTQ" if self.algorithm == "gptq" else self.name
+        return f"{self.name} {ALGORITHM_NAMES[self.algorithm]}".strip()
+
+    @property
+    def is_integer(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def is_per_tensor(self) -> bool:
+        """Whether one scale serves all activations of a matrix, which takes integer matrix products instead of MatMulNBits."""
+        return self.activation in ("dynamic", "static")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether codes or activation scale come from calibration text, so that they must be given when it is exported."""
+        return self.is_integer and (self.algorithm != "rtn" or self.activation == "static")
 
 
+# Settings that are left out of a candidate's JSON.
+DEFAULTS = (("algorithm", "rtn"), ("half", "fp16"), ("hidden", 0))
+ALGORITHM_NAMES = {"rtn": "", "gptq": "GPTQ", "clip": "clip"}
 FP32 = Format()
 
 
@@ -168,9 +195,9 @@ class Candidate:
             )
             for layer in self.layers
         )
-        embedding = replace(_repair(self.embedding_format, width), activation="fp32", algorithm="rtn")
+        embedding = _repair(replace(self.embedding_format, activation="fp32", algorithm="rtn"), width)
         head = _repair(self.head_format, width)
-        if shape.tied and (head.bits, head.group_size) == (embedding.bits, embedding.group_size):
+        if shape.tied and shares_table(head, embedding):
             head = replace(head, algorithm="rtn")
         return Candidate(layers, head, embedding, 0 if width == shape.hidden else width)
 
@@ -218,7 +245,21 @@ class Candidate:
     @property
     def uses_gptq(self) -> bool:
         """Whether any codes come from GPTQ."""
-        return any(f.algorithm == "gptq" for f in self._matmul_formats)
+        return self.quantizer == "gptq"
+
+    @property
+    def quantizer(self) -> Algorithm:
+        """How codes are found: the first algorithm that is more than rounding to nearest, if any."""
+        return next((f.algorithm for f in self._matmul_formats if f.algorithm != "rtn"), "rtn")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any matrix has codes or an activation scale from calibration text."""
+        return any(f.needs_calibration for f in self._matmul_formats)
+
+    @property
+    def uses_dynamic_activations(self) -> bool:
+        return any(f.activation == "dynamic" for f in self._matmul_formats)
 
     @property
     def _matmul_formats(self) -> list[Format]:
@@ -229,9 +270,8 @@ class Candidate:
         return any(layer.pattern.kind != "none" for layer in self.layers)
 
     def to_json(self) -> str:
-        """Round to nearest and the teacher's hidden width go without saying: candidates of versions that knew nothing else keep
-        their keys."""
-        return json.dumps(asdict(self, dict_factory=_without_rtn), sort_keys=True, separators=(",", ":"))
+        """What came later goes without saying at its default, so candidates of versions that knew nothing else keep their keys."""
+        return json.dumps(asdict(self, dict_factory=_without_defaults), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Candidate:
@@ -270,32 +310,62 @@ class Candidate:
             {
                 f.group_size
                 for f in (x.attention_format, x.ffn_format, self.head_format, self.embedding_format)
-                if f.bits != 32
+                if f.is_integer
             }
         )
-        group = f", groups of {'/'.join(map(str, groups))}" if groups else ""
+        sizes = "/".join(str(g) for g in groups if g != PER_CHANNEL)
+        group = (f", groups of {sizes}" if sizes else "") + (", per channel" if PER_CHANNEL in groups else "")
         return f"{size}; {x.pattern.name}; {formats}{group}{_activations(self)}"
 
 
-def _without_rtn(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in pairs if (name, value) not in (("algorithm", "rtn"), ("hidden", 0))}
+def _without_defaults(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if (name, value) not in DEFAULTS}
 
 
 def _activations(candidate: Candidate) -> str:
     formats = [candidate.head_format, candidate.layers[0].attention_format, candidate.layers[0].ffn_format]
-    kinds = sorted({f.activation for f in formats if f.bits != 32})
+    names = {"fp32": "fp32", "int8": "int8", "dynamic": "dynamic int8", "static": "static int8"}
+    kinds = sorted({names[f.activation] for f in formats if f.is_integer})
     return f", {'/'.join(kinds)} activations" if kinds else ""
+
+
+def shares_table(head: Format, embedding: Format) -> bool:
+    """Whether a tied head and embedding of these formats are one table in the file."""
+    if head.bits == 16:
+        return embedding.bits == 16 and head.half == embedding.half
+    same = (head.bits, head.group_size) == (embedding.bits, embedding.group_size)
+    return same and not head.is_per_tensor
 
 
 def _repair(form: Format, k: int) -> Format:
     if form.bits == 32:
         return FP32
-    return replace(form, group_size=group_for(form.group_size, k))
+    if form.bits == 16:
+        return Format(16, half=form.half)
+    if form.is_per_tensor:
+        if form.bits != 8:
+            raise ValueError(
+                f"{form.activation} activations take int8 weights, but got int{form.bits}: use int8 activations, per block"
+            )
+        return replace(form, group_size=PER_CHANNEL, half="fp16")
+    if form.group_size != PER_CHANNEL:
+        return replace(form, group_size=group_for(form.group_size, k), half="fp16")
+    block_for(PER_CHANNEL, k)
+    return replace(form, half="fp16")
 
 
 def group_for(group_size: int, k: int) -> int:
-    """The largest engine block (16 … 256) that is at most `group_size` and divides K."""
-    sizes = [size for size in (256, 128, 64, 32, 16) if size <= group_size and k % size == 0]
+    """The largest engine block (16 … 256) that is at most `group_size` and divides K; K itself for `PER_CHANNEL`."""
+    return k if group_size == PER_CHANNEL else block_for(group_size, k)
+
+
+def block_for(group_size: int, k: int, bits: int = 4) -> int:
+    """The block that the engine computes groups of `group_size` in: for `PER_CHANNEL` the largest that divides K.
+
+    Activations are rounded per block. 2-bit kernels know no block of 256. Raises ValueError if K is no multiple of 16.
+    """
+    most = min(group_size or ENGINE_BLOCKS[0], LARGEST_INT2_BLOCK if bits == 2 else ENGINE_BLOCKS[0])
+    sizes = [size for size in ENGINE_BLOCKS if size <= most and k % size == 0]
     if not sizes:
         raise ValueError(
             f"K must be a multiple of 16 to be quantized in groups, but got K={k}, group_size={group_size}"

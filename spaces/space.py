@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from paretune.spaces.candidate import (
     DENSE,
     FP32,
+    PER_CHANNEL,
     Activation,
     Algorithm,
     Candidate,
@@ -25,8 +27,10 @@ from paretune.spaces.candidate import (
     Shape,
     group_for,
 )
+from paretune.spaces.precision import DEFAULT_CHOICES, GROUP_SIZES, PrecisionChoices
 
-GROUP_SIZES = (32, 64, 128)
+__all__ = ["GROUP_SIZES", "RATIOS", "Space"]
+
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
 PATTERNS: tuple[PatternKind, ...] = ("none", "2:4", "unstructured", "threshold", "block")
 SCORES: tuple[Score, ...] = ("magnitude", "wanda", "sparsegpt")
@@ -37,12 +41,17 @@ MOST_SECOND_ORDER = 3e11
 WIDTH_LEVELS = 12
 WIDTH_STEP = 64
 
+# Precisions of weights, coarse to fine, and their bits.
+LEVELS = {"int2": 2, "int4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
+INT4_ACTIVATIONS: tuple[Activation, ...] = ("int8", "fp32")
+INT8_ACTIVATIONS: tuple[Activation, ...] = ("int8", "dynamic", "static")
+
 Distribution = tuple[str, Any]
 
 
 @dataclass(frozen=True)
 class Space:
-    """All layer-uniform candidates of a teacher's `shape` that the kernels in `kernels` (`int4/int8` …) execute.
+    """All layer-uniform candidates of a teacher's `shape` that those of `kernels` (`int4/int8` …) in `choices` execute.
 
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
     `min_hidden` bounds the residual stream, 0 leaves it alone. With `given` the teacher came with masks that can be kept.
@@ -59,6 +68,7 @@ class Space:
     min_hidden: int = 0
     given: bool = False
     extra_ffn: tuple[int, ...] = ()
+    choices: PrecisionChoices = DEFAULT_CHOICES
     # Sizes below the teacher's come from an elastic student.
     has_elastic: ClassVar[bool] = True
 
@@ -71,6 +81,7 @@ class Space:
         second_order: bool = True,
         hidden: bool = False,
         given: bool = False,
+        choices: PrecisionChoices = DEFAULT_CHOICES,
     ) -> Space:
         """The default space: down to a third of the depth and a quarter of the widths (`mild`: three quarters of each).
 
@@ -89,6 +100,7 @@ class Space:
                 second_order,
                 narrowest,
                 given,
+                choices=choices,
             )
         return cls(
             shape,
@@ -99,6 +111,7 @@ class Space:
             second_order=second_order,
             min_hidden=narrowest,
             given=given,
+            choices=choices,
         )
 
     @property
@@ -112,23 +125,33 @@ class Space:
         """Widths of the residual stream like those of the FFN; only the teacher's own unless they are searched."""
         return _widths(self.min_hidden, self.shape.hidden) if self.min_hidden else (self.shape.hidden,)
 
-    @property
-    def bits(self) -> tuple[int, ...]:
-        """Weight bits with a kernel, coarse to fine: a subset of (4, 8, 32)."""
-        names = {kernel.split("/")[0] for kernel in self.kernels}
-        return tuple(b for b, name in ((4, "int4"), (8, "int8"), (32, "fp32")) if name in names)
+    @cached_property
+    def levels(self) -> tuple[str, ...]:
+        """Precisions of weights with a kernel, coarse to fine: a subset of int2, int4, int8, bf16, fp16, fp32."""
+        names = {kernel.split("/")[0] for kernel in self._chosen_kernels}
+        return tuple(name for name in LEVELS if name in names)
 
     @property
+    def bits(self) -> tuple[int, ...]:
+        """The bits of each of the `levels`."""
+        return tuple(LEVELS[name] for name in self.levels)
+
+    @cached_property
     def group_sizes(self) -> tuple[int, ...]:
-        """Ascending group sizes that divide the hidden width; a narrow or odd one has fewer than `GROUP_SIZES`."""
-        return tuple(sorted({group_for(size, self.shape.hidden) for size in GROUP_SIZES}))
+        """Ascending group sizes that divide the hidden width (a narrow or odd one has fewer than were chosen), then per channel."""
+        chosen = self.choices.group_sizes
+        blocks = sorted({group_for(size, self.shape.hidden) for size in chosen if size != PER_CHANNEL})
+        return (*blocks, PER_CHANNEL) if PER_CHANNEL in chosen else tuple(blocks)
+
+    @property
+    def is_second_order_affordable(self) -> bool:
+        """Whether the teacher is small enough for GPTQ and SparseGPT, whose cost grows with the cube of a matrix's inputs."""
+        return self.shape.layers * max(self.shape.hidden, self.shape.ffn) ** 3 <= MOST_SECOND_ORDER
 
     @property
     def has_second_order(self) -> bool:
-        """Whether the teacher is small enough for GPTQ and SparseGPT, whose cost grows with the cube of a matrix's inputs."""
-        return (
-            self.second_order and self.shape.layers * max(self.shape.hidden, self.shape.ffn) ** 3 <= MOST_SECOND_ORDER
-        )
+        """Whether second-order methods are asked for and affordable."""
+        return self.second_order and self.is_second_order_affordable
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -136,12 +159,31 @@ class Space:
 
     @property
     def quantizers(self) -> tuple[Algorithm, ...]:
-        """What can find the codes of a 4-bit matrix."""
-        return QUANTIZERS if self.has_second_order else ("rtn",)
+        """What can find the codes of an int4 or int2 matrix."""
+        wanted = self.choices.quantizers or (QUANTIZERS if self.second_order else ("rtn",))
+        return tuple(q for q in wanted if q != "gptq" or self.is_second_order_affordable)
+
+    @cached_property
+    def _chosen_kernels(self) -> frozenset[str]:
+        return frozenset(self.choices.of(self.kernels))
+
+    def _activations(self, level: str, wanted: tuple[Activation, ...]) -> tuple[Activation, ...]:
+        """Those of the `wanted` activations that a kernel takes with weights of `level`."""
+        return tuple(a for a in wanted if f"{level}/{a}" in self._chosen_kernels)
+
+    @cached_property
+    def _settings(self) -> dict[str, tuple[str, ...]]:
+        """The categories beside the precisions themselves, where there is more than one choice."""
+        found: dict[str, tuple[str, ...]] = {
+            "int4_activation": self._activations("int4", INT4_ACTIVATIONS),
+            "int8_activation": self._activations("int8", INT8_ACTIVATIONS),
+            "quantizer": self.quantizers if {"int2", "int4"} & set(self.levels) else (),
+        }
+        return {name: values for name, values in found.items() if len(values) > 1}
 
     def distributions(self) -> dict[str, Distribution]:
         """Sampler variables: name to ("int", (low, high)) or ("categorical", choices)."""
-        top = len(self.bits) - 1
+        top = len(self.levels) - 1
         patterns: tuple[PatternKind, ...] = (*PATTERNS, "given") if self.given else PATTERNS
         found: dict[str, Distribution] = {
             "depth": ("int", (self.min_depth, self.shape.layers)),
@@ -156,10 +198,7 @@ class Space:
             "embedding_bits": ("int", (0, top)),
             "group_size": ("int", (0, len(self.group_sizes) - 1)),
         }
-        if {"int4/int8", "int4/fp32"} <= set(self.kernels):
-            found["int4_activation"] = ("categorical", ("int8", "fp32"))
-        if 4 in self.bits and len(self.quantizers) > 1:
-            found["quantizer"] = ("categorical", self.quantizers)
+        found |= {name: ("categorical", values) for name, values in self._settings.items()}
         if len(self.hidden_widths) > 1:  # steps below the teacher's width, so that 0 is what studies without it did
             found["hidden"] = ("int", (0, len(self.hidden_widths) - 1))
         return found
@@ -167,9 +206,9 @@ class Space:
     def decode(self, params: Mapping[str, Any]) -> Candidate:
         """The canonical candidate of a sampler's parameters."""
         group = self.group_sizes[params["group_size"]]
-        wanted, quantizer = params.get("int4_activation", "int8"), params.get("quantizer", "rtn")
+        settings = {name: params[name] for name in self._settings if name in params}
         attention, ffn, head, embedding = (
-            self.format(self.bits[params[f"{name}_bits"]], group, wanted, quantizer)
+            self.format(self.levels[params[f"{name}_bits"]], group, **settings)
             for name in ("attention", "ffn", "head", "embedding")
         )
         layer = Layer(
@@ -188,8 +227,7 @@ class Space:
         if any(layer != x for layer in candidate.layers):
             raise ValueError("only layer-uniform candidates have sampler parameters")
         formats = (x.attention_format, x.ffn_format, candidate.head_format, candidate.embedding_format)
-        group = max((f.group_size for f in formats if f.bits != 32), default=self.group_sizes[0])
-        attention, ffn, head, embedding = (self.bits.index(f.bits) for f in formats)
+        attention, ffn, head, embedding = (self.levels.index(f.name) for f in formats)
         params: dict[str, Any] = {
             "depth": len(candidate.layers),
             "ffn": self.ffn_widths.index(x.ffn),
@@ -201,42 +239,50 @@ class Space:
             "ffn_bits": ffn,
             "head_bits": head,
             "embedding_bits": embedding,
-            "group_size": self.group_sizes.index(group),
         }
-        if "int4_activation" in self.distributions():
-            params["int4_activation"] = next((f.activation for f in formats[:3] if f.bits == 4), "int8")
-        if "quantizer" in self.distributions():
-            params["quantizer"] = "gptq" if candidate.uses_gptq else "rtn"
+        used: dict[str, str] = {f"{f.name}_activation": f.activation for f in formats[:3]}
+        used["quantizer"] = candidate.quantizer
+        params |= {name: used.get(name, values[0]) for name, values in self._settings.items()}
         if "hidden" in self.distributions():
             widths = self.hidden_widths
             params["hidden"] = len(widths) - 1 - widths.index(candidate.width(self.shape))
-        if self.decode(params) != candidate:
-            raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
-        return params
+        for group in range(len(self.group_sizes)):
+            if self.decode(params | {"group_size": group}) == candidate:
+                return params | {"group_size": group}
+        raise ValueError(f"the candidate lies outside this space: {candidate.describe()}")
 
     def format(
-        self, bits: int, group_size: int = 32, int4_activation: str = "int8", quantizer: Algorithm = "rtn"
+        self,
+        level: str,
+        group_size: int = 32,
+        int4_activation: Activation = "int8",
+        int8_activation: Activation = "int8",
+        quantizer: Algorithm = "rtn",
     ) -> Format:
-        """The format of `bits` with the activations its kernel takes (int8 weights run with int8 activations only).
+        """The format of `level` with the activations its kernel takes: the wanted ones or what there is (int8 weights run with
+        fp32 activations only where nothing else does).
 
-        `quantizer` is for 4-bit weights; int8 is always rounded to nearest, where GPTQ has next to nothing to repair.
+        `quantizer` is for 4-bit and 2-bit weights; int8 is always rounded to nearest, where there is next to nothing to repair.
         """
-        if bits == 32:
+        if level == "fp32":
             return FP32
-        wanted: Activation = "fp32" if bits == 4 and int4_activation == "fp32" else "int8"
-        kernels = [k for k in self.kernels if k.startswith(f"int{bits}/")]
-        activation: Activation = (
-            wanted if f"int{bits}/{wanted}" in kernels else ("int8" if f"int{bits}/int8" in kernels else "fp32")
-        )
-        return Format(8, group_size, activation) if bits == 8 else Format(4, group_size, activation, quantizer)
+        if level in ("fp16", "bf16"):
+            return Format(16, half="bf16" if level == "bf16" else "fp16")
+        if level == "int8":
+            found = self._activations(level, (int8_activation, *INT8_ACTIVATIONS, "fp32"))
+            return Format(8, group_size, found[0])
+        wanted: Activation = int4_activation if level == "int4" else "int8"
+        found = self._activations(level, (wanted, "int8", "fp32"))
+        return Format(4 if level == "int4" else 2, group_size, found[0], quantizer)
 
     def baselines(self) -> list[Candidate]:
-        """The unmodified teacher at fp32, int8 and int4 (those the profile executes), groups of 32."""
+        """The unmodified teacher at fp32, int8 and int4 (those of the space), in the smallest groups."""
         found = []
-        for bits in reversed(self.bits):
-            form = self.format(bits)
-            layer = Layer(self.shape.ffn, self.shape.kv_heads, form, form, DENSE)
-            found.append(Candidate((layer,) * self.shape.layers, form, form).canonical(self.shape))
+        for level in ("fp32", "int8", "int4"):
+            if level in self.levels:
+                form = self.format(level, self.group_sizes[0])
+                layer = Layer(self.shape.ffn, self.shape.kv_heads, form, form, DENSE)
+                found.append(Candidate((layer,) * self.shape.layers, form, form).canonical(self.shape))
         return found
 
     def size(self) -> int:
@@ -252,15 +298,25 @@ class Space:
 
     def _precisions(self, hidden: int) -> int:
         """Number of distinct precisions of a student of that width."""
-        groups = len({group_for(size, hidden) for size in self.group_sizes})
-        activations, precisions = 2 if "int4_activation" in self.distributions() else 1, 0
-        for combination in itertools.product(self.bits, repeat=4):
-            quantized = any(b != 32 for b in combination)
-            shared = self.shape.tied and combination[2] == combination[3]
-            calibrated = 4 in (combination[:2] if shared else combination[:3])
-            variants = (groups if quantized else 1) * (len(self.quantizers) if calibrated else 1)
-            precisions += variants * (activations if 4 in combination[:3] else 1)
+        groups = len({group_for(size, hidden) if size else PER_CHANNEL for size in self.group_sizes})
+        activations = self._settings.get("int8_activation") or self._activations("int8", INT8_ACTIVATIONS) or ("fp32",)
+        precisions = 0
+        for combination in itertools.product(self.levels, repeat=4):
+            chosen = activations if "int8" in combination[:3] else activations[:1]
+            precisions += sum(self._variants(combination, activation, groups) for activation in chosen)
         return precisions
+
+    def _variants(self, levels: tuple[str, ...], int8_activation: str, groups: int) -> int:
+        """Distinct settings of a combination of precisions (attention, FFN, head, embedding): groups, activations, quantizer."""
+        matmuls, per_tensor = levels[:3], int8_activation in ("dynamic", "static")
+        in_groups = [
+            x for i, x in enumerate(levels) if x.startswith("int") and not (per_tensor and x == "int8" and i < 3)
+        ]
+        one_table = self.shape.tied and levels[2] == levels[3]
+        found_by_quantizer = {"int2", "int4"} & set(matmuls[:2] if one_table else matmuls)
+        activations = len(self._settings.get("int4_activation", ("int8",))) if "int4" in matmuls else 1
+        quantizers = len(self._settings.get("quantizer", ("rtn",))) if found_by_quantizer else 1
+        return (groups if in_groups else 1) * activations * quantizers
 
     def smallest(self) -> tuple[int, int, int]:
         """(depth, FFN width, KV groups) of the smallest student."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 import zstandard
 
-from paretune.compression.calibrated import gptq_codes
+from paretune.compression.calibrated import calibrated_codes
 from paretune.compression.export.artifact import ArtifactFacts, compressed_bytes, write_artifact
 from paretune.compression.export.checksums import check_artifact, write_checksums
 from paretune.compression.export.graph import build_model, save_model
@@ -280,7 +280,7 @@ CALIBRATED = {
 def calibrated(teacher: Teacher, candidate: Candidate) -> tuple[Weights, dict[str, Quantized]]:
     weights = student_weights(teacher, candidate)
     calibration = torch.from_numpy(np.random.default_rng(1).integers(0, 288, (8, 64)))
-    return weights, gptq_codes(
+    return weights, calibrated_codes(
         Network(teacher.config, teacher.shape, len(candidate.layers)), weights, candidate, calibration
     )
 

@@ -144,7 +144,14 @@ def test_measurements_survive_json_and_know_overlap() -> None:
     assert (exact.low, exact.high, exact.provenance) == (5, 5, "measured")
 
 
-LAW = np.array([0.05, 0.03, 1.2, 0.4, 2.0, 0.3, 0.5, 1.1, 0.35, 1.9, 0.28, 0.45, 0.02])
+LAW = np.array(
+    [
+        *(0.05, 0.03),
+        *(1.2, 0.4, 2.0, 0.3, 0.5, 0.7, 0.6, 0.25, 0.9),  # layers, by kernel
+        *(1.1, 0.35, 1.9, 0.28, 0.45, 0.8, 0.5, 0.22, 0.8),  # head
+        0.02,
+    ]
+)
 
 
 def law(candidate: Candidate) -> float:
@@ -155,13 +162,24 @@ def test_features_are_counted_by_hand() -> None:
     attention, ffn, head = Format(8, 32, "int8"), Format(4, 32, "fp32"), Format(4, 64, "int8")
     candidate = Candidate((Layer(320, 2, attention, ffn),) * 3, head, Format(8, 32))
     q, kv = 2 * 2 * 32, 2 * 32
-    expected = dict.fromkeys(range(13), 0.0)
-    expected[0], expected[1], expected[12] = 1, 3, 3 * kv / 1e3
+    expected = dict.fromkeys(range(21), 0.0)
+    expected[0], expected[1], expected[20] = 1, 3, 3 * kv / 1e3
     expected[3] = 3 * (2 * 256 * q + 2 * 256 * kv) / 1e6  # int8/int8 layers
     expected[6] = 3 * 3 * 256 * 320 / 1e6  # int4/fp32 layers
-    expected[10] = 4096 * 256 / 1e6  # int4/int8 head
+    expected[14] = 4096 * 256 / 1e6  # int4/int8 head
     assert features(candidate, SHAPE).tolist() == pytest.approx(list(expected.values()))
-    assert params_times_bits(candidate, SHAPE) == pytest.approx(8 * expected[3] + 4 * expected[6] + 4 * expected[10])
+    assert params_times_bits(candidate, SHAPE) == pytest.approx(8 * expected[3] + 4 * expected[6] + 4 * expected[14])
+
+
+def test_weights_stored_in_16_bits_cost_what_fp32_does_and_every_kernel_has_a_term() -> None:
+    def terms(form: Format) -> list[float]:
+        return list(features(Candidate((Layer(320, 2, form, form),) * 3, form, form), SHAPE))
+
+    for half in (Format(16), Format(16, half="bf16")):
+        assert terms(half) == terms(Format())
+    every = [Format(8, 0, a) for a in ("int8", "fp32", "dynamic", "static")]  # type: ignore[arg-type]
+    every += [Format(b, 32, a) for b in (2, 4) for a in ("int8", "fp32")]  # type: ignore[arg-type]
+    assert len({tuple(terms(form)) for form in (*every, Format())}) == len(every) + 1
 
 
 def test_the_fit_recovers_a_linear_law_and_says_predicted() -> None:

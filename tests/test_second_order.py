@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paretune.compression.calibrated import gptq_codes, sparsegpt_weights
+from paretune.compression.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.hessian import DAMPING, gram_of, grams, inverse_factor
 from paretune.compression.prune import mask_for, sparsegpt
 from paretune.compression.quantize import quantize
@@ -79,8 +79,8 @@ def mask_of(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.ones_like(weight, dtype=torch.bool) if kind == "none" else mask_for(weight, Pattern(kind, 0.5), None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("k", "group"), [(32, 16), (96, 32), (160, 32), (256, 256)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("k", "group"), [(32, 16), (96, 32), (160, 32), (256, 256), (160, 0)])
 @pytest.mark.parametrize("kind", ["none", "2:4", "block"])
 def test_gptq_is_the_slow_oracle(bits: int, k: int, group: int, kind: str) -> None:
     """Codes may differ by one where float32 lands on the other side of a tie (a tie can move what follows, so few may)."""
@@ -289,7 +289,7 @@ def test_a_student_gets_each_matrix_done_with_its_own_inputs(
         expected = sparsegpt(tiny_weights[name], dense[name], MIXED.layers[0].pattern)
         assert torch.equal(mask, expected[0]) and torch.equal(kept, expected[1])
     weights = {**tiny_weights, **{name: kept for name, (_, kept) in pruned.items()}}
-    codes, sparse = gptq_codes(network, weights, MIXED, ids), grams(network, weights, ids)
+    codes, sparse = calibrated_codes(network, weights, MIXED, ids), grams(network, weights, ids)
     wanted = {HEAD} | {n for n in sparse if "layers.0" in n} | {n for n in sparse if "layers" in n and "mlp" in n}
     assert codes.keys() == wanted
     for name, found in codes.items():
@@ -305,5 +305,5 @@ def test_a_student_gets_each_matrix_done_with_its_own_inputs(
 def test_nothing_is_run_where_nothing_asks_for_it(tiny_weights: Weights, ids: torch.Tensor) -> None:
     plain = Candidate((Layer(128, 2, Format(4, 32), Format(4, 32), Pattern("2:4", 0.5, "wanda")),) * 3)
     never: Network = None  # type: ignore[assignment]
-    assert gptq_codes(never, tiny_weights, plain, ids) == {}
+    assert calibrated_codes(never, tiny_weights, plain, ids) == {}
     assert sparsegpt_weights(never, tiny_weights, plain, ids) == {}

@@ -7,6 +7,7 @@ from typing import Any
 
 from paretune.search.recommend import Recommendation
 from paretune.search.view import Point, StudyView
+from paretune.spaces.candidate import PER_CHANNEL
 from paretune.spaces.module_candidate import ModuleCandidate
 from paretune.tracking.page import flat
 from paretune.tracking.wording import headline, measurement, named, short_of, told, with_interval
@@ -69,7 +70,7 @@ def candidate_params(point: Point) -> dict[str, str]:
     if isinstance(x, ModuleCandidate):
         return _module_params(x)
     executed = [x.head_format, *(f for layer in x.layers for f in (layer.attention_format, layer.ffn_format))]
-    sizes = {f.group_size for f in (x.embedding_format, *executed) if f.bits != 32}
+    sizes = {f.group_size for f in (x.embedding_format, *executed) if f.is_integer}
 
     def joined(values: Any) -> str:
         return "/".join(str(v) for v in dict.fromkeys(values)) or "none"
@@ -83,10 +84,10 @@ def candidate_params(point: Point) -> dict[str, str]:
         "sparsity": joined(layer.pattern.ratio for layer in x.layers),
         "attention": joined(layer.attention_format.name for layer in x.layers),
         "ffn_precision": joined(layer.ffn_format.name for layer in x.layers),
-        "quantizer": "gptq" if x.uses_gptq else "rtn",
+        "quantizer": x.quantizer,
         "head": x.head_format.name,
         "embedding": x.embedding_format.name,
-        "group_size": joined(sorted(sizes)),
+        "group_size": joined("channel" if size == PER_CHANNEL else size for size in sorted(sizes)),
         "activations": joined(sorted({f.activation for f in executed})),
     }
 

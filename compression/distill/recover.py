@@ -38,8 +38,8 @@ class RecoveryRecipe:
     `kl_weight`, `ce_weight` and `hidden_weight` are at least 0, `temperature` above 0 (1: the teacher as it is), `ptq_share`
     in [0, 1] is what is trained before anybody decides about QAT.
 
-    GPTQ and QAT exclude each other: a candidate whose codes come from GPTQ is trained without rounding, and GPTQ is done on
-    what comes out. So the candidate's `algorithm` is how its shipped codes were found, always.
+    Codes from calibration text (GPTQ, clipping, static activations) and QAT exclude each other: such a candidate is trained
+    without rounding, and calibrated on what comes out. So the candidate's `algorithm` is how its shipped codes were found, always.
     """
 
     tokens: int
@@ -60,8 +60,8 @@ class RecoveryRecipe:
         return max(1, self.tokens // (self.batch * self.context))
 
     def uses_qat(self, candidate: Candidate) -> bool:
-        """Whether training may see the rounding: with 4-bit layers, whose error a few steps can move, unless GPTQ rounds them."""
-        if candidate.uses_gptq:
+        """Whether training may see the rounding: with 4-bit layers, whose error a few steps can move, unless they are calibrated."""
+        if candidate.needs_calibration:
             return False
         if self.qat == "auto":
             return any(f.bits < 8 for layer in candidate.layers for f in (layer.attention_format, layer.ffn_format))

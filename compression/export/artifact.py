@@ -64,7 +64,7 @@ def write_artifact(
 ) -> ArtifactFacts:
     """Write the artifact of `candidate` with `weights` (masked, unquantized). `facts` go into paretune.json.
 
-    `codes` holds those of the matrices whose format says "gptq".
+    `codes` holds those of the matrices whose format needs calibration.
 
     Raises Infeasible if the graph cannot be built; an older folder of the same name is replaced.
     """

@@ -4,13 +4,15 @@ The interface and node choice follow the graphs of the onnxruntime-genai builder
 rotary embedding inside, SkipSimplifiedLayerNormalization), so its runtime streams text from the file; a test holds what it
 streams against transformers. Written here because every layer carries its own widths and formats, and because a graph with
 weights takes milliseconds. Quantized matrices are MatMulNBits (half the load time of DequantizeLinear, which ONNX Runtime would
-fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format. Norms
+fuse into it anyway); a quantized embedding is GatherBlockQuantized, shared with the head when both have one format. 16-bit
+weights pass a Cast; one scale for all activations is MatMulInteger (dynamic) or QDQ (static), in standard operators. Norms
 of q and k come between the packed matrix and GroupQueryAttention: its own inputs for them have no CPU kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,14 +25,16 @@ from onnx import TensorProto, helper
 
 from paretune.compression.export.gpt2_graph import gpt2_decoder
 from paretune.compression.quantize.grid import Quantized, quantize
+from paretune.compression.quantize.half import to_half
 from paretune.compression.student import EMBEDDING, HEAD, NO_CODES, Codes, codes_of, plain_candidate, student_config
-from paretune.spaces.candidate import Candidate, Format, Layer, Shape
+from paretune.spaces.candidate import Candidate, Format, Layer, Shape, block_for, shares_table
 from paretune.teachers.families import family_of
 
 OPSET, IR_VERSION = 21, 10
 INLINE_LIMIT_BYTES = 1_500_000_000
 MICROSOFT = "com.microsoft"
 ACCURACY_LEVEL = {"fp32": 0, "int8": 4}
+INT8_ZERO, UINT8_ZERO = torch.tensor(0, dtype=torch.int8), torch.tensor(128, dtype=torch.uint8)
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +48,7 @@ def build_model(
 ) -> onnx.ModelProto:
     """The decoder of `candidate` with `weights` (unquantized, already masked; Hugging Face names, [out, in]).
 
-    `codes` holds those of the matrices whose format says "gptq". Raises ValueError if some are missing.
+    `codes` holds those of the matrices whose format needs calibration. Raises ValueError if some are missing.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, past + sequence] (int64), past_key_values.<i>.key/.value
     [batch, kv_heads, past, head_dim]. Outputs: logits [batch, sequence, vocab], present.<i>.key/.value.
@@ -122,6 +126,10 @@ class _Graph:
         return outputs[0]
 
     def constant(self, name: str, value: Array | torch.Tensor) -> str:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:  # numpy has none
+            raw = value.detach().contiguous().view(torch.int16).numpy().tobytes()
+            self.initializers[name] = helper.make_tensor(name, TensorProto.BFLOAT16, value.shape, raw, raw=True)
+            return name
         array = value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
         if name not in self.initializers:
             tensor = self.initializers[name] = self.model.graph.initializer.add(name=name, dims=array.shape)
@@ -187,10 +195,10 @@ class _Graph:
     def _product(self, names: list[str], form: Format, name: str, stream: str, bias: torch.Tensor | None) -> str:
         parts = {n: self.weights[n] for n in names}
         weight, whole = torch.cat(list(parts.values())), None
-        if form.bits != 32:
-            codes = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
-            scales = torch.cat([q.scales for q in codes])
-            whole = Quantized(torch.cat([q.codes for q in codes]), scales, form.bits, codes[0].group_size)
+        if form.is_integer:
+            found = [codes_of(n, part, form, self.codes) for n, part in parts.items()]
+            codes, scales = torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])
+            whole = replace(found[0], codes=codes, scales=scales)
         return self.matmul(weight, form, name, stream, bias, whole)
 
     def matmul(
@@ -203,17 +211,53 @@ class _Graph:
         codes: Quantized | None = None,
     ) -> str:
         """stream @ weight.T + bias with the weight [N, K] in `form`, rounded to nearest unless `codes` are given."""
-        if form.bits == 32:
-            product = self.node("MatMul", [stream, self.constant(f"{name}.weight", weight.float().t())], name)
+        if not form.is_integer:
+            table = self.floating(f"{name}.weight", weight.t(), form, f"{name}/widen")
+            product = self.node("MatMul", [stream, table], name)
         else:
-            tables = self.packed(quantize(weight, form) if codes is None else codes, f"{name}.weight")
-            product = self.matmul_nbits(tables, weight.shape, form, name, stream)
+            q = quantize(weight, form) if codes is None else codes
+            product = self.integer_product(q, form, name, f"{name}.weight", stream)
         if bias is None:
             return product
         return self.node("Add", [product, self.constant(f"{name}.bias", bias.float())], f"{name}/add")
 
+    def floating(self, name: str, weight: torch.Tensor, form: Format, path: str) -> str:
+        """A constant in fp32, fp16 or bf16, as fp32."""
+        if form.bits == 32:
+            return self.constant(name, weight.float())
+        return self.node("Cast", [self.constant(name, to_half(weight, form.half))], path, to=TensorProto.FLOAT)
+
+    def integer_product(
+        self, q: Quantized, form: Format, name: str, table: str, stream: str, outputs: list[str] | None = None
+    ) -> str:
+        """stream @ W.T with the weights `q`, stored as `table`, by the kernel of their activations."""
+        if not form.is_per_tensor:
+            return self.matmul_nbits(self.packed(q, table), q.codes.shape, form, name, stream, outputs)
+        weight = [self.constant(table, q.codes.t()), self.constant(f"{table}.scales", q.scales.flatten())]
+        if form.activation == "dynamic":
+            return self.dynamic_product(weight, name, stream, outputs)
+        grid = [self.constant(f"{name}/scale", torch.tensor(q.input_scale)), self.constant("uint8_zero", UINT8_ZERO)]
+        rounded = self.node("QuantizeLinear", [stream, *grid], f"{name}/round")
+        factors = [
+            self.node("DequantizeLinear", [rounded, *grid], f"{name}/activations"),
+            self.node("DequantizeLinear", weight, f"{name}/widen", axis=1),
+        ]
+        return self.node("MatMul", factors, name, outputs)
+
+    def dynamic_product(self, weight: list[str], name: str, stream: str, outputs: list[str] | None) -> str:
+        """stream @ W.T with int8 weights [K, N] and their scales [N], activations rounded by their own range."""
+        x, scale, point = f"{name}/activations", f"{name}/activations/scale", f"{name}/activations/zero"
+        self.node("DynamicQuantizeLinear", [stream], f"{name}/round", [x, scale, point])
+        zero = self.constant("int8_zero", INT8_ZERO)
+        sums = self.node("MatMulInteger", [x, weight[0], point, zero], name)
+        real = self.node("Cast", [sums], f"{name}/cast", to=TensorProto.FLOAT)
+        return self.node("Mul", [real, self.node("Mul", [scale, weight[1]], f"{name}/scale")], f"{name}/real", outputs)
+
     def packed(self, q: Quantized, name: str) -> list[str]:
-        return [self.constant(name, pack(q)), self.constant(f"{name}.scales", q.scales)]
+        """The constants of MatMulNBits and GatherBlockQuantized; a scale per row is repeated for each of the row's blocks."""
+        block = block_for(q.group_size, q.codes.shape[1], q.bits)
+        scales = q.scales.repeat_interleave(q.group_size // block, 1)
+        return [self.constant(name, pack(q)), self.constant(f"{name}.scales", scales)]
 
     def matmul_nbits(
         self,
@@ -224,7 +268,6 @@ class _Graph:
         stream: str,
         outputs: list[str] | None = None,
     ) -> str:
-        group = _group(form, size[1])
         return self.node(
             "MatMulNBits",
             [stream, *inputs],
@@ -234,7 +277,7 @@ class _Graph:
             N=size[0],
             K=size[1],
             bits=form.bits,
-            block_size=group,
+            block_size=block_for(form.group_size, size[1], form.bits),
             accuracy_level=ACCURACY_LEVEL[form.activation],
         )
 
@@ -292,14 +335,13 @@ class _Graph:
         """Make both tables, one of them where embedding and head are tied and have one format; returns the embedded tokens."""
         embedding, form = self.weights[EMBEDDING], candidate.embedding_format
         head = self.weights.get(HEAD, embedding)
-        shared = HEAD not in self.weights and (form.bits, form.group_size, "rtn") == (
-            candidate.head_format.bits,
-            candidate.head_format.group_size,
-            candidate.head_format.algorithm,
-        )
-        if form.bits == 32:
-            table = self.constant("embedding", embedding.float())
+        head_format = candidate.head_format
+        shared = HEAD not in self.weights and shares_table(head_format, form) and head_format.algorithm == "rtn"
+        if not form.is_integer:
+            table = self.constant("embedding", embedding.float() if form.bits == 32 else to_half(embedding, form.half))
             stream = self.node("Gather", [table, "input_ids"], "/model/embed_tokens", axis=0)
+            if form.bits == 16:
+                stream = self.node("Cast", [stream], "/model/embed_tokens/widen", to=TensorProto.FLOAT)
         else:
             tables = self.packed(quantize(embedding, form), "embedding")
             rows = np.array([embedding.shape[0], -1], np.int64)
@@ -310,27 +352,25 @@ class _Graph:
                 "/model/embed_tokens",
                 domain=MICROSOFT,
                 bits=form.bits,
-                block_size=_group(form, embedding.shape[1]),
+                block_size=block_for(form.group_size, embedding.shape[1], form.bits),
                 gather_axis=0,
                 quantize_axis=1,
             )
-        self.head_size = head.shape
-        if candidate.head_format.bits == 32:
-            table = "embedding" if shared else self.constant("lm_head", head.float())
+        if not head_format.is_integer:
+            table = self.floating("embedding" if shared else "lm_head", head, head_format, "/lm_head/widen")
             self.head_inputs = [self.node("Transpose", [table], "/lm_head/transpose", perm=[1, 0])]
         else:
-            self.head_inputs = (
-                ["embedding", "embedding.scales"]
-                if shared
-                else self.packed(codes_of(HEAD, head, candidate.head_format, self.codes), "lm_head")
-            )
+            self.head_codes = codes_of(HEAD, head, head_format, self.codes)
+            self.head_inputs = ["embedding", "embedding.scales"] if shared else []
         return stream
 
     def head(self, form: Format, normed: str) -> None:
-        if form.bits == 32:
+        if not form.is_integer:
             self.node("MatMul", [normed, *self.head_inputs], "/lm_head", ["logits"])
+        elif self.head_inputs:
+            self.matmul_nbits(self.head_inputs, self.head_codes.codes.shape, form, "/lm_head", normed, ["logits"])
         else:
-            self.matmul_nbits(self.head_inputs, self.head_size, form, "/lm_head", normed, ["logits"])
+            self.integer_product(self.head_codes, form, "/lm_head", "lm_head", normed, ["logits"])
 
     def finish(self, candidate: Candidate, shape: Shape) -> onnx.ModelProto:
         inputs = [
@@ -360,15 +400,11 @@ class _Graph:
 
 
 def pack(q: Quantized) -> Array:
-    """MatMulNBits layout: uint8 [N, groups, group_size * bits / 8], codes shifted by the implied zero point, low nibble first."""
+    """MatMulNBits layout: uint8 [N, blocks, block * bits / 8], codes shifted by the implied zero point, lowest bits first."""
     n, k = q.codes.shape
-    shifted = (q.codes.to(torch.int16) + 2 ** (q.bits - 1)).to(torch.uint8).view(n, k // q.group_size, q.group_size)
-    if q.bits == 4:
-        shifted = shifted[..., 0::2] | (shifted[..., 1::2] << 4)
-    return np.asarray(shifted.contiguous().numpy())
-
-
-def _group(form: Format, k: int) -> int:
-    from paretune.spaces.candidate import group_for
-
-    return group_for(form.group_size, k)
+    block, per_byte = block_for(q.group_size, k, q.bits), 8 // q.bits
+    shifted = (q.codes.to(torch.int16) + 2 ** (q.bits - 1)).to(torch.uint8).view(n, k // block, block)
+    packed = shifted[..., 0::per_byte].clone()
+    for i in range(1, per_byte):
+        packed |= shifted[..., i::per_byte] << (q.bits * i)
+    return np.asarray(packed.contiguous().numpy())

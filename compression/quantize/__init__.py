@@ -1,4 +1,4 @@
-"""Weights and activations on the engine's own grid."""
+"""Weights and activations on the engine's own grid: one module per method, its card in its docstring."""
 
 from paretune.compression.quantize.grid import Quantized, fake_quantize, fake_quantize_activations, quantize
 
