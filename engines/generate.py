@@ -29,7 +29,10 @@ def stream(
     require_text(prompt)
     from paretune.compression.export.checksums import check_artifact
 
-    check_artifact(artifact)
+    if check_artifact(artifact).get("kind") == "module":
+        raise UsageError(
+            f"generate streams text, but {artifact} is a module of a plug-in", "run its onnx/model.onnx in ONNX Runtime"
+        )
     try:
         import onnxruntime_genai as og
     except ImportError as error:

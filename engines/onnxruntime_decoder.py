@@ -14,19 +14,29 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 
-class Decoder:
-    """A session with explicit threads; spinning is off, because it doubles the spread on shared machines."""
+def open_session(path: str, threads: int) -> Any:
+    """A session with explicit threads; spinning is off, because it doubles the spread on shared machines.
 
-    def __init__(self, path: str, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    Where ONNX Runtime makes a MatMulNBits of a DequantizeLinear and a MatMul itself, activations stay float (its own choice
+    would round them to 8 bits); nodes that are MatMulNBits already say what they want.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class Decoder:
+    """A decoder in a session of its own, or in the one that is given."""
+
+    def __init__(self, path: str, threads: int, session: Any = None) -> None:
+        self.session = open_session(path, threads) if session is None else session
         self.caches = [
             (i.name, [int(i.shape[1]), int(i.shape[3])])
             for i in self.session.get_inputs()

@@ -1,6 +1,7 @@
 """The program of an engine child: JSON requests on standard input, JSON answers on standard output.
 
-Requests: {"do": "load", "path", "threads"}, {"do": "time", "prompt", "tokens"}, {"do": "score", …}, {"do": "memory"}.
+Requests: {"do": "load", "path", "threads"}, {"do": "time", "prompt", "tokens"}, {"do": "score", …}, {"do": "memory"}; for a
+module of a plug-in {"do": "forward", "inputs", "out"}.
 It imports numpy and ONNX Runtime only, so that its memory is the engine's.
 """
 
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from paretune.engines.onnxruntime_decoder import Decoder
+from paretune.engines.onnxruntime_decoder import Decoder, open_session
+from paretune.engines.onnxruntime_module import KIND, Forward, run_batches
 from paretune.engines.scoring import score_windows
 
 
@@ -29,11 +31,19 @@ def peak_bytes() -> int:
     return 0
 
 
+def open_model(path: str, threads: int) -> Decoder | Forward:
+    """What the graph says it is: a module of a plug-in, or a decoder."""
+    session = open_session(path, threads)
+    if KIND in session.get_modelmeta().custom_metadata_map:
+        return Forward(session)
+    return Decoder(path, threads, session)
+
+
 class Server:
     """Answers one request at a time; keeps the last loaded model."""
 
     def __init__(self) -> None:
-        self.decoder: Decoder | None = None
+        self.decoder: Decoder | Forward | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         action = request["do"]
@@ -42,13 +52,17 @@ class Server:
         if action == "load":
             self.decoder = None
             start = time.perf_counter()
-            self.decoder = Decoder(request["path"], request["threads"])
+            self.decoder = open_model(request["path"], request["threads"])
             return {"load_ms": (time.perf_counter() - start) * 1e3}
         if self.decoder is None:
             raise ValueError("no model is loaded")
         if action == "time":
             ttft, steps = self.decoder.time_generation(request["prompt"], request["tokens"])
             return {"ttft_ms": ttft, "step_ms": steps, "cpu_s": time.process_time()}
+        if isinstance(self.decoder, Forward):
+            if action == "forward":
+                return run_batches(self.decoder, request)
+            raise ValueError(f"a module of a plug-in cannot {action!r}")
         if action == "score":
             return score_windows(self.decoder, request)
         if action == "logits":

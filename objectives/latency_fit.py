@@ -15,7 +15,8 @@ import numpy.typing as npt
 from paretune.hardware_profiles.kernels import STORAGE_ONLY
 from paretune.objectives.measurement import Measurement
 from paretune.spaces.candidate import Candidate, Format, Shape
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnyCandidate, AnyShape, AnySpace
+from paretune.spaces.module_candidate import ModuleCandidate, ModuleShape
 
 # Kernels with a cost of their own, and the bits of their weights. Weights that are only stored in 16 bits cost what fp32 does.
 KERNEL_BITS = {
@@ -78,20 +79,47 @@ def _computed(form: Format) -> str:
     return STORAGE_ONLY.get(form.kernel, form.kernel)
 
 
+def terms(candidate: AnyCandidate, shape: AnyShape) -> Array:
+    """The terms of either kind of candidate."""
+    if isinstance(shape, ModuleShape):
+        assert isinstance(candidate, ModuleCandidate)
+        return _module_terms(candidate, shape)
+    assert isinstance(candidate, Candidate)
+    return features(candidate, shape)
+
+
+def proxy(candidate: AnyCandidate, shape: AnyShape) -> float:
+    """Parameters x bits of either kind of candidate."""
+    if isinstance(shape, ModuleShape):
+        assert isinstance(candidate, ModuleCandidate)
+        return sum(n * choice.format.bits for n, choice in zip(candidate.weights(shape), candidate.groups, strict=True))
+    assert isinstance(candidate, Candidate)
+    return params_times_bits(candidate, shape)
+
+
+def _module_terms(candidate: ModuleCandidate, shape: ModuleShape) -> Array:
+    """Of a module: a constant, multiply-adds (millions) per group, and weights (millions) that are dequantized per precision."""
+    dequantized = {8: 0.0, 4: 0.0}
+    for n, choice in zip(candidate.weights(shape), candidate.groups, strict=True):
+        if choice.format.bits in dequantized:
+            dequantized[choice.format.bits] += n / 1e6
+    return np.array([1.0, *(macs / 1e6 for macs in candidate.macs(shape)), *dequantized.values()])
+
+
 class LatencyFit:
     """Predicts one quantity (`decode_ms_per_token` or `ttft_ms`) for candidates of one teacher on one machine."""
 
-    def __init__(self, name: str, unit: str, shape: Shape, measured: list[tuple[Candidate, float]]) -> None:
+    def __init__(self, name: str, unit: str, shape: AnyShape, measured: list[tuple[AnyCandidate, float]]) -> None:
         if len(measured) < MIN_POINTS:
             raise ValueError(f"a latency fit needs at least {MIN_POINTS} measurements, but got {len(measured)}")
         self.name, self.unit, self.shape = name, unit, shape
-        x, y = np.stack([features(c, shape) for c, _ in measured]), np.array([v for _, v in measured])
+        x, y = np.stack([terms(c, shape) for c, _ in measured]), np.array([v for _, v in measured])
         self.coefficients = _fit(x, y)
-        self.error = _cross_validate(x, y, np.array([params_times_bits(c, shape) for c, _ in measured]))
+        self.error = _cross_validate(x, y, np.array([proxy(c, shape) for c, _ in measured]))
 
-    def predict(self, candidate: Candidate) -> Measurement:
+    def predict(self, candidate: AnyCandidate) -> Measurement:
         """Value and interval (held-out 95th percentile of the relative error)."""
-        value = float(features(candidate, self.shape) @ self.coefficients)
+        value = float(terms(candidate, self.shape) @ self.coefficients)
         spread = self.error.p95
         return Measurement(
             value,
@@ -105,9 +133,9 @@ class LatencyFit:
         )
 
 
-def design(space: Space, count: int, seed: int = 0) -> list[Candidate]:
+def design(space: AnySpace, count: int, seed: int = 0) -> list[AnyCandidate]:
     """`count` dense candidates to measure for the fit: the baselines, then random ones with every choice about equally often."""
-    found = {c.key: c for c in space.baselines()}
+    found: dict[str, AnyCandidate] = {c.key: c for c in space.baselines()}
     generator = random.Random(seed)
     ranges = space.distributions()
     columns = {name: _shuffled(kind, count * 2, generator) for name, kind in ranges.items()}

@@ -50,7 +50,7 @@ def paired_difference(mine: Scores, other: Scores) -> tuple[float, float, float]
     if mine.documents != other.documents or mine.targets != other.targets:
         raise ValueError("a paired difference needs scores over the same documents and tokens")
     difference = np.array(mine.nll) - np.array(other.nll)
-    return _ratio_interval(difference, np.array(mine.targets, np.float64))
+    return interval_of_ratio(difference, np.array(mine.targets, np.float64))
 
 
 def quality_measurements(
@@ -64,7 +64,7 @@ def quality_measurements(
         note = f"95 % interval over {over} documents"
         return Measurement(triple[0], unit, triple[1], triple[2], "measured", samples, fingerprint, note)
 
-    nll = _ratio_interval(np.array(scores.nll), targets)
+    nll = interval_of_ratio(np.array(scores.nll), targets)
     increase = paired_difference(scores, teacher)
     base = teacher.mean_nll
     per_byte = 1 / (math.log(2) * bytes_per_token)
@@ -80,12 +80,14 @@ def quality_measurements(
     if scores.kl:
         weights = np.array(scores.reference_targets, np.float64)
         samples = int(weights.sum())
-        found["kl"] = made(_ratio_interval(np.array(scores.kl), weights), "nats/token", samples)
-        found["top1_agreement"] = made(_ratio_interval(np.array(scores.agree), weights), "fraction of tokens", samples)
+        found["kl"] = made(interval_of_ratio(np.array(scores.kl), weights), "nats/token", samples)
+        found["top1_agreement"] = made(
+            interval_of_ratio(np.array(scores.agree), weights), "fraction of tokens", samples
+        )
     return found
 
 
-def _ratio_interval(sums: Array, weights: Array) -> tuple[float, float, float]:
+def interval_of_ratio(sums: Array, weights: Array) -> tuple[float, float, float]:
     """sum(sums) / sum(weights) and its 95 % interval from resampled documents; the interval is the point if there is one document."""
     used = weights > 0
     sums, weights = sums[used], weights[used]

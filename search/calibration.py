@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from paretune.spaces.candidate import Candidate, Shape
+from paretune.spaces.kinds import AnyCandidate, AnyShape
+from paretune.spaces.module_candidate import ModuleCandidate, ModuleShape
 
 RIDGE = 0.3
 MIN_PAIRS = 4
@@ -22,7 +24,7 @@ Array = npt.NDArray[np.float64]
 class Pair:
     """NLL increase over the teacher in nats/token: at rung 0 (search split) and confirmed (report split)."""
 
-    candidate: Candidate
+    candidate: AnyCandidate
     rung0: float
     confirmed: float
 
@@ -30,9 +32,9 @@ class Pair:
 class Calibration:
     """Estimates the confirmed increase from the rung-0 increase, pattern, precision and size."""
 
-    def __init__(self, shape: Shape, pairs: list[Pair]) -> None:
+    def __init__(self, shape: AnyShape, pairs: list[Pair]) -> None:
         self.shape, self.pairs = shape, len(pairs)
-        self.coefficients = np.zeros(_features(shape, None, 0.0).size)
+        self.coefficients = np.zeros(_features_of(shape, None, 0.0).size)
         self.median_error = self.prior_error = float("nan")
         if pairs:
             self.prior_error = float(np.median([abs(p.rung0 - p.confirmed) for p in pairs]))
@@ -44,9 +46,9 @@ class Calibration:
                 np.median([abs(float(x[i] @ _ridge(x[r], y[r])) - y[i]) for i, r in enumerate(rest)])
             )
 
-    def estimate(self, candidate: Candidate, rung0: float) -> float:
+    def estimate(self, candidate: AnyCandidate, rung0: float) -> float:
         """Estimated confirmed NLL increase in nats/token."""
-        return rung0 + float(_features(self.shape, candidate, rung0) @ self.coefficients)
+        return rung0 + float(_features_of(self.shape, candidate, rung0) @ self.coefficients)
 
     @property
     def error(self) -> float:
@@ -54,10 +56,11 @@ class Calibration:
         return self.prior_error if np.isnan(self.median_error) else self.median_error
 
     def to_dict(self) -> dict[str, float]:
+        unit = "fraction" if isinstance(self.shape, ModuleShape) else "nats"
         return {
             "pairs": self.pairs,
-            "median_error_nats": self.error,
-            "median_error_uncalibrated_nats": self.prior_error,
+            f"median_error_{unit}": self.error,
+            f"median_error_uncalibrated_{unit}": self.prior_error,
         }
 
 
@@ -84,9 +87,31 @@ def _features(shape: Shape, candidate: Candidate | None, rung0: float) -> Array:
     )
 
 
-def _design(shape: Shape, pairs: list[Pair]) -> tuple[Array, Array]:
+def _features_of(shape: AnyShape, candidate: AnyCandidate | None, rung0: float) -> Array:
+    """The features of either kind of candidate."""
+    if isinstance(shape, ModuleShape):
+        assert candidate is None or isinstance(candidate, ModuleCandidate)
+        return _module_features(shape, candidate, rung0)
+    assert candidate is None or isinstance(candidate, Candidate)
+    return _features(shape, candidate, rung0)
+
+
+def _module_features(shape: ModuleShape, candidate: ModuleCandidate | None, rung0: float) -> Array:
+    """As for decoders, by the groups' shares of the weights; losses are fractions of the teacher's own quality."""
+    if candidate is None:
+        return np.zeros(5)
+    total = sum(group.weights for group in shape.groups) or 1
+    shares = [group.weights / total for group in shape.groups]
+    chosen = list(zip(shares, candidate.groups, strict=True))
+    sparse = sum(share * choice.pattern.ratio for share, choice in chosen)
+    low = sum(share for share, choice in chosen if choice.format.bits < 8)
+    kept = sum(candidate.weights(shape)) / total
+    return np.array([0.1, rung0 / (1 + abs(rung0)), sparse * rung0, low * 0.3, (1 - kept) * 0.5])
+
+
+def _design(shape: AnyShape, pairs: list[Pair]) -> tuple[Array, Array]:
     return (
-        np.stack([_features(shape, p.candidate, p.rung0) for p in pairs]),
+        np.stack([_features_of(shape, p.candidate, p.rung0) for p in pairs]),
         np.array([p.confirmed - p.rung0 for p in pairs]),
     )
 

@@ -10,7 +10,7 @@ from paretune.search.records import Fidelity
 from paretune.search.spec import Spec
 from paretune.search.store import Store
 from paretune.search.work import Kind
-from paretune.spaces.candidate import Shape
+from paretune.spaces.kinds import AnyShape
 
 CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0  # of a model of REFERENCE_PARAMETERS on two cores
 REFERENCE_PARAMETERS = 5.8e6
@@ -19,7 +19,7 @@ REFERENCE_PARAMETERS = 5.8e6
 class Costs:
     """Costs of one study."""
 
-    def __init__(self, store: Store, spec: Spec, shape: Shape, budget: Budget, ledger: Ledger) -> None:
+    def __init__(self, store: Store, spec: Spec, shape: AnyShape, budget: Budget, ledger: Ledger) -> None:
         self.store, self.spec, self.budget, self.ledger = store, spec, budget, ledger
         self.scale = max(1.0, shape.parameters / REFERENCE_PARAMETERS)
 

@@ -20,7 +20,7 @@ from paretune.search.spec import Spec
 from paretune.search.store import Store
 from paretune.search.students import student_seeds
 from paretune.search.work import Outcome, Work
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate, AnySpace
 from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
 
@@ -43,7 +43,7 @@ class Director:
         self,
         store: Store,
         spec: Spec,
-        space: Space,
+        space: AnySpace,
         budget: Budget,
         notify: Callable[[str, dict[str, Any]], None] = lambda _kind, _data: None,
     ) -> None:
@@ -76,15 +76,18 @@ class Director:
             self.stop_reason = decision.reason
         return self._hand_out(decision)
 
-    def register(self, candidate: Candidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
+    def register(self, candidate: AnyCandidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
         """Take a proposal: rung-0 work, or None if the store already has this candidate."""
         if not self.ledger.add(candidate, source, params, **meta):
             return None
         return self._hand_out(self.planning.work("rung0", candidate)).work
 
-    def seeds(self) -> list[Candidate]:
+    def seeds(self) -> list[AnyCandidate]:
         """The user's and textbook candidates that are not explored yet; they come before the sampler's."""
-        found = (*student_seeds(self.space, self.spec.student_configs), *textbook_candidates(self.space))
+        own: list[AnyCandidate] = []
+        if isinstance(self.space, Space):
+            own += student_seeds(self.space, self.spec.student_configs)
+        found = (*own, *textbook_candidates(self.space))
         return [c for c in dict.fromkeys(found) if c.key not in self.ledger.rows]
 
     def explored_keys(self) -> list[str]:
@@ -187,12 +190,13 @@ class Director:
                 self._give_up(f"the elastic student could not be trained: {outcome.reason}", 1)
             return
         self.store.set_meta(elastic={**outcome.facts, "done": True})
-        kept = (
-            "taken from an earlier search"
-            if outcome.facts["kept"]
-            else f"trained for {outcome.facts['elapsed_s']:.0f} s on {outcome.facts['tokens']:,.0f} tokens"
-        )
-        self.store.event("elastic", f"elastic student {kept}")
+        elapsed, tokens = outcome.facts["elapsed_s"], outcome.facts["tokens"]
+        if not self.space.has_elastic:
+            self.store.event("elastic", f"training speed {tokens / max(elapsed, 1e-9):,.0f} examples/s")
+        elif outcome.facts["kept"]:
+            self.store.event("elastic", "elastic student taken from an earlier search")
+        else:
+            self.store.event("elastic", f"elastic student trained for {elapsed:.0f} s on {tokens:,.0f} tokens")
         self.notify("elastic", {"done": True, **outcome.facts})
 
     def _sensitivity_came_back(self, outcome: Outcome) -> None:
@@ -212,15 +216,15 @@ class Director:
         self.notify("sensitivity", {"reason": outcome.reason, **facts})
 
     def _open_mixed(self) -> None:
-        known = self.store.meta("sensitivity")
-        if known is not None and self.space.has_mixed:
+        known, space = self.store.meta("sensitivity"), self.space
+        if known is not None and isinstance(space, Space) and space.has_mixed:
             table = None if known["table"] is None else Sensitivity.from_dict(known["table"])
             self.space = self.planning.space = self.estimates.space = replace(
-                self.space, mixed=table is not None, sensitivity=table
+                space, mixed=table is not None, sensitivity=table
             )
             self.estimates.version += 1
 
-    def _evaluation_came_back(self, work: Work, candidate: Candidate, outcome: Outcome, seconds: float) -> None:
+    def _evaluation_came_back(self, work: Work, candidate: AnyCandidate, outcome: Outcome, seconds: float) -> None:
         fidelity = FIDELITY[work.kind]
         measurements = dict(outcome.measurements)
         if fidelity == "rung0" and outcome.status == "complete":
@@ -287,6 +291,8 @@ class Director:
             if work.kind == "confirm"
             and work.candidate is not None
             and self.ledger.rows[work.candidate.key].source == "baseline"
+            else "training speed"
+            if work.kind == "elastic" and not self.space.has_elastic
             else STAGE[work.kind]
         )
         self.budget.charge(stage, seconds)

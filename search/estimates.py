@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from paretune.objectives.figures import Figures
 from paretune.objectives.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
@@ -16,15 +17,15 @@ from paretune.search.ledger import Ledger
 from paretune.search.records import Evaluation
 from paretune.search.spec import Spec
 from paretune.search.store import Store
-from paretune.spaces.candidate import Candidate
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnyCandidate, AnySpace, candidate_from_dict
 
 
 class Estimates:
     """`version` counts how often fit or calibration have changed: everything told under another version is stale."""
 
-    def __init__(self, store: Store, spec: Spec, space: Space, ledger: Ledger) -> None:
+    def __init__(self, store: Store, spec: Spec, space: AnySpace, ledger: Ledger) -> None:
         self.store, self.spec, self.space, self.ledger = store, spec, space, ledger
+        self.figures = Figures.of(store.meta("figures"))
         self.version = 0
         self.fits: dict[str, LatencyFit] = {}
         self._calibration = Calibration(space.shape, [])
@@ -33,7 +34,7 @@ class Estimates:
             self.refit()
         self.calibrate()
 
-    def predictions(self, candidate: Candidate) -> dict[str, Measurement]:
+    def predictions(self, candidate: AnyCandidate) -> dict[str, Measurement]:
         """Latencies by the fit."""
         return {name: fit.predict(candidate) for name, fit in self.fits.items()}
 
@@ -46,7 +47,8 @@ class Estimates:
         if e is None or e.status != "complete" or e.scores is None:
             return None
         candidate = self.ledger.rows[key].candidate
-        values = {**e.measurements, **self.predictions(candidate), "nll": self.estimated_nll(candidate, e.scores)}
+        estimate = {self.figures.quality: self.estimated_nll(candidate, e.scores)}
+        values = {**e.measurements, **self.predictions(candidate), **estimate}
         vector = tuple(float(values[name].value) for name in self.spec.objectives)
         self._vectors[key] = (self.version, vector)
         return vector
@@ -58,20 +60,21 @@ class Estimates:
         candidate = self.ledger.rows[key].candidate
         known = {**e.measurements, **self.predictions(candidate)}
         teacher = self._teacher_nll()[1]
-        loss = self.estimated_nll(candidate, e.scores).value / teacher - 1
+        loss = (self.estimated_nll(candidate, e.scores).value - teacher) / abs(teacher)
         found = {"loss": loss / self.spec.loss_of_interest - 1}
         for name, limit in sorted(self.spec.limits.items()):
             found[name] = known[name].value / limit - 1
         return found
 
-    def estimated_nll(self, candidate: Candidate, scores: Scores) -> Measurement:
-        """Calibrated estimate of the confirmed NLL on the report split."""
+    def estimated_nll(self, candidate: AnyCandidate, scores: Scores) -> Measurement:
+        """Calibrated estimate of the confirmed NLL (or a plug-in's quality) on the report split."""
         search, report = self._teacher_nll()
-        value = report + self._calibration.estimate(candidate, scores.mean_nll - search)
-        spread = 2.9 * (self._calibration.error if self._calibration.pairs else 0.1)
+        scale = self._scale
+        value = report + scale * self._calibration.estimate(candidate, (scores.mean_nll - search) / scale)
+        spread = 2.9 * scale * (self._calibration.error if self._calibration.pairs else 0.1)
         return Measurement(
             value,
-            "nats/token",
+            self.figures.quality_unit,
             value - spread,
             value + spread,
             "predicted",
@@ -102,7 +105,7 @@ class Estimates:
     def stakes(self, key: str) -> Stakes | None:
         """What decides whether training under the rounding is worth it for an explored candidate."""
         estimate = self.vector(key)
-        if estimate is None:
+        if estimate is None or not self.figures.is_decoder:
             return None
         search, report = self._teacher_nll()
         confirmed = [self.confirmed_vector(e) for e in self.ledger.complete("confirmed")]
@@ -115,14 +118,14 @@ class Estimates:
             max_loss=self.spec.max_loss,
         )
 
-    def learn(self, candidate: Candidate, measurements: dict[str, Measurement]) -> None:
+    def learn(self, candidate: AnyCandidate, measurements: dict[str, Measurement]) -> None:
         """A confirmation sharpens the calibration and the latency fit."""
         points = self.store.meta("fit_points", [])
-        if measurements["decode_ms_per_token"].provenance == "measured" and self.store.meta("fit_done") is True:
+        if measurements[self.figures.latency].provenance == "measured" and self.store.meta("fit_done") is True:
             points.append(
                 {
                     "candidate": json.loads(candidate.to_json()),
-                    **{n: measurements[n].value for n in ("decode_ms_per_token", "ttft_ms")},
+                    **{n: measurements[n].value for n, _ in self.figures.latencies},
                 }
             )
             self.store.set_meta(fit_points=points)
@@ -132,12 +135,12 @@ class Estimates:
 
     def refit(self) -> None:
         """Fit the latencies anew, once there are MIN_POINTS measurements."""
-        points = [(Candidate.from_dict(p["candidate"]), p) for p in self.store.meta("fit_points", [])]
+        points = [(candidate_from_dict(p["candidate"]), p) for p in self.store.meta("fit_points", [])]
         if len(points) < MIN_POINTS:
             return
         self.fits = {
             name: LatencyFit(name, unit, self.space.shape, [(c, p[name]) for c, p in points])
-            for name, unit in (("decode_ms_per_token", "ms/token"), ("ttft_ms", "ms"))
+            for name, unit in self.figures.latencies
         }
         self.store.set_meta(fit_error={name: fit.error.__dict__ for name, fit in self.fits.items()})
         self.version += 1
@@ -154,9 +157,9 @@ class Estimates:
                 and e.scores is not None
                 and self.ledger.rows[e.key].source != "baseline"
             ):
-                pairs.append(
-                    Pair(self.ledger.rows[e.key].candidate, rung0.scores.mean_nll - search, e.scores.mean_nll - report)
-                )
+                before, after = rung0.scores.mean_nll - search, e.scores.mean_nll - report
+                scale = self._scale
+                pairs.append(Pair(self.ledger.rows[e.key].candidate, before / scale, after / scale))
         self._calibration = Calibration(self.space.shape, pairs)
         if pairs:
             self.store.set_meta(calibration=self._calibration.to_dict())
@@ -172,16 +175,21 @@ class Estimates:
                 fresh[key] = {
                     **e.measurements,
                     **self.predictions(candidate),
-                    "estimated_nll": self.estimated_nll(candidate, e.scores),
+                    self.figures.estimate: self.estimated_nll(candidate, e.scores),
                 }
         self.store.update_measurements("rung0", fresh)
+
+    @property
+    def _scale(self) -> float:
+        """What the calibration takes as 1: a nat per token, or the teacher's own value of a plug-in's quality."""
+        return 1.0 if self.figures.is_decoder else abs(self._teacher_nll()[1]) or 1.0
 
     def _teacher_scores(self) -> Scores | None:
         e = self.ledger.latest.get((self.space.baselines()[0].key, "confirmed"))
         return None if e is None or e.status != "complete" else e.scores
 
     def _teacher_nll(self) -> tuple[float, float]:
-        """The fp32 teacher's NLL on the search and on the report split."""
+        """The fp32 teacher's NLL (or a plug-in's quality, minimized) on the search and on the report split."""
         e = self.ledger.latest[self.space.baselines()[0].key, "confirmed"]
         assert e.scores is not None
-        return float(e.facts["search_nll"]), e.scores.mean_nll
+        return float(e.facts[f"search_{self.figures.quality}"]), e.scores.mean_nll

@@ -53,7 +53,7 @@ class Evaluator:
                 return self.measuring.fit(work)
             if work.kind == "sensitivity":
                 return self._sensitivity(work)
-            assert work.candidate is not None
+            assert isinstance(work.candidate, Candidate)
             action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
             return action(work.candidate, work)
         except Infeasible as error:
@@ -62,7 +62,7 @@ class Evaluator:
             return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
 
     def close(self) -> None:
-        self.measuring.close()
+        """Nothing is held between pieces of work."""
 
     def _elastic(self, work: Work) -> Outcome:
         if self._trainer is None:

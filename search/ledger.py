@@ -7,7 +7,7 @@ from typing import Any
 
 from paretune.search.records import CandidateRow, Evaluation, Fidelity
 from paretune.search.store import Store
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate
 
 MAX_ATTEMPTS = 3
 
@@ -22,7 +22,7 @@ class Ledger:
         for e in store.evaluations():
             self._keep(e)
 
-    def add(self, candidate: Candidate, source: str, params: dict[str, Any], **meta: Any) -> bool:
+    def add(self, candidate: AnyCandidate, source: str, params: dict[str, Any], **meta: Any) -> bool:
         """Record a proposal in the store; False if it is known."""
         if not self.store.add_candidate(candidate, source, params, **meta):
             return False

@@ -6,14 +6,19 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.costs import CONFIRM_GUESS_S
 from paretune.search.spec import Spec
 from paretune.search.table_cost import affordable_tokens, expected_seconds
 from paretune.search.windows import WINDOW, batch_within_memory
+from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import Teacher
+
+if TYPE_CHECKING:
+    from paretune.teachers.plugin import PluginTeacher
 
 # Bytes over those of the teacher's weights: of a finalist (recovered weights, artifact, for every second one a copy in MLflow), of
 # a baseline, of what is there once (elastic student with its optimizers' state).
@@ -48,6 +53,8 @@ class Plan:
     most_finalists: int = 0
     tokens_per_parameter: float = 0.0
     mild: bool = False
+    text_what: str = "text"
+    text_unit: str = "characters"
 
 
 def memory_needed(teacher: Teacher) -> int:
@@ -71,9 +78,9 @@ def training_tokens_per_parameter(spec: Spec, teacher: Teacher, profile: Profile
 
 def make_plan(
     spec: Spec,
-    teacher: Teacher,
+    teacher: Teacher | PluginTeacher,
     profile: Profile,
-    space: Space,
+    space: AnySpace,
     characters: dict[str, int],
     home: Path,
     notes: list[str],
@@ -83,9 +90,9 @@ def make_plan(
     seconds = {
         "baselines": 3 * (4 + 4 * scale * spec.report_tokens / 40_000),
         "latency fit": spec.fit_points * (0.7 + 0.4 * scale),
-        "elastic student": spec.budget_s * spec.shares.elastic,
+        **({"elastic student": spec.budget_s * spec.shares.elastic} if space.has_elastic else {"training speed": 2.0}),
     }
-    if space.has_mixed:
+    if isinstance(space, Space) and isinstance(teacher, Teacher) and space.has_mixed:
         formats = len(space.mixed_formats)
         tokens = affordable_tokens(teacher.shape, formats, spec.budget_s, profile.cores)
         seconds["sensitivity"] = expected_seconds(teacher.shape, formats, tokens, profile.cores)
@@ -109,11 +116,11 @@ def make_plan(
         min(spec.finalists, finalists),
         int(size * copies + 300e6),
         shutil.disk_usage(_existing(home)).free,
-        memory_needed(teacher),
+        memory_needed(teacher) if isinstance(teacher, Teacher) else int(EMPTY_SEARCH_BYTES + size * WEIGHT_COPIES),
         available_memory(),
         tuple(notes),
         spec.most_finalists,
-        training_tokens_per_parameter(spec, teacher, profile),
+        training_tokens_per_parameter(spec, teacher, profile) if isinstance(teacher, Teacher) else 0.0,
         space.mild,
     )
 

@@ -20,7 +20,7 @@ from paretune.search.ledger import MAX_ATTEMPTS, Ledger
 from paretune.search.spec import Spec
 from paretune.search.store import Store
 from paretune.search.work import Kind, Work
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate, AnySpace, params_of
 from paretune.spaces.space import Space
 
 FIRST_WAVE = 40
@@ -39,7 +39,7 @@ class Planning:
     """Proposes the next piece of work; the director hands it out."""
 
     def __init__(
-        self, store: Store, spec: Spec, space: Space, budget: Budget, ledger: Ledger, estimates: Estimates
+        self, store: Store, spec: Spec, space: AnySpace, budget: Budget, ledger: Ledger, estimates: Estimates
     ) -> None:
         self.store, self.spec, self.space, self.budget = store, spec, space, budget
         self.ledger, self.estimates = ledger, estimates
@@ -56,18 +56,19 @@ class Planning:
             return self.work("fit", None, {"design": self._design(), "seconds": self.costs.fit_seconds()})
         if self.store.meta("elastic", {}).get("done") is not True:
             return self.work("elastic", None)
-        if self.space.has_mixed and self.space.sensitivity is None:
-            return self.work("sensitivity", None, {"formats": [asdict(f) for f in self.space.mixed_formats]})
+        space = self.space
+        if isinstance(space, Space) and space.has_mixed and space.sensitivity is None:
+            return self.work("sensitivity", None, {"formats": [asdict(f) for f in space.mixed_formats]})
         return self._explore_or_confirm()
 
-    def work(self, kind: Kind, candidate: Candidate | None, options: dict[str, Any] | None = None) -> Decision:
+    def work(self, kind: Kind, candidate: AnyCandidate | None, options: dict[str, Any] | None = None) -> Decision:
         """The decision to do a piece of work."""
         return Decision("work", Work(kind, candidate, self.budget.left_s, self.costs.timeout_s(kind), options or {}))
 
-    def _baseline_due(self) -> Candidate | None:
+    def _baseline_due(self) -> AnyCandidate | None:
         for candidate in self.space.baselines():
             if candidate.key not in self.ledger.rows:
-                self.ledger.add(candidate, "baseline", self.space.encode(candidate))
+                self.ledger.add(candidate, "baseline", params_of(self.space, candidate))
             if self.ledger.is_open(candidate.key, "confirmed"):
                 return candidate
         return None
@@ -127,7 +128,7 @@ class Planning:
             e = self.ledger.latest.get((key, "confirmed"))
             if e is None or e.status != "complete" or e.attempt >= MAX_ATTEMPTS:
                 continue
-            if e.measurements["decode_ms_per_token"].provenance == "disturbed":
+            if e.measurements[self.estimates.figures.latency].provenance == "disturbed":
                 return key
         return None
 

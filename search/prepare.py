@@ -7,21 +7,36 @@ import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paretune import __version__
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.figures import Figures
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
+from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
+from paretune.teachers.plugin_name import is_plugin
 from paretune.teachers.teacher import EMBEDDED_FOLDER
 from paretune.teachers.text import SPLITS, library_mismatches
 
+if TYPE_CHECKING:
+    from paretune.teachers.plugin import PluginTeacher
+
 MIN_BUDGET_S = 45.0
 AFFORDABLE = 0.05
+
+
+@dataclass(frozen=True)
+class PluginSetup:
+    """What a study of a plug-in adds: the names of its figures, and the folder in which its class is looked up too."""
+
+    figures: Figures
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -29,11 +44,12 @@ class Ready:
     """Everything that was checked before work starts."""
 
     spec: Spec
-    teacher: Teacher
+    teacher: Teacher | PluginTeacher
     profile: Profile
-    space: Space
+    space: AnySpace
     plan: Plan
     text: str = ""
+    plugin: PluginSetup | None = None
 
     @property
     def identity(self) -> str:
@@ -51,7 +67,11 @@ class Ready:
 
 def prepare(spec: Spec, home: Path) -> Ready:
     """Check teacher, text, profile, budget, disk and memory. Raises UsageError or EnvironmentProblem before any work."""
-    _check_home(home)
+    check_home(home)
+    if is_plugin(spec.teacher):
+        from paretune.search.plugin_prepare import prepare_plugin
+
+        return prepare_plugin(spec, home)
     teacher = load_teacher(spec.teacher)
     profile = load_profile(spec.profile, home)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
@@ -104,8 +124,14 @@ def prepare(spec: Spec, home: Path) -> Ready:
         home,
         notes,
     )
-    if spec.budget_s < MIN_BUDGET_S * max(1.0, teacher.parameters / 6e6):
-        least = MIN_BUDGET_S * max(1.0, teacher.parameters / 6e6)
+    check_affordable(plan, spec, home)
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
+
+
+def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:
+    """Raises UsageError if the budget is too small for the baselines, EnvironmentProblem if disk or memory do not suffice."""
+    if spec.budget_s < MIN_BUDGET_S * max(1.0, plan.parameters / 6e6):
+        least = MIN_BUDGET_S * max(1.0, plan.parameters / 6e6)
         raise UsageError(
             f"the budget must be at least {least:.0f} s, because the baselines alone take that long, but got {spec.budget}",
             f"use --budget {least / 60:.0f}m or more",
@@ -117,11 +143,10 @@ def prepare(spec: Spec, home: Path) -> Ready:
         )
     if plan.memory_bytes > plan.free_memory_bytes:
         raise EnvironmentProblem(
-            f"a search on {teacher.parameters / 1e6:.0f}M parameters needs about {plan.memory_bytes / 1e9:.1f} GB of memory, but "
+            f"a search on {plan.parameters / 1e6:.0f}M parameters needs about {plan.memory_bytes / 1e9:.1f} GB of memory, but "
             f"{plan.free_memory_bytes / 1e9:.1f} GB are free",
             "end other programs, take a larger machine or a smaller teacher",
         )
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
 
 
 def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
@@ -134,7 +159,7 @@ def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
     return spec.keep_zeros or teacher.has_masks
 
 
-def _check_home(home: Path) -> None:
+def check_home(home: Path) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
         probe = home / f".probe-{os.getpid()}"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from paretune.hardware_profiles.errors import NothingFeasible, UsageError
+from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
-from paretune.search.view import LABELS, Point, StudyView, tied
+from paretune.search.view import LABELS, Point, StudyView, label_of, tied
 
 NEAR = 0.9
 
@@ -23,10 +24,10 @@ class Limits:
     memory_bytes: float | None = None
     loss: float | None = None
 
-    def active(self) -> dict[str, float]:
+    def active(self, figures: Figures = DECODER) -> dict[str, float]:
         """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not a positive number."""
         named = {
-            "decode_ms_per_token": self.latency_ms,
+            figures.latency: self.latency_ms,
             "compressed_bytes": self.compressed_bytes,
             "peak_memory_bytes": self.memory_bytes,
             "relative_loss": self.loss,
@@ -71,7 +72,10 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     if not view.front:
         raise why_empty(view)
     spec_limits: dict[str, float] = (view.meta.get("spec") or {}).get("limits") or {}
-    bounds = {**{n: v for n, v in spec_limits.items() if n in LABELS}, **limits.active()}
+    bounds = {
+        **{n: v for n, v in spec_limits.items() if n in LABELS or n == view.figures.latency},
+        **limits.active(view.figures),
+    }
     feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
     if not feasible:
         raise _nearest(view, bounds)
@@ -127,29 +131,34 @@ def _among(view: StudyView, feasible: Sequence[Point], bounds: dict[str, float])
 
 def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
     if set(bounds) == {"relative_loss"}:
-        return (lambda p: p.measurements["decode_ms_per_token"].value), "the fastest"
+        return (lambda p: p.measurements[view.figures.latency].value), "the fastest"
     if bounds:
-        return (lambda p: p.measurements["nll"].value), "the lowest loss"
+        return (lambda p: p.measurements[view.figures.quality].value), "the lowest loss"
     best = [min(p.value(name).value for p in view.front) for name in view.objectives]
 
     def balance(point: Point) -> float:
-        ratios = {name: v / b for name, v, b in zip(view.objectives, point.vector(view.objectives), best, strict=True)}
-        return float(ratios.pop("nll") ** 10 + sum(ratios.values()))
+        values = zip(view.objectives, point.vector(view.objectives), best, strict=True)
+        ratios = {name: 1 + (v - b) / (abs(b) or 1.0) for name, v, b in values}  # a plug-in's quality can be negative
+        return float(ratios.pop(view.figures.quality) ** 10 + sum(ratios.values()))
 
     return balance, "the best balance"
 
 
 def _sentences(view: StudyView, chosen: Point) -> Sequence[str]:
+    figures, latency = view.figures, view.figures.latency
+    quality = "NLL" if figures.is_decoder else figures.quality.replace("_", " ")
+    verb = "decodes" if figures.is_decoder else "runs"
     found = [
-        f"NLL {_show('nll', chosen.measurements['nll'])}, {chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
+        f"{quality} {_show(figures.quality, chosen.measurements[figures.quality])}, "
+        f"{chosen.measurements['relative_loss'].value:+.1%} against the fp32 teacher "
         f"({chosen.measurements['relative_loss'].low:+.1%} … {chosen.measurements['relative_loss'].high:+.1%})"
     ]
     teacher = view.teacher
     if teacher is not None and teacher.key != chosen.key:
-        speed = teacher.measurements["decode_ms_per_token"].value / chosen.measurements["decode_ms_per_token"].value
+        speed = teacher.measurements[latency].value / chosen.measurements[latency].value
         size = teacher.measurements["compressed_bytes"].value / chosen.measurements["compressed_bytes"].value
         found.append(
-            f"decodes {speed:.2f} times as fast ({_show('decode_ms_per_token', chosen.measurements['decode_ms_per_token'])}) "
+            f"{verb} {speed:.2f} times as fast ({_show(latency, chosen.measurements[latency])}) "
             f"and is {size:.2f} times smaller ({_show('compressed_bytes', chosen.measurements['compressed_bytes'])} compressed)"
         )
     return found
@@ -164,9 +173,11 @@ def _price(view: StudyView, chosen: Point, other: Point) -> str:
     for name in view.objectives:
         mine, theirs = chosen.value(name), other.value(name)
         if tied(chosen, other, name):
-            parts.append(f"{LABELS[name]} tied")
+            parts.append(f"{label_of(name, view.figures)} tied")
         else:
-            parts.append(f"{LABELS[name]} {theirs.value / mine.value - 1:+.1%}")
+            parts.append(
+                f"{label_of(name, view.figures)} {(theirs.value - mine.value) / (abs(mine.value) or 1.0):+.1%}"
+            )
     return f"{other.name} instead: " + ", ".join(parts)
 
 
@@ -195,4 +206,6 @@ def _plain(name: str, value: float) -> str:
         return f"{value / 1e6:.2f} MB"
     if name == "relative_loss":
         return f"{value:.1%}"
-    return f"{value:.3f}" + (" ms" if "ms" in name else "")
+    if "ms" in name:
+        return f"{value:.3f} ms"
+    return f"{value:.3f}" if name in LABELS else f"{value:.4g}"

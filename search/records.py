@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate
 
 Fidelity = Literal["rung0", "recovered", "confirmed"]
 Status = Literal["running", "complete", "failed", "infeasible", "lost"]
@@ -22,7 +22,7 @@ class CandidateRow:
     key: str
     number: int
     source: str
-    candidate: Candidate
+    candidate: AnyCandidate
     params: dict[str, Any]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from paretune.compression.export.checksums import MODEL, check_artifact
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import load_profile
+from paretune.objectives.figures import FORWARD, forward_measurements
 from paretune.objectives.measurement import Measurement
 
 COMPARED = ("decode_ms_per_token", "ttft_ms")
@@ -97,12 +98,16 @@ def remeasure(artifact: Path, profile_name: str, home: Path) -> Remeasured:
     from paretune.search.reference import open_lane
 
     facts = check_artifact(artifact)
+    is_module = facts.get("kind") == "module"
+    compared = (FORWARD,) if is_module else COMPARED
     profile = load_profile(profile_name, home)
     found = open_lane(home / "cache", profile, MachineLock()).measure((artifact / MODEL).resolve()).measurements
+    if is_module:
+        found = forward_measurements(found)
     kept = (
         {name: Measurement.from_dict(data) for name, data in facts.get("measurements", {}).items()}
         if facts.get("profile") == profile.name
         else {}
     )
-    agreements = tuple(Agreement(name, found[name], kept.get(name)) for name in COMPARED)
-    return Remeasured(artifact, agreements, {name: m for name, m in found.items() if name not in COMPARED})
+    agreements = tuple(Agreement(name, found[name], kept.get(name)) for name in compared)
+    return Remeasured(artifact, agreements, {name: m for name, m in found.items() if name not in compared})

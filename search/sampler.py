@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from paretune.search.estimates import Estimates
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnySpace
 
 RANDOM_STARTS = 12
 POPULATION = 24
@@ -29,7 +29,7 @@ def stable_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
+def distributions(space: AnySpace) -> dict[str, BaseDistribution]:
     """The space's variables as Optuna distributions; ordered choices are integers."""
     return {
         name: IntDistribution(*bounds) if kind == "int" else CategoricalDistribution(bounds)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from paretune.spaces.candidate import Candidate
-from paretune.spaces.space import Space
+from paretune.spaces.kinds import AnyCandidate, AnySpace
+from paretune.spaces.module_space import ModuleSpace
 
 
-def textbook_candidates(space: Space) -> list[Candidate]:
+def textbook_candidates(space: AnySpace) -> list[AnyCandidate]:
     """Each size cut alone and together, each with the engine's two integer precisions and two mixed ones; without repetitions."""
-    s, found = space.shape, []
+    if isinstance(space, ModuleSpace):
+        return list(space.seeds())
+    s = space.shape
+    found: list[Candidate] = []
     widths = space.ffn_widths
     sizes = [
         (s.layers, widths[-1], s.kv_heads),

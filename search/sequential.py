@@ -19,7 +19,7 @@ from paretune.search.estimates import Estimates
 from paretune.search.front import Vector
 from paretune.search.volume import in_teacher_units, volume
 from paretune.spaces.candidate import Candidate, Shape
-from paretune.spaces.space import Distribution
+from paretune.spaces.space import Distribution, Space
 
 SIZE, MASK = ("depth", "ffn", "kv_groups", "hidden"), ("pattern", "ratio", "score")
 MIXED = ("precision_mode", "effective_bits")
@@ -44,6 +44,7 @@ class SequentialPlan:
 
     def __init__(self, estimates: Estimates) -> None:
         self.estimates, self.ledger = estimates, estimates.ledger
+        assert isinstance(estimates.space, Space)  # checked when the search is prepared
         self.space, self.spec = estimates.space, estimates.spec
         self.variables = self.space.distributions()
         self._size = [name for name in SIZE if name in self.variables]

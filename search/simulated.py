@@ -94,7 +94,7 @@ class SimulatedEvaluator:
         if work.kind == "sensitivity":
             table = sensitivity(tuple(Format(**f) for f in work.options["formats"]))
             return Outcome(facts={"table": table.to_dict(), "kept": False, "seconds": SECONDS["sensitivity"]})
-        assert work.candidate is not None
+        assert isinstance(work.candidate, Candidate)
         return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](
             work.candidate, work
         )

@@ -27,7 +27,7 @@ from paretune.search.tables import (
     metadata,
     outbox_table,
 )
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate, candidate_from_json
 
 
 class Store:
@@ -92,7 +92,7 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(sa.insert(meta_table).prefix_with("OR REPLACE"), rows)
 
-    def add_candidate(self, candidate: Candidate, source: str, params: Mapping[str, Any], **meta: Any) -> bool:
+    def add_candidate(self, candidate: AnyCandidate, source: str, params: Mapping[str, Any], **meta: Any) -> bool:
         """Record a proposal, with `meta` in the same transaction; False if this candidate is known."""
         with self._engine.begin() as connection:
             if connection.execute(
@@ -121,7 +121,7 @@ class Store:
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(candidate_table).order_by(candidate_table.c.number)).all()
         return [
-            CandidateRow(r.key, r.number, r.source, Candidate.from_json(r.candidate), json.loads(r.params))
+            CandidateRow(r.key, r.number, r.source, candidate_from_json(r.candidate), json.loads(r.params))
             for r in rows
         ]
 

@@ -21,6 +21,7 @@ from paretune.hardware_profiles import (
 from paretune.hardware_profiles.files import write_atomically
 from paretune.search.prepare import Ready
 from paretune.search.store import Store
+from paretune.teachers.plugin_name import is_plugin
 
 PACKAGES = (
     "torch",
@@ -34,6 +35,7 @@ PACKAGES = (
     "numpy",
     "sqlalchemy",
 )
+PLUGIN_EVALUATOR = "paretune.search.plugin_evaluator:PluginEvaluator"
 STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 
 
@@ -41,6 +43,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
     """A new study folder with its settings."""
     folder = home / "studies" / study
     text = "standard library of the running Python" if ready.spec.data is None else ready.spec.data
+    own = ready.plugin is not None
     if not (folder / "study.db").exists():
         _write_setup(ready, folder)
     store = Store.create(
@@ -56,7 +59,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
                 "digest": ready.teacher.digest,
                 "parameters": ready.teacher.parameters,
             },
-            "corpus": {"source": text, "fingerprint": ready.text},
+            "corpus": {"source": "the plug-in's own data" if own else text, "fingerprint": ready.text},
             "budget_s": ready.spec.budget_s,
             "space_size": ready.plan.space_size,
             "machine": {**detect_local().__dict__, "fingerprint": fingerprint()},
@@ -68,6 +71,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
             "command": command,
             "launches": 0,
             "notes": list(ready.plan.notes),
+            **({} if ready.plugin is None else {"figures": ready.plugin.figures.to_dict()}),
         },
     )
     return store
@@ -80,6 +84,8 @@ def _write_setup(ready: Ready, folder: Path) -> None:
         "profile": ready.profile.model_dump(mode="json"),
         "mild": ready.space.mild,
     }
+    if ready.plugin is not None:
+        setup |= {"evaluator": PLUGIN_EVALUATOR, "plugin_folder": str(ready.plugin.folder)}
     try:
         write_atomically(folder / "setup.json", json.dumps(setup, indent=1).encode())
     except OSError as error:
@@ -121,11 +127,18 @@ def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]
             identity, state = _identity(path.parent)
             if identity == ready.identity and state != "complete":
                 return path.parent.name, True
-    base = f"{re.sub('[^a-z0-9-]+', '-', Path(ready.spec.teacher).name.lower())}-{datetime.date.today():%m%d}"
+    base = (
+        f"{re.sub('[^a-z0-9-]+', '-', Path(_short_name(ready.spec.teacher)).name.lower())}-{datetime.date.today():%m%d}"
+    )
     number = 1
     while (folder / f"{base}-{number}").exists():
         number += 1
     return f"{base}-{number}", False
+
+
+def _short_name(teacher: str) -> str:
+    """What a study is called after: the folder, or the last part of a plug-in's name."""
+    return teacher.rsplit(":", 1)[-1] if is_plugin(teacher) else teacher
 
 
 def _identity(folder: Path) -> tuple[str | None, str | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import json
 import os
 import sys
 import traceback
@@ -83,7 +84,8 @@ def _disk_outcome(error: OSError) -> Outcome:
 
 
 def make_evaluator(folder: Path, home: Path) -> Any:
-    """The real evaluator, or the simulated one that tests name by `module:class` in the environment."""
-    name = os.environ.get(EVALUATOR, "paretune.search.evaluator:Evaluator")
+    """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
+    usual = json.loads((folder / "setup.json").read_text()).get("evaluator", "paretune.search.evaluator:Evaluator")
+    name = os.environ.get(EVALUATOR, usual)
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

@@ -21,7 +21,7 @@ from paretune.search.director import Director
 from paretune.search.sampler import distributions, frozen_trial, make_sampler, rebuild, stable_seed, tell_constraints
 from paretune.search.sequential import SequentialPlan
 from paretune.search.work import Outcome, Work
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate, params_of
 
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
@@ -46,7 +46,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self._asked = int(director.store.meta("asked", 0))
         self._work: dict[str, tuple[Work, float]] = {}
         self._plan: SequentialPlan | None = None
-        self._seeds: list[Candidate] | None = None
+        self._seeds: list[AnyCandidate] | None = None
 
     def suggest(self, trial_id: str) -> Any:
         """The next Tune config, None if something must finish first, FINISHED at the end."""
@@ -102,7 +102,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             return self._planned(self._plan)
         while self._seeds:
             candidate = self._seeds.pop(0)
-            work = self.director.register(candidate, "seed", self.director.space.encode(candidate))
+            work = self.director.register(candidate, "seed", params_of(self.director.space, candidate))
             if work is not None:
                 return work
         for _ in range(MOST_DUPLICATES):

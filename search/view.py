@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.database import is_taken
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
 from paretune.search.store import Store
-from paretune.spaces.candidate import ALGORITHM_NAMES, Candidate, Format
+from paretune.spaces.candidate import ALGORITHM_NAMES, Format
+from paretune.spaces.kinds import AnyCandidate
+from paretune.spaces.module_candidate import ModuleCandidate
 
 LABELS = {
     "nll": "NLL (nats/token)",
@@ -34,6 +37,11 @@ LABELS = {
 DEFAULT_OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
 
 
+def label_of(name: str, figures: Figures) -> str:
+    """What people read for a measurement's name."""
+    return dict(figures.labels).get(name) or LABELS.get(name, name)
+
+
 @dataclass(frozen=True)
 class Point:
     """One candidate at one fidelity. Rung-0 points are estimates (hollow in charts); confirmed ones are measured."""
@@ -41,11 +49,12 @@ class Point:
     key: str
     number: int
     source: str
-    candidate: Candidate
+    candidate: AnyCandidate
     kind: Literal["rung0", "confirmed"]
     measurements: dict[str, Measurement]
     facts: dict[str, Any]
     scores: Scores | None
+    figures: Figures = DECODER
 
     @property
     def description(self) -> str:
@@ -54,6 +63,9 @@ class Point:
     @property
     def name(self) -> str:
         """A short label: `teacher int8`, or the size and the precisions."""
+        if isinstance(self.candidate, ModuleCandidate):
+            form = self.candidate.groups[0].format.name
+            return f"teacher {form}" if self.source == "baseline" else self.candidate.name
         x = self.candidate.layers[0]
         if self.source == "baseline":
             return f"teacher {self.candidate.head_format.name}"
@@ -66,13 +78,14 @@ class Point:
         return f"L{len(self.candidate.layers)}{hidden} F{x.ffn} G{x.kv_groups} {formats}{sparse}"
 
     def value(self, objective: str) -> Measurement:
-        """The measurement of an objective. A rung-0 point answers `nll` with its estimate, a confirmed one with the interval
-        of its paired difference to the teacher: how hard the text is says nothing about which of two models is better."""
-        if objective == "nll" and self.kind == "rung0":
-            return self.measurements["estimated_nll"]
+        """The measurement of an objective. A rung-0 point answers its quality with an estimate, a confirmed one with the
+        interval of its paired difference to the teacher: how hard the text is says nothing about which of two models is better."""
+        quality = self.figures.quality
+        if objective == quality and self.kind == "rung0":
+            return self.measurements[self.figures.estimate]
         found = self.measurements[objective]
-        increase = self.measurements.get("nll_increase")
-        if objective != "nll" or increase is None:
+        increase = self.measurements.get(self.figures.increase)
+        if objective != quality or increase is None:
             return found
         shift = found.value - increase.value
         return replace(
@@ -98,6 +111,7 @@ class StudyView:
     failures: tuple[Evaluation, ...]
     events: tuple[Event, ...]
     seconds_by_stage: dict[str, float]
+    figures: Figures = DECODER
 
     @property
     def baselines(self) -> tuple[Point, ...]:
@@ -134,6 +148,7 @@ META = (
     "stage",
     "seed",
     "command",
+    "figures",
 )
 
 
@@ -146,8 +161,9 @@ def load_view(store: Store) -> StudyView:
     if meta["state"] == "running" and not is_taken(store.folder):
         meta["state"] = "interrupted"  # killed, so that nobody could write it down
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
-    confirmed = tuple(_point(rows[e.key], e, "confirmed") for e in complete if e.fidelity == "confirmed")
-    rung0 = tuple(_point(rows[e.key], e, "rung0") for e in complete if e.fidelity == "rung0")
+    figures = Figures.of(meta["figures"])
+    confirmed = tuple(_point(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
+    rung0 = tuple(_point(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
     front, ties = front_of(confirmed, objectives)
     failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
     return StudyView(
@@ -162,6 +178,7 @@ def load_view(store: Store) -> StudyView:
         failures,
         tuple(store.events()),
         store.meta("seconds_by_stage", {}),
+        figures,
     )
 
 
@@ -173,7 +190,7 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     """
     usable = [p for p in points if all(p.value(name).provenance != "disturbed" for name in objectives)]
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
-    chosen.sort(key=lambda p: (p.value("nll").value, p.vector(objectives)))
+    chosen.sort(key=lambda p: (p.value(p.figures.quality).value, p.vector(objectives)))
     ties: dict[str, str] = {}
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:
@@ -185,7 +202,7 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
 
 def tied(a: Point, b: Point, objective: str) -> bool:
     """Whether the difference of two points in an objective is within its interval (paired by document for the NLL)."""
-    if objective == "nll" and a.scores is not None and b.scores is not None:
+    if objective == a.figures.quality and a.scores is not None and b.scores is not None:
         _, low, high = paired_difference(a.scores, b.scores)
         return low <= 0.0 <= high
     return a.value(objective).overlaps(b.value(objective))
@@ -203,7 +220,7 @@ def _names(formats: Sequence[Format]) -> str:
     return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
-def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"]) -> Point:
+def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
     return Point(
         row.key,
         row.number,
@@ -213,4 +230,5 @@ def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "co
         evaluation.measurements,
         evaluation.facts,
         evaluation.scores,
+        figures,
     )

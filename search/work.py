@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.kinds import AnyCandidate, candidate_from_dict
 
 Kind = Literal["fit", "elastic", "sensitivity", "rung0", "recover", "confirm"]
 
@@ -18,7 +18,7 @@ class Work:
     """One Tune trial. `seconds_left` is how much of the budget remains; `timeout_s` after how long the worker gives itself up."""
 
     kind: Kind
-    candidate: Candidate | None = None
+    candidate: AnyCandidate | None = None
     seconds_left: float = 0.0
     timeout_s: float = 600.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Work:
     def from_json(cls, text: str) -> Work:
         data = json.loads(text)
         candidate = data.pop("candidate")
-        return cls(candidate=None if candidate is None else Candidate.from_dict(candidate), **data)
+        return cls(candidate=None if candidate is None else candidate_from_dict(candidate), **data)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from paretune.spaces.candidate import (
     DENSE,
@@ -79,6 +79,8 @@ class Space:
     choices: PrecisionChoices = DEFAULT_CHOICES
     mixed: bool = False
     sensitivity: Sensitivity | None = None
+    # Sizes below the teacher's come from an elastic student.
+    has_elastic: ClassVar[bool] = True
 
     @classmethod
     def of(

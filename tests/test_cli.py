@@ -13,6 +13,7 @@ import pytest
 
 from paretune import cli, cli_search, console
 from paretune.hardware_profiles import EnvironmentProblem, UsageError
+from paretune.objectives.figures import Figures
 from paretune.search import cluster
 from paretune.search.store import Store
 
@@ -276,7 +277,7 @@ def test_the_printed_command_can_be_pasted(monkeypatch, tmp_path, capsys):
     """The artifact lies below a folder with a space and a quote."""
     point = SimpleNamespace(name="L5", key="abcdef012345")
     monkeypatch.setattr("paretune.search.recommend.recommend", lambda *_: SimpleNamespace(chosen=point, why=()))
-    view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s")
+    view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s", figures=Figures())
     cli_search._show_end(view, tmp_path, 0, None, False)
     line = next(line for line in capsys.readouterr().err.splitlines() if " generate " in line)
     words = shlex.split(line)

@@ -36,6 +36,7 @@ PAGES = sorted(
         "teachers/*/README.md",
         "docs/*.md",
         "compression/*/README.md",
+        "examples/*/README.md",
     )
     for path in ROOT.glob(pattern)
 )

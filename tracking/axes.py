@@ -9,10 +9,10 @@ from typing import Any
 from paretune.search.recommend import Recommendation
 from paretune.search.view import StudyView
 from paretune.tracking.points import (
-    AXES,
     GREY,
     SIZE_SCALE,
     Group,
+    axes_of,
     bounds,
     column,
     scaled,
@@ -22,7 +22,7 @@ from paretune.tracking.points import (
     whiskers,
     window,
 )
-from paretune.tracking.wording import SHORT
+from paretune.tracking.wording import short_of
 
 
 def colour_axis(view: StudyView) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def axis_layout(view: StudyView, x: str, y: str) -> dict[str, Any]:
     """Titles and range of a pair of axes."""
     shown = window(view, y)
     return {
-        "xaxis.title.text": title(x),
-        "yaxis.title.text": title(y),
+        "xaxis.title.text": title(x, view.figures),
+        "yaxis.title.text": title(y, view.figures),
         "xaxis.autorange": True,
         "yaxis.autorange": shown is None,
         "yaxis.range": None if shown is None else list(shown),
@@ -61,11 +61,11 @@ def axis_menu(view: StudyView, drawn: Sequence[Group], chosen: Recommendation | 
     """The menu with a button per pair of axes."""
     buttons = [
         {
-            "label": f"{SHORT[y]} over {SHORT[x]}",
+            "label": f"{short_of(y)} over {short_of(x)}",
             "method": "update",
             "args": [_restyle(view, drawn, chosen, x, y), axis_layout(view, x, y)],
         }
-        for x, y in AXES
+        for x, y in axes_of(view.figures)
     ]
     return {
         "buttons": buttons,

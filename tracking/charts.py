@@ -11,7 +11,6 @@ from paretune.search.view import Point, StudyView
 from paretune.tracking.axes import axis_layout, axis_menu, colour_axis
 from paretune.tracking.points import (
     ACCENT,
-    AXES,
     GOLD,
     GREY,
     RED,
@@ -22,18 +21,17 @@ from paretune.tracking.points import (
     colours_of,
     column,
     diameters,
+    first_axes,
     groups,
     is_below,
     scaled,
     staircase,
     whiskers,
 )
-from paretune.tracking.wording import SHORT, is_disturbed, measurement, recommended, with_interval
+from paretune.tracking.wording import is_disturbed, measurement, recommended, short_of, told, with_interval
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-HOVER = ("nll", "relative_loss", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "peak_memory_bytes")
 
 
 def front_figure(view: StudyView) -> Figure:
@@ -41,7 +39,12 @@ def front_figure(view: StudyView) -> Figure:
     import plotly.graph_objects as go
 
     drawn, chosen = groups(view), recommended(view)
-    traces = [_staircase(view, *AXES[0]), *(_trace(view, group) for group in drawn), _star(chosen), _scale(view)]
+    traces = [
+        _staircase(view, *first_axes(view)),
+        *(_trace(view, group) for group in drawn),
+        _star(chosen),
+        _scale(view),
+    ]
     figure = go.Figure(traces)
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
@@ -54,7 +57,7 @@ def front_figure(view: StudyView) -> Figure:
         legend={"orientation": "h", "x": 0, "y": -0.12, "yanchor": "top"},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": ACCENT},
         updatemenus=[axis_menu(view, drawn, chosen)],
-        **axis_layout(view, *AXES[0]),
+        **axis_layout(view, *first_axes(view)),
     )
     line = {
         "gridcolor": "rgba(128,136,144,0.22)",
@@ -87,10 +90,10 @@ PLOTLY_CONFIG = {
 def _hover(view: StudyView, point: Point) -> str:
     state = "estimated" if point.kind == "rung0" else _standing(view, point)
     lines = [f"<b>{html.escape(point.name)}</b> {point.key[:8]} · {state}", html.escape(point.description)]
-    for name in HOVER:
+    for name in told(view.figures):
         m = measurement(point, name)
         if m is not None:
-            lines.append(f"{SHORT[name]}: {with_interval(name, m)} ({m.provenance})")
+            lines.append(f"{short_of(name)}: {with_interval(name, m)} ({m.provenance})")
     return "<br>".join(lines)
 
 
@@ -106,7 +109,7 @@ def _trace(view: StudyView, group: Group) -> Any:
     import plotly.graph_objects as go
 
     estimated = group.name == "estimated (rung 0)"
-    x, y = AXES[0]
+    x, y = first_axes(view)
     labels = [baseline_label(p) for p in group.points] if group.name == "teacher, unchanged" else None
     sides = ["bottom right" if is_below(p) else "top left" for p in group.points]
     edge = {"width": 2.5 if group.edge != GREY else 1.2, "color": group.edge}
@@ -137,7 +140,7 @@ def _trace(view: StudyView, group: Group) -> Any:
 def _star(chosen: Recommendation | None) -> Any:
     import plotly.graph_objects as go
 
-    x, y = AXES[0]
+    x, y = first_axes(chosen)
     points = [] if chosen is None else [chosen.chosen]
     marker = {"symbol": "star", "size": 17, "color": GOLD, "line": {"width": 1.2, "color": "#5a4300"}}
     name = "recommended" if chosen is None else f"recommended: {html.escape(chosen.chosen.name)}"

@@ -8,8 +8,9 @@ from typing import Any
 from paretune.search.recommend import Recommendation
 from paretune.search.view import Point, StudyView
 from paretune.spaces.candidate import PER_CHANNEL
+from paretune.spaces.module_candidate import ModuleCandidate
 from paretune.tracking.page import flat
-from paretune.tracking.wording import headline, measurement, named, with_interval
+from paretune.tracking.wording import headline, measurement, named, short_of, told, with_interval
 
 METRICS = (
     "nll",
@@ -33,21 +34,29 @@ def note(view: StudyView, chosen: Recommendation | None) -> str:
             "",
             *(f"- {reason}" for reason in chosen.why),
         ]
-    columns = ("nll", "decode_ms_per_token", "compressed_bytes")
+    columns = view.figures.objectives()
     rows = [f"| {p.name} | {' | '.join(_cell(p, name) for name in columns)} |" for p in view.front[:25]]
     state = f"State: {view.meta.get('state') or 'running'}. Open `report.html` or `front.html` under Artifacts."
-    table = ["| front member | NLL | decode per token | compressed |", "| --- | --- | --- | --- |", *rows]
+    named_columns = ("NLL", "decode per token", "compressed")
+    titles = named_columns if view.figures.is_decoder else tuple(short_of(name) for name in columns)
+    table = [f"| front member | {' | '.join(titles)} |", "| --- | --- | --- | --- |", *rows]
     return "\n".join([f"### {headline(view)}", "", state, "", *why, "", *table])
 
 
 def rung0_table(view: StudyView) -> dict[str, Any]:
     """All rung-0 rows as MLflow's table format; values are estimates, bytes are counted."""
 
+    columns = (
+        RUNG0_COLUMNS
+        if view.figures.is_decoder
+        else (view.figures.estimate, view.figures.latency, "bytes", "compressed_bytes")
+    )
+
     def cells(point: Point) -> list[float | None]:
-        return [m.value if (m := point.measurements.get(name)) else None for name in RUNG0_COLUMNS]
+        return [m.value if (m := point.measurements.get(name)) else None for name in columns]
 
     rows = [[p.key, p.number, p.source, p.description, *cells(p)] for p in view.rung0]
-    return {"columns": ["key", "number", "source", "description", *RUNG0_COLUMNS], "data": rows}
+    return {"columns": ["key", "number", "source", "description", *columns], "data": rows}
 
 
 def _cell(point: Point, name: str) -> str:
@@ -58,6 +67,8 @@ def _cell(point: Point, name: str) -> str:
 def candidate_params(point: Point) -> dict[str, str]:
     """What varies between candidates; mixed layers are listed with slashes."""
     x = point.candidate
+    if isinstance(x, ModuleCandidate):
+        return _module_params(x)
     executed = [x.head_format, *(f for layer in x.layers for f in (layer.attention_format, layer.ffn_format))]
     sizes = {f.group_size for f in (x.embedding_format, *executed) if f.is_integer}
 
@@ -81,8 +92,21 @@ def candidate_params(point: Point) -> dict[str, str]:
     }
 
 
+def _module_params(x: ModuleCandidate) -> dict[str, str]:
+    """Of a plug-in's module: its widths, and per group precision and sparsity."""
+    found = {name: str(width) for name, width in x.widths}
+    for group in x.groups:
+        found |= {
+            f"{group.name} precision": group.format.name,
+            f"{group.name} pattern": group.pattern.kind,
+            f"{group.name} sparsity": str(group.pattern.ratio),
+        }
+    sizes = sorted({g.format.group_size for g in x.groups if g.format.bits != 32})
+    return found | {"group_size": "/".join("channel" if size == 0 else str(size) for size in sizes) or "none"}
+
+
 def candidate_tags(point: Point) -> dict[str, str]:
-    latency = measurement(point, "decode_ms_per_token")
+    latency = measurement(point, point.figures.latency)
     return {
         "source": point.source,
         "latency": "none" if latency is None else latency.provenance,
@@ -91,7 +115,8 @@ def candidate_tags(point: Point) -> dict[str, str]:
 
 
 def metrics(point: Point) -> dict[str, float]:
-    return {name: m.value for name in METRICS if (m := measurement(point, name)) is not None}
+    names = METRICS if point.figures.is_decoder else told(point.figures)
+    return {name: m.value for name in names if (m := measurement(point, name)) is not None}
 
 
 def study_params(view: StudyView) -> dict[str, str]:

@@ -11,7 +11,6 @@ from paretune.hardware_profiles.files import write_atomically
 from paretune.search.view import Point, StudyView
 from paretune.tracking.points import (
     ACCENT,
-    AXES,
     GOLD,
     GREY,
     RED,
@@ -23,6 +22,7 @@ from paretune.tracking.points import (
     colours_of,
     column,
     diameters,
+    first_axes,
     groups,
     hidden_estimates,
     is_below,
@@ -79,7 +79,7 @@ def _tint(view: StudyView) -> Any:
 
 
 def _draw_staircase(axes: Any, view: StudyView) -> None:
-    corners = staircase(view, *AXES[0])
+    corners = staircase(view, *first_axes(view))
     if len(corners) > 1:
         axes.step(
             [a for a, _ in corners],
@@ -94,7 +94,7 @@ def _draw_staircase(axes: Any, view: StudyView) -> None:
 
 
 def _draw_star(axes: Any, point: Point) -> None:
-    x, y = (scaled(point, name) for name in AXES[0])
+    x, y = (scaled(point, name) for name in first_axes(point))
     axes.scatter(
         [x], [y], s=330, marker="*", c=GOLD, edgecolors="#5a4300", zorder=12, label=f"recommended: {point.name}"
     )
@@ -102,7 +102,7 @@ def _draw_star(axes: Any, point: Point) -> None:
 
 def _scatter(axes: Any, view: StudyView, group: Group, layer: int) -> None:
     """One group with its error bars; rung-0 points hollow and without."""
-    xs, ys = column(group, AXES[0][0]), column(group, AXES[0][1])
+    xs, ys = (column(group, name) for name in first_axes(view))
     style: dict[str, Any] = {
         "s": [(0.9 * d) ** 2 for d in diameters(view, group.points)],
         "alpha": group.opacity,
@@ -125,7 +125,7 @@ def _scatter(axes: Any, view: StudyView, group: Group, layer: int) -> None:
 
 
 def _error_bars(axes: Any, group: Group, xs: Sequence[float | None], ys: Sequence[float | None], layer: int) -> None:
-    x, y = (whiskers(group, name) for name in AXES[0])
+    x, y = (whiskers(group, name) for name in first_axes(group))
     axes.errorbar(
         xs,
         ys,
@@ -141,7 +141,7 @@ def _error_bars(axes: Any, group: Group, xs: Sequence[float | None], ys: Sequenc
 
 
 def _label(axes: Any, point: Point) -> None:
-    x, y = (scaled(point, name) for name in AXES[0])
+    x, y = (scaled(point, name) for name in first_axes(point))
     if x is not None and y is not None:
         below = is_below(point)
         axes.annotate(
@@ -158,12 +158,12 @@ def _label(axes: Any, point: Point) -> None:
 
 def _dress(axes: Any, view: StudyView) -> None:
     """Titles, grid, range and legend."""
-    x, y = AXES[0]
+    x, y = first_axes(view)
     shown = window(view, y)
     if shown is not None:
         axes.set_ylim(*shown)
-    axes.set_xlabel(title(x), fontsize=12)
-    axes.set_ylabel(title(y), fontsize=12)
+    axes.set_xlabel(title(x, view.figures), fontsize=12)
+    axes.set_ylabel(title(y, view.figures), fontsize=12)
     axes.set_title(headline(view), loc="left", fontsize=14, pad=12)
     axes.grid(color="#e3e7eb", lw=0.8)
     axes.set_axisbelow(True)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from paretune.objectives.figures import DECODER, Figures
 from paretune.search.front import non_dominated
-from paretune.search.view import LABELS, Point, StudyView
+from paretune.search.recommend import Recommendation
+from paretune.search.view import Point, StudyView, label_of
 from paretune.tracking.wording import is_disturbed, measurement
 
 AXES = (
@@ -56,6 +58,23 @@ STYLES: dict[GroupName, tuple[str, str, float, str]] = {
 }
 
 
+def axes_of(figures: Figures) -> tuple[tuple[str, str], ...]:
+    """The pairs (x, y) that a chart offers, the first of which it shows first."""
+    if figures.is_decoder:
+        return AXES
+    x, y = figures.latency, figures.quality
+    return (x, y), ("compressed_bytes", y), ("peak_memory_bytes", y), (x, "compressed_bytes")
+
+
+def first_axes(shown: StudyView | Point | Group | Recommendation | None) -> tuple[str, str]:
+    """The pair of axes that a picture starts with."""
+    if isinstance(shown, Group):
+        return first_axes(shown.points[0] if shown.points else None)
+    if isinstance(shown, Recommendation):
+        return first_axes(shown.chosen)
+    return axes_of(DECODER if shown is None else shown.figures)[0]
+
+
 def groups(view: StudyView) -> list[Group]:
     """Every point in exactly one group, faint ones first so that the front is drawn on top."""
     members: dict[GroupName, list[Point]] = {name: [] for name in STYLES}
@@ -87,11 +106,11 @@ def window(view: StudyView, y: str) -> tuple[float, float] | None:
     Without it one hopeless estimate squeezes the front into a line; a double click shows everything.
     """
     found = [m for p in view.confirmed if (m := measurement(p, y)) is not None]
-    if y != "nll" or len(found) < 2:
+    if y != view.figures.quality or len(found) < 2:
         return None
     estimates = [m.value for p in view.rung0 if (m := measurement(p, y)) is not None]
     low, high = min(m.low for m in found), max(m.high for m in found)
-    span = (high - low) or 0.1 * high
+    span = (high - low) or 0.1 * abs(high)
     top = min(max([high, *estimates]), high + HEADROOM * span)
     bottom = max(min([low, *estimates]), low - HEADROOM * span)
     return bottom - 0.06 * span, top + 0.06 * span
@@ -99,8 +118,9 @@ def window(view: StudyView, y: str) -> tuple[float, float] | None:
 
 def hidden_estimates(view: StudyView) -> int:
     """How many rung-0 points the first view leaves outside its window."""
-    shown = window(view, "nll")
-    values = [m.value for p in view.rung0 if (m := measurement(p, "nll")) is not None]
+    quality = view.figures.quality
+    shown = window(view, quality)
+    values = [m.value for p in view.rung0 if (m := measurement(p, quality)) is not None]
     return 0 if shown is None else sum(not shown[0] <= v <= shown[1] for v in values)
 
 
@@ -114,9 +134,9 @@ def _unit(name: str) -> float:
     return 1e6 if name.endswith("bytes") else 1.0
 
 
-def title(name: str) -> str:
+def title(name: str, figures: Figures = DECODER) -> str:
     """What an axis says."""
-    return LABELS[name].replace("(bytes)", "(MB)")
+    return label_of(name, figures).replace("(bytes)", "(MB)")
 
 
 def _megabytes(points: Sequence[Point]) -> list[float]:

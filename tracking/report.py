@@ -87,7 +87,7 @@ def _chart(view: StudyView) -> str:
     hidden = hidden_estimates(view)
     more = f" {hidden} estimates lie outside the first view; double-click shows everything." if hidden else ""
     note = (
-        '<p class="quiet">Solid: confirmed, measured, with 95 % intervals (of the NLL: paired with the teacher). '
+        '<p class="quiet">Solid: confirmed, measured, with 95 % intervals (of the quality: paired with the teacher). '
         "Hollow: predicted at rung 0, before "
         f"recovery. The menu changes the axes.{more}</p>"
     )

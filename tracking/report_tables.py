@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from html import escape
 
 from paretune.hardware_profiles.errors import ParetuneError
+from paretune.objectives.figures import Figures
 from paretune.search.recommend import Recommendation
 from paretune.search.store import Store
-from paretune.search.view import Point, StudyView
+from paretune.search.view import Point, StudyView, label_of
 from paretune.tracking.page import section, table
-from paretune.tracking.wording import is_disturbed, measurement, plain
+from paretune.tracking.wording import is_disturbed, measurement, plain, told
 
 COLUMNS = (
     ("nll", "NLL (nats/token)"),
@@ -22,24 +23,39 @@ COLUMNS = (
 )
 
 
+def columns_of(figures: Figures) -> tuple[tuple[str, str], ...]:
+    """Measurements of a table with their titles."""
+    if figures.is_decoder:
+        return COLUMNS
+    titles = {
+        "relative_loss": "loss vs fp32 teacher",
+        "peak_memory_bytes": "peak memory",
+        "compressed_bytes": "compressed",
+    }
+    return tuple((name, titles.get(name) or label_of(name, figures)) for name in told(figures))
+
+
 def front_table(view: StudyView, chosen: Recommendation | None) -> str:
     if not view.front:
         return section("Front members", '<p class="quiet">None is confirmed yet.</p>')
     star = None if chosen is None else chosen.chosen.key
     rows = _rows(view, view.front, star)
+    quality, unit = ("NLL", "document") if view.figures.is_decoder else ("quality", "example")
     note = (
-        "95 % intervals: over documents for the NLL, over rounds for times; values without one are counted. "
-        "The loss is paired with the teacher document by document, so its interval is much narrower than the NLL's."
+        f"95 % intervals: over {unit}s for the {quality}, over rounds for times; values without one are counted. "
+        f"The loss is paired with the teacher {unit} by {unit}, so its interval is much narrower than that of the {quality}."
     )
     if view.ties:
         note += " ≈ marks a tie: within the intervals of the named member in every objective."
-    return section("Front members", _point_table(rows) + f'<p class="quiet">{note}</p>')
+    return section("Front members", _point_table(view, rows) + f'<p class="quiet">{note}</p>')
 
 
 def baseline_table(view: StudyView) -> str:
     rows = _rows(view, view.baselines)
     text = '<p class="quiet">The unchanged teacher, which every student has to beat.</p>'
-    return section("Baselines", text + (_point_table(rows) if rows else '<p class="quiet">Not confirmed yet.</p>'))
+    return section(
+        "Baselines", text + (_point_table(view, rows) if rows else '<p class="quiet">Not confirmed yet.</p>')
+    )
 
 
 def disturbed_table(view: StudyView) -> str:
@@ -47,7 +63,7 @@ def disturbed_table(view: StudyView) -> str:
     if not rows:
         return ""
     text = '<p class="quiet">Something else used the machine while these were measured, so they are not ranked.</p>'
-    return section("Disturbed", text + _point_table(rows))
+    return section("Disturbed", text + _point_table(view, rows))
 
 
 def _rows(view: StudyView, points: Sequence[Point], star: str | None = None) -> list[list[str]]:
@@ -66,14 +82,14 @@ def _row(view: StudyView, point: Point, star: str | None, artifact: str | None) 
         name += f'<br><span class="quiet">{kind}: {escape(str(reason))}</span>'
     return [
         name,
-        *(_value(point, column) for column, _ in COLUMNS),
+        *(_value(point, column) for column, _ in columns_of(view.figures)),
         _provenance(point),
         f"<code>{escape(artifact)}</code>" if artifact else "–",
     ]
 
 
-def _point_table(rows: Sequence[Sequence[str]]) -> str:
-    return table(["candidate", *(title for _, title in COLUMNS), "provenance", "artifact"], rows)
+def _point_table(view: StudyView, rows: Sequence[Sequence[str]]) -> str:
+    return table(["candidate", *(title for _, title in columns_of(view.figures)), "provenance", "artifact"], rows)
 
 
 def _value(point: Point, name: str) -> str:
@@ -88,7 +104,7 @@ def _value(point: Point, name: str) -> str:
 def _provenance(point: Point) -> str:
     """`measured`, or which columns have which provenance."""
     found: dict[str, list[str]] = {}
-    for name, title in COLUMNS:
+    for name, title in columns_of(point.figures):
         m = measurement(point, name)
         if m is not None:
             found.setdefault(m.provenance, []).append(title.split(" (")[0].split(",")[0])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from paretune.hardware_profiles.errors import NothingFeasible
+from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
 from paretune.search.recommend import Limits, Recommendation, recommend
-from paretune.search.view import Point, StudyView
+from paretune.search.view import LABELS, Point, StudyView
 
 SHORT = {
     "nll": "NLL",
@@ -17,7 +18,19 @@ SHORT = {
     "compressed_bytes": "compressed",
     "bytes": "uncompressed",
     "peak_memory_bytes": "peak memory",
+    "forward_ms": "forward",
 }
+
+
+def short_of(name: str) -> str:
+    """A measurement in a word or two."""
+    return SHORT.get(name, name.replace("_", " "))
+
+
+def told(figures: Figures) -> tuple[str, ...]:
+    """What is told of every candidate, in the order of columns: quality, loss, times, sizes, further qualities."""
+    times = tuple(name for name, _ in figures.latencies)
+    return (figures.quality, "relative_loss", *times, "compressed_bytes", "peak_memory_bytes", *figures.others)
 
 
 def headline(view: StudyView) -> str:
@@ -41,10 +54,11 @@ def named(value: Any, otherwise: str = "unknown") -> str:
 
 def measurement(point: Point, name: str) -> Measurement | None:
     """A point's measurement, None where this fidelity has none (a rung-0 point has no peak memory)."""
-    if name == "nll" and point.kind == "rung0":
-        return point.measurements.get("estimated_nll")
-    if name == "nll" and "nll" in point.measurements:
-        return point.value("nll")  # its interval is the paired one
+    quality = point.figures.quality
+    if name == quality and point.kind == "rung0":
+        return point.measurements.get(point.figures.estimate)
+    if name == quality and quality in point.measurements:
+        return point.value(quality)  # its interval is the paired one
     return point.measurements.get(name)
 
 
@@ -54,7 +68,9 @@ def plain(name: str, value: float) -> str:
         return f"{value / 1e6:.2f} MB"
     if name == "relative_loss":
         return f"{value:+.1%}"
-    return f"{value:.3f}" + (" ms" if "ms" in name.split("_") else "")
+    if "ms" in name.split("_"):
+        return f"{value:.3f} ms"
+    return f"{value:.3f}" if name in LABELS else f"{value:.4g}"
 
 
 def with_interval(name: str, m: Measurement | None) -> str:

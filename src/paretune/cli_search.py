@@ -25,7 +25,10 @@ def search(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="stdlib-coder or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2).")
+        str | None,
+        typer.Option(
+            help="stdlib-coder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2), or plugin:NAME (plugin:MODULE:CLASS)."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
@@ -125,7 +128,9 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bo
         for sentence in found.why:
             talk.print(f"  · {sentence}", soft_wrap=True)
         artifact = view.folder / "artifacts" / found.chosen.key
-        talk.print(f'  {program()} generate {shlex.quote(str(short(artifact)))} --prompt "def "', soft_wrap=True, markup=False)
+        if view.figures.is_decoder:
+            line = f'  {program()} generate {shlex.quote(str(short(artifact)))} --prompt "def "'
+            talk.print(line, soft_wrap=True, markup=False)
     talk.print(f"report: {short(view.folder / 'report.html')}   MLflow: {program()} ui", soft_wrap=True)
     if left:
         talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
@@ -148,7 +153,7 @@ def _show_plan(plan: Plan, json: bool) -> None:
     print_text(
         f"{plan.teacher}: {plan.parameters / 1e6:.1f}M parameters, {plan.space_size:,} candidates for {plan.profile}"
     )
-    print_text(f"text: {', '.join(f'{name} {n:,}' for name, n in plan.text.items())} characters")
+    print_text(f"{plan.text_what}: {', '.join(f'{name} {n:,}' for name, n in plan.text.items())} {plan.text_unit}")
     print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
     print_text(
         f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "

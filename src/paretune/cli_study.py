@@ -55,10 +55,10 @@ def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
 
 def recommend(
     study: Study = None,
-    max_latency: Annotated[float | None, typer.Option(help="Decode milliseconds per token.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Decode milliseconds per token; of a plug-in, per forward.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Compressed artifact size such as 3MB.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory of the engine such as 40MB.")] = None,
-    max_loss: Annotated[str | None, typer.Option(help="NLL increase over the fp32 teacher such as 1%.")] = None,
+    max_loss: Annotated[str | None, typer.Option(help="Increase of the NLL (or a plug-in's quality) over the fp32 teacher such as 1%.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:

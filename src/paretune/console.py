@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -58,28 +58,21 @@ def front_table(view: StudyView, title: str = "") -> Table:
         caption="interval: 95 %; = tied with the member named; loss against the fp32 teacher",
         caption_justify="left",
     )
-    for name, right in (
-        ("candidate", False),
-        ("key", False),
-        ("NLL", True),
-        ("loss", True),
-        ("decode ms", True),
-        ("TTFT ms", True),
-        ("MB zstd", True),
-        ("peak MB", True),
-        ("", False),
-    ):
-        table.add_column(name, justify="right" if right else "left", no_wrap=name in ("key", "decode ms"))
+    figures = view.figures
+    quality = "NLL" if figures.is_decoder else figures.quality.replace("_", " ")
+    times = ["decode ms", "TTFT ms"] if figures.is_decoder else ["forward ms"]
+    for name in ("candidate", "key", quality, "loss", *times, "MB zstd", "peak MB", ""):
+        justify: Literal["left", "right"] = "left" if name in ("candidate", "key", "") else "right"
+        table.add_column(name, justify=justify, no_wrap=name in ("key", times[0]))
     for point in view.front:
         m = point.measurements
         tie = f"= {view.ties[point.key][:8]}" if point.key in view.ties else ""
         table.add_row(
             point.name,
             point.key[:8],
-            f"{m['nll'].value:.3f}",
+            f"{m[figures.quality].value:.{3 if figures.is_decoder else 5}f}",
             show(m.get("relative_loss"), "%"),
-            show(m.get("decode_ms_per_token")),
-            show(m.get("ttft_ms")),
+            *(show(m.get(time)) for time, _ in figures.latencies),
             show(m.get("compressed_bytes"), "MB"),
             show(m.get("peak_memory_bytes"), "MB"),
             tie,
@@ -134,17 +127,18 @@ class Progress:
         """Say what was confirmed; keep the size of the front (ties count once) and the fastest member within 3 % loss."""
         self.confirmed = len(view.confirmed)
         self.front_size = len(view.front) - len(view.ties)
+        latency, unit = view.figures.latencies[0]
         near = [p for p in view.front if p.measurements["relative_loss"].value <= 0.03]
         if near:
-            fastest: Point = min(near, key=lambda p: p.measurements["decode_ms_per_token"].value)
-            self.best = f"{fastest.measurements['decode_ms_per_token'].value:.3f} ms/token at {fastest.measurements['relative_loss'].value:+.1%}"
+            fastest: Point = min(near, key=lambda p: p.measurements[latency].value)
+            self.best = f"{fastest.measurements[latency].value:.3f} {unit} at {fastest.measurements['relative_loss'].value:+.1%}"
         point = view.point(key)
         if point is not None:
             m = point.measurements
-            doubt = " [yellow](disturbed)[/yellow]" if m["decode_ms_per_token"].provenance == "disturbed" else ""
+            doubt = " [yellow](disturbed)[/yellow]" if m[latency].provenance == "disturbed" else ""
             self.say(
                 f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, "
-                f"{m['decode_ms_per_token'].value:.3f} ms/token{doubt}, {m['compressed_bytes'].value / 1e6:.2f} MB"
+                f"{m[latency].value:.3f} {unit}{doubt}, {m['compressed_bytes'].value / 1e6:.2f} MB"
             )
 
 
@@ -156,12 +150,14 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
     elif kind == "progress":
         progress.update(f"measuring for the latency fit, {data.get('missing', 0)} to go")
     elif kind == "fit":
-        error = data.get("decode_ms_per_token")
+        error = data.get("decode_ms_per_token") or data.get("forward_ms")
         if error:
             progress.say(
                 f"latency fit: held-out error {error['median']:.1%} median, {error['worst']:.1%} worst, Kendall tau {error['kendall_tau']:.2f} "
                 f"(parameters x bits: {error['params_bits_tau']:.2f})"
             )
+    elif kind == "elastic" and data.get("trained") is False:
+        progress.say(f"training speed {data['tokens'] / max(data['elapsed_s'], 1e-9):,.0f} examples/s")
     elif kind == "elastic":
         progress.say(
             "elastic student "

@@ -1,0 +1,44 @@
+"""The way of a plug-in's module to the lane: milliseconds per forward at the plug-in's batch shape."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from paretune.compression.export.graph import save_model
+from paretune.objectives.figures import FORWARD, forward_measurements
+from paretune.objectives.measurement import Measurement
+from paretune.search.plugin_workspace import PluginWorkspace
+from paretune.search.visits import Visits
+from paretune.spaces.candidate import DENSE
+from paretune.spaces.module_candidate import ModuleCandidate
+
+
+class PluginMeasuring(Visits):
+    """Visits of a module take turns with the same reference as a decoder's: one forward stands where a decode step does."""
+
+    latency = (FORWARD,)
+
+    def __init__(self, space: PluginWorkspace) -> None:
+        super().__init__(space)
+        self.space = space
+
+    def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
+        return forward_measurements(measurements)
+
+    def build(self, candidate: ModuleCandidate, model: Path) -> None:
+        weights, _ = self.space.sparsify(candidate)
+        save_model(self.space.graph(candidate).fill(weights, self.space.forms(candidate)), model)
+
+    def kept_file(self, candidate: ModuleCandidate) -> Path:
+        """Where a candidate's latency is kept: other weight values and patterns hit, other widths, formats, machines miss."""
+        plain = ModuleCandidate(tuple(replace(g, pattern=DENSE) for g in candidate.groups), candidate.widths)
+        return self._folder() / f"{plain.key}.json"
+
+    def _folder(self) -> Path:
+        space, p = self.space, self.space.profile
+        engine = f"{space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
+        inputs = [(tuple(x.shape), str(x.dtype)) for x in space.batch.inputs]
+        structure = hashlib.sha256(f"{space.teacher.digest}{inputs}".encode()).hexdigest()[:12]
+        return space.cache / "measurements" / engine / f"plugin-{space.teacher.name}-{structure}"

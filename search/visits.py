@@ -1,0 +1,126 @@
+"""Visits to the measuring lane that every kind of model shares: one lane per worker, kept latencies, the measuring for the fit."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
+from paretune.hardware_profiles.lock import MachineLock
+from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.lane import Lane, LaneResult, Pair
+from paretune.objectives.measurement import Measurement
+from paretune.search.reference import open_lane
+from paretune.search.work import Outcome, Work
+from paretune.spaces.kinds import AnyCandidate, candidate_from_dict
+
+SLICE_S = 10.0
+ENOUGH_QUIET = 10
+
+
+class Host(Protocol):
+    """What a worker's workspace gives to the lane."""
+
+    folder: Path
+    cache: Path
+    profile: Profile
+    lock: MachineLock
+
+
+class Visits(ABC):
+    """One lane per worker; every undisturbed latency is kept under what it depends on."""
+
+    # The measurements that are kept and fitted.
+    latency: ClassVar[tuple[str, ...]]
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._lane: Lane | None = None
+        self._missing: list[AnyCandidate] | None = None
+        self._rough: list[dict[str, Any]] = []
+        self._deadline = 0.0
+
+    @abstractmethod
+    def kept_file(self, candidate: Any) -> Path:
+        """Where a candidate's latency is kept: the same for all that take the same time."""
+
+    @abstractmethod
+    def build(self, candidate: Any, model: Path) -> None:
+        """Write a graph of the candidate with any weights: values do not change the time."""
+
+    def fitted(self) -> None:  # noqa: B027 (nothing to let go of is usual)
+        """The measuring for the fit has ended: let go of what only `build` needs."""
+
+    def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
+        """The lane's measurements as this kind of model calls them."""
+        return measurements
+
+    def lane(self) -> Lane:
+        if self._lane is None:
+            self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock)
+        return self._lane
+
+    def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | None = None) -> LaneResult:
+        """Several visits with fresh processes, or one with the children of `pair`."""
+        result = self.lane().measure(model) if pair is None else self.lane().quick(model, pair)
+        result = LaneResult(self.named(result.measurements), result.stable)
+        if result.stable:
+            found = {name: result.measurements[name].to_dict() for name in self.latency}
+            kept = {"candidate": json.loads(candidate.to_json()), **found}
+            write_atomically(self.kept_file(candidate), json.dumps(kept).encode())
+        return result
+
+    def fit(self, work: Work) -> Outcome:
+        """Measure designed candidates that no kept measurement covers, a slice of time per call, `seconds` in all.
+
+        On a machine that is too busy the disturbed values serve the fit (and nothing else), which the outcome says.
+        """
+        if self._missing is None:
+            designed = [candidate_from_dict(d) for d in work.options["design"]]
+            self._missing = [c for c in designed if self._kept(self.kept_file(c)) is None]
+            self._rough, self._deadline = [], time.monotonic() + min(work.options["seconds"], work.seconds_left)
+        start = time.monotonic()
+        if self._missing:
+            with self.lane().pair() as pair:
+                while self._missing and time.monotonic() < min(start + SLICE_S, self._deadline):
+                    self._measure_random(self._missing.pop(0), pair)
+        if self._missing and time.monotonic() < self._deadline:
+            return Outcome(done=False, facts={"missing": len(self._missing)})
+        self.fitted()
+        kept = self.all_kept()
+        disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
+        skipped, self._missing = len(self._missing), None
+        return Outcome(facts={"kept": kept + disturbed, "missing": skipped, "disturbed": len(disturbed)})
+
+    def all_kept(self) -> list[dict[str, Any]]:
+        """Everything kept for models like this one on this machine: {"candidate", and milliseconds by name}."""
+        found = (self._kept(path) for path in sorted(self._folder().glob("*.json")))
+        return [kept for kept in found if kept is not None]
+
+    def _kept(self, path: Path) -> dict[str, Any] | None:
+        """A kept measurement: {"candidate", and milliseconds by name}; None if it is not there or damaged."""
+        found = read_kept(path)
+        try:
+            if found is None:
+                return None
+            candidate_from_dict(found["candidate"])
+            return {"candidate": found["candidate"], **{name: float(found[name]["value"]) for name in self.latency}}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warn_damaged(path, error)
+            return None
+
+    @abstractmethod
+    def _folder(self) -> Path:
+        """Where `kept_file` lies: one folder per machine, engine and kind of model."""
+
+    def _measure_random(self, candidate: AnyCandidate, pair: Pair) -> None:
+        model = self._host.folder / "work" / "fit.onnx"
+        model.parent.mkdir(parents=True, exist_ok=True)
+        self.build(candidate, model)
+        result = self.measure(candidate, model, pair)
+        if not result.stable:
+            found = {name: result.measurements[name].value for name in self.latency}
+            self._rough.append({"candidate": json.loads(candidate.to_json()), **found})
