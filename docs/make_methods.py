@@ -35,12 +35,10 @@ from paretune.hardware_profiles.profile import Profile, detected_profile  # noqa
 from paretune.search.spec import Spec  # noqa: E402
 from paretune.search.workspace import Workspace  # noqa: E402
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape  # noqa: E402
-from paretune.spaces import candidate as candidates  # noqa: E402
-from paretune.spaces.candidate import Algorithm, PatternKind, Score  # noqa: E402
+from paretune.spaces.candidate import PER_CHANNEL, Algorithm, PatternKind, Score  # noqa: E402
 from paretune.teachers.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
-PER_CHANNEL = getattr(candidates, "PER_CHANNEL", None)
 PICTURES = ROOT / "docs" / "pictures"
 JOINT = {
     "joint-loss-latency.png": "Confirmed fronts: loss and decode time",
@@ -48,7 +46,7 @@ JOINT = {
     "joint-volume.png": "Dominated volume over the time of the search",
 }
 MODEL_OF = {changes["family"]: name for name, changes in reversed(models.MODELS.items())}
-GROUPS = {32: ""} | ({PER_CHANNEL: " per channel"} if PER_CHANNEL is not None else {})
+GROUPS = {32: "", PER_CHANNEL: " per channel"}
 PER_TENSOR = ("dynamic", "static")
 RATIO = 0.5
 CALIBRATED_BITS = 4
@@ -174,14 +172,17 @@ class Bench:
     def engine(self, candidate: Candidate, weights: models.Weights, codes: Codes, ids: np.ndarray) -> torch.Tensor:
         path = self.toy.folder / "model.onnx"
         save_model(build_model(weights, candidate, self.toy.teacher.config, self.toy.shape, codes), path)
-        return torch.from_numpy(Decoder(str(path), 1).logits(ids))
+        decoder = Decoder(str(path), 1)
+        # one scale for all activations of a call is one for all its sequences, so such models run them one by one
+        calls = np.split(ids, len(ids)) if candidate.uses_dynamic_activations else [ids]
+        return torch.from_numpy(np.concatenate([decoder.logits(part) for part in calls]))
 
     def torch(
         self, candidate: Candidate, weights: models.Weights, codes: Codes = NO_CODES, ids: Any = None
     ) -> torch.Tensor:
         """The student as the search scores it, in float32."""
         network = self.network(candidate)
-        with torch.no_grad(), network.activations(candidate):
+        with torch.no_grad(), network.activations(candidate, codes):
             return network(quantized_weights(weights, candidate, codes), torch.from_numpy(ids))
 
     def plain(self, candidate: Candidate, weights: models.Weights, ids: np.ndarray) -> torch.Tensor:
