@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -136,12 +135,11 @@ class Bench:
         # everything else of a workspace follows from these two, which it would otherwise read from a study
         self.space.__dict__.update(teacher=self.toy.teacher, calibration_ids=calibration)
 
-    @cached_property
-    def moved(self) -> dict[str, torch.Tensor]:
-        """One entry of one matrix moved by twice the largest, which no grid is too coarse to show."""
+    def moved(self, kept: models.Weights) -> models.Weights:
+        """One entry of one matrix moved by twice the largest, which no grid is too coarse to show; one that the mask has `kept`."""
         name = "model.layers.1.self_attn.v_proj.weight"
         value = self.toy.weights[name].clone()
-        value[-1, 5] += 2 * value.abs().max()
+        value[-1, int(kept[name][-1].nonzero()[0])] += 2 * value.abs().max()
         return {**self.toy.weights, name: value}
 
     def measure(self, case: Case) -> models.Figure:
@@ -157,7 +155,7 @@ class Bench:
     def mistakes(self, case: Case, weights: models.Weights, ids: np.ndarray) -> Iterator[torch.Tensor]:
         """Logits in torch after each deliberate mistake that the case allows."""
         candidate = case.candidate(self.toy.shape)
-        moved, _ = self.space.sparsify(candidate, self.moved)
+        moved, _ = self.space.sparsify(candidate, self.moved(weights))
         yield self.torch(candidate, moved, self.space.codes(candidate, moved), ids)
         if candidate.is_quantized:
             yield self.plain(candidate, weights, ids)
