@@ -136,10 +136,16 @@ class Bench:
         self.space.__dict__.update(teacher=self.toy.teacher, calibration_ids=calibration)
 
     def moved(self, kept: models.Weights) -> models.Weights:
-        """One entry of one matrix moved by twice the largest, which no grid is too coarse to show; one that the mask has `kept`."""
-        name = "model.layers.1.self_attn.v_proj.weight"
+        """One entry of one matrix moved by twice the largest, which no grid is too coarse to show.
+
+        The mask has `kept` it and what its input comes from, and it writes into the residual stream: no mask hides it.
+        """
+        mlp = "model.layers.1.mlp"
+        name, writers = f"{mlp}.down_proj.weight", (f"{mlp}.up_proj.weight", f"{mlp}.gate_proj.weight")
+        alive = torch.stack([kept[w].bool().any(1) for w in writers if w in kept]).all(0)
+        row, column = (kept[name].bool() & alive).nonzero()[0].tolist()
         value = self.toy.weights[name].clone()
-        value[-1, int(kept[name][-1].nonzero()[0])] += 2 * value.abs().max()
+        value[row, column] += 2 * value.abs().max()
         return {**self.toy.weights, name: value}
 
     def measure(self, case: Case) -> models.Figure:
