@@ -39,6 +39,7 @@ docs: install
 	@$(PIP) install -c constraints.txt -e ".[docs]" --no-build-isolation
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_models.py
+	-$(BIN)/python docs/make_joint_pictures.py
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_pictures.py
 

@@ -30,7 +30,7 @@ class Figures:
 
     @property
     def is_decoder(self) -> bool:
-        return self.quality == "nll"
+        return self.latencies[0][0] != FORWARD
 
     @property
     def estimate(self) -> str:

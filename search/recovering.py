@@ -88,7 +88,7 @@ class Recovering:
         kept = space.kept_layers(candidate)
         basics = (space.teacher_weights, before, masks, candidate, space.network, space.teacher.shape.layers)
         text = (space.tokens["train"].ids, recipe, space.lock.shared, stop)
-        if space.space.mild:
+        if space.space.mild and candidate.width(space.teacher.shape) == space.teacher.shape.hidden:
             after, facts = recover_blocks(*basics, *text, kept=kept, decide=choice)
             return after, {**facts, "method": "block by block"}
         cache = self._labels(recipe)

@@ -48,7 +48,7 @@ def textbook_candidates(space: AnySpace) -> list[AnyCandidate]:
                 changed = {"depth": depth, "ffn": widths.index(ffn), "kv_groups": groups, "effective_bits": level}
                 base = space.encode(space.baselines()[0]) | {"precision_mode": "mixed"}
                 found.append(space.decode(base | changed))
-    if len(space.hidden_widths) > 1:
-        narrower = space.hidden_widths[-2]
-        found += [replace(c, hidden=narrower).canonical(s) for c in found if c.is_full_size(s)]
+    if len(space.hidden_widths) > 1:  # uniform ones: what a number of bits buys is another mixture at another width
+        narrower, full = space.hidden_widths[-2], [c for c in found if c.is_full_size(s)]
+        found += [replace(c, hidden=narrower).canonical(s) for c in full if len(set(c.layers)) == 1]
     return list(dict.fromkeys(found))

@@ -162,7 +162,8 @@ class SequentialPlan:
         return {name: value for name, value in with_bits(index).items() if name in self._precision_names()}
 
     def _precisions(self, which: str) -> Iterator[Params]:
-        """ "tied": all layers alike, head and embedding alike; "bits": every combination of bits; "all": of everything."""
+        """ "tied": all layers alike, head and embedding alike; "bits": mixed ones, then every combination of bits;
+        "all": of everything."""
         fixed, bits = self._fixed, [n for n in self._precision_names() if n.endswith("_bits")]
         if which == "tied":
             layers = [n for n in bits if n in ("attention_bits", "ffn_bits")]
@@ -170,11 +171,11 @@ class SequentialPlan:
             for a, b in itertools.product(self._choices(layers[0]), self._choices(rest[0])):
                 yield fixed | dict.fromkeys(layers, a) | dict.fromkeys(rest, b)
             return
+        for level in self._choices("effective_bits") if "effective_bits" in self.variables else ():
+            yield fixed | {"precision_mode": "mixed", "effective_bits": level}
         names = bits if which == "bits" else self._precision_names()
         for choice in itertools.product(*map(self._choices, names)):
             yield fixed | dict(zip(names, choice, strict=True))
-        for level in self._choices("effective_bits") if "effective_bits" in self.variables else ():
-            yield fixed | {"precision_mode": "mixed", "effective_bits": level}
 
     def _precision_names(self) -> list[str]:
         """All variables that are neither of the size nor of the mask."""
@@ -201,9 +202,10 @@ def choices(variable: Distribution) -> list[Any]:
 
 
 def _weights(candidate: Candidate, shape: Shape) -> int:
-    """Weights in the layers over the hidden width: how much of the teacher a size keeps."""
+    """Weights in the layers: how much of the teacher a size keeps."""
     group = 2 * shape.head_dim * (shape.heads_per_group + 1)
-    return sum(3 * layer.ffn + group * layer.kv_groups for layer in candidate.layers)
+    rows = sum(shape.ffn_matrices * layer.ffn + group * layer.kv_groups for layer in candidate.layers)
+    return candidate.width(shape) * rows
 
 
 def _halves(i: int) -> float:

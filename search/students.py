@@ -26,8 +26,7 @@ def student_seeds(space: Space, configs: Sequence[StudentConfig]) -> list[Candid
     """Each size unquantized and at the engine's integer precisions, for `space` as `with_students` made it."""
     found = []
     for config in configs:
-        for bits in reversed(space.bits):
-            index = space.bits.index(bits)
+        for index in reversed(range(len(space.levels))):
             params: dict[str, Any] = {
                 **space.encode(space.baselines()[0]),
                 "depth": config.layers,
@@ -35,6 +34,8 @@ def student_seeds(space: Space, configs: Sequence[StudentConfig]) -> list[Candid
                 "kv_groups": config.kv_groups,
                 **dict.fromkeys(("attention_bits", "ffn_bits", "head_bits", "embedding_bits"), index),
             }
+            if config.hidden is not None and len(space.hidden_widths) > 1:
+                params["hidden"] = len(space.hidden_widths) - 1 - space.hidden_widths.index(config.hidden)
             found.append(space.decode(params))
     return list(dict.fromkeys(found))
 
@@ -63,8 +64,9 @@ def _check(space: Space, config: StudentConfig, where: str) -> None:
             f"{where}: ffn must be a multiple of {FFN_STEP} to be quantized in groups, but got {config.ffn}",
             f"write {nearest}",
         )
-    if config.hidden not in (None, shape.hidden):
+    if config.hidden is not None and config.hidden not in space.hidden_widths:
+        widths, searched = ", ".join(map(str, space.hidden_widths)), len(space.hidden_widths) > 1
         raise UsageError(
-            f"{where}: hidden must be the teacher's {shape.hidden}, because the hidden width is not sliced, but got {config.hidden}",
-            "leave hidden out",
+            f"{where}: hidden must be one of {widths} in this search, but got {config.hidden}",
+            "choose one of them" if searched else "leave hidden out, or search the residual width with `hidden: true`",
         )

@@ -24,5 +24,6 @@ def expected_seconds(shape: Shape, formats: int, tokens: int, cores: int) -> flo
     """How long a table of that many formats takes: every entry runs the layers from its own on, and the head."""
     head = shape.vocab * shape.hidden
     layers = shape.parameters - head * (1 if shape.tied else 2)
-    passes = formats * ((shape.layers + 2) * layers + (2 * shape.layers + 2) * head)
+    whole = 2 * shape.layers + 2  # rows; with learned positions each runs all layers, else half of them on average
+    passes = formats * ((whole if shape.positions else shape.layers + 2) * layers + whole * head)
     return 2e-9 * passes * tokens / (GFLOPS_PER_CORE * max(1, cores))

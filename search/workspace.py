@@ -36,7 +36,7 @@ from paretune.compression.quantize.sensitivity import measure_sensitivity, sensi
 from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible
-from paretune.hardware_profiles.files import warn_damaged, write_atomically
+from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.spec import Spec
@@ -220,19 +220,30 @@ class Workspace:
         tokens = affordable_tokens(shape, len(formats), self.spec.budget_s, cores)
         key = sensitivity_key(self.teacher, self.corpus_fingerprint, formats, tokens, self.window)
         file = self.cache / "sensitivity" / f"{self.teacher.name}-{key}.json"
-        kept = file.exists()
-        if not kept:
+        table = self._kept_table(file)
+        kept = table is not None
+        if table is None:
             if not tokens:
                 raise ValueError(f"the table takes more than {BUDGET_SHARE:.0%} of the budget")
             text = self.tokens["calibration"].windows(self.window, tokens)
             ids, targets = torch.from_numpy(text.ids), torch.from_numpy(text.targets)
             batch = self.batch_within_memory(len(ids))
-            found = measure_sensitivity(
+            table = measure_sensitivity(
                 self.network, self.teacher_weights, shape, formats, ids, targets, batch, self.lock.shared
             )
-            write_atomically(file, json.dumps(found.to_dict()).encode())
-        table = Sensitivity.from_dict(json.loads(file.read_text()))
-        return replace(table, order=self.sorted_teacher[1].layers), kept
+            write_atomically(file, json.dumps(table.to_dict()).encode())
+        order = self._kept_order() or self.sorted_teacher[1]
+        self.forget_sorted_teacher()
+        return replace(table, order=order.layers), kept
+
+    @staticmethod
+    def _kept_table(file: Path) -> Sensitivity | None:
+        known = read_kept(file)
+        try:
+            return None if known is None else Sensitivity.from_dict(known)
+        except (KeyError, TypeError, ValueError) as error:
+            warn_damaged(file, error)
+            return None
 
     def dense_weights(self, candidate: Candidate) -> dict[str, torch.Tensor]:
         """The teacher's own weights at full size, else a slice of the elastic student."""

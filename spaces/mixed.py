@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from paretune.spaces.candidate import Candidate, Format, Shape, group_for, shares_table
+from paretune.spaces.candidate import PER_CHANNEL, Candidate, Format, Shape, group_for, shares_table
 from paretune.spaces.knapsack import knapsack
 
 SCALE_BITS = 32
@@ -78,6 +78,7 @@ def mix(candidate: Candidate, table: Sensitivity, shape: Shape, hidden: int, eff
     `hidden` is the student's own. With fewer bits than the cheapest formats take, the cheapest.
     """
     widths = tuple((layer.ffn, layer.kv_groups) for layer in candidate.layers)
+    table = replace(table, formats=tuple(_repaired(f, hidden) for f in table.formats))
     taken = [table.formats[j] for j in _assign(table, widths, shape, hidden, effective_bits)]
     layers = tuple(
         replace(layer, attention_format=taken[2 * i], ffn_format=taken[2 * i + 1])
@@ -101,6 +102,13 @@ def stored_bits(form: Format, matrices: Iterable[tuple[int, int]]) -> int:
     if form.bits >= 16:
         return sum(rows * k * form.bits for rows, k in matrices)
     return sum(rows * (k * form.bits + k // group_for(form.group_size, k) * SCALE_BITS) for rows, k in matrices)
+
+
+def _repaired(form: Format, hidden: int) -> Format:
+    """As a candidate of that width has it, so that what is counted is what is stored."""
+    if not form.is_integer or form.group_size == PER_CHANNEL:
+        return form
+    return replace(form, group_size=group_for(form.group_size, hidden))
 
 
 @lru_cache(maxsize=8192)

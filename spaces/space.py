@@ -195,7 +195,8 @@ class Space:
     def mixed_formats(self) -> tuple[Format, ...]:
         """What a mixed candidate is made of: every group size up to 4 bits, the largest beyond, where it hardly matters."""
         groups = self.group_sizes
-        return tuple(self.format(x, g) for x in self.levels for g in (groups if LEVELS[x] <= 4 else groups[-1:]))
+        found = (self.format(x, g) for x in self.levels for g in (groups if LEVELS[x] <= 4 else groups[-1:]))
+        return tuple(f for f in found if not f.needs_calibration)
 
     @property
     def effective_bits(self) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from paretune.hardware_profiles.errors import UsageError
 from paretune.spaces.candidate import Shape
 from paretune.teachers.families import family_of
 from paretune.teachers.layout import GPT2_PREFIX, stored_shapes
-from paretune.teachers.pruned import ORIGINAL, without_masks
+from paretune.teachers.pruned import MASK, ORIGINAL, without_masks
 from paretune.teachers.stored import NUMBERS, Stored
 
 # Buffers that old checkpoints hold and transformers ignores: rotary frequencies, GPT-2's causal mask.
@@ -41,6 +41,11 @@ def check_tensors(stored: dict[str, Stored], shape: Shape, folder: Path) -> None
             )
         held = name if name in tensors else name + ORIGINAL
         _check_numbers(held, tensors[held])
+        if held != name and not tensors[name + MASK].is_mask():
+            raise UsageError(
+                f"{folder}: {name}{MASK} must hold zeros and ones, but holds other values",
+                "save the pruned model again",
+            )
     _check_head(tensors, shape, folder)
 
 

@@ -169,7 +169,7 @@ def find_plugin(teacher: str, folder: Path | None = None) -> TeacherPlugin:
     name = teacher.removeprefix(PREFIX)
     found = _by_class(name, folder) if ":" in name else _by_entry_point(name)
     if isinstance(found, type) and issubclass(found, TeacherPlugin):
-        with _explained(name, "made without arguments"):
+        with explained(name, "made without arguments"):
             found = found()
     if not isinstance(found, TeacherPlugin):
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
@@ -198,7 +198,7 @@ def _by_entry_point(name: str) -> Any:
             f"no installed package has a teacher plug-in {name!r} (entry point {ENTRY_POINTS}); found: {known}",
             "install its package, or name its class: --teacher plugin:MODULE:CLASS",
         )
-    with _explained(name, "imported"):
+    with explained(name, "imported"):
         return next(iter(matching)).load()
 
 
@@ -206,14 +206,14 @@ def _by_class(name: str, folder: Path | None) -> Any:
     module, _, attribute = name.partition(":")
     if folder is not None and str(folder) not in sys.path:
         sys.path.append(str(folder))  # at the end: nothing installed is hidden by a file that lies there
-    with _explained(name, "imported"):
+    with explained(name, "imported"):
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     return found
 
 
-class _explained:
+class explained:
     """Whatever a plug-in's own code raises becomes a UsageError that says where it came from."""
 
     def __init__(self, name: str, what: str) -> None:

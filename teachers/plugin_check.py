@@ -16,22 +16,33 @@ import torch
 from torch import nn
 
 from paretune.hardware_profiles.errors import UsageError
-from paretune.teachers.plugin import PLAIN_NAME, Batch, Forwarding, PluginTeacher, Quality, TeacherPlugin, Width, still
+from paretune.teachers.plugin import (
+    PLAIN_NAME,
+    Batch,
+    Forwarding,
+    PluginTeacher,
+    Quality,
+    TeacherPlugin,
+    Width,
+    explained,
+    still,
+)
 from paretune.teachers.text import SPLITS
 
 DIRECTIONS = ("minimize", "maximize")
 QUALITY_NAME = re.compile(r"^[a-z][a-z0-9_]{0,39}$")
-RESERVED = re.compile(r"bytes$|^forward_|^load_ms$|^relative_loss$|^estimated_|_increase$|^negative_|_ms$")
+RESERVED = re.compile(r"^nll$|bytes$|^forward_|^load_ms$|^relative_loss$|^estimated_|_increase$|^negative_|_ms$")
 
 
 def check_plugin(teacher: PluginTeacher) -> list[str]:
     """Warnings about a plug-in that can be searched. Raises UsageError with rule, value and remedy about one that cannot."""
     plugin = teacher.plugin
-    check_batches(plugin)
-    check_module(teacher)
-    check_forward(teacher)
-    check_qualities(teacher)
-    return list(check_widths(teacher))
+    with explained(plugin.name, "run"):
+        check_batches(plugin)
+        check_module(teacher)
+        check_forward(teacher)
+        check_qualities(teacher)
+        return list(check_widths(teacher))
 
 
 def check_module(teacher: PluginTeacher) -> None:

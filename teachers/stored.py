@@ -23,6 +23,7 @@ MIN_HEADER_BYTES = 10
 CHUNK = 2**22
 BF16_EXPONENT = 0x7F80
 NUMBERS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+VIEWS: dict[str, Any] = {**NUMBERS, "U8": np.uint8, "BOOL": np.bool_}
 COPY_AGAIN = "copy the folder again, it may be half-written"
 
 
@@ -40,7 +41,7 @@ class Stored:
         """The numbers, memory-mapped, in pieces; bfloat16 as uint16."""
         count = math.prod(self.shape)
         if count:
-            numbers = np.memmap(self.file, NUMBERS[self.dtype], "r", self.start, (count,))
+            numbers = np.memmap(self.file, VIEWS[self.dtype], "r", self.start, (count,))
             for begin in range(0, count, CHUNK):
                 yield numbers[begin : begin + CHUNK]
 
@@ -48,6 +49,11 @@ class Stored:
         if self.dtype == "BF16":
             return not any(bool(((piece & BF16_EXPONENT) == BF16_EXPONENT).any()) for piece in self.chunks())
         return all(bool(np.isfinite(piece).all()) for piece in self.chunks())
+
+    def is_mask(self) -> bool:
+        """Whether all are zero or one."""
+        one = 0x3F80 if self.dtype == "BF16" else 1
+        return self.dtype in VIEWS and all(bool(((p == 0) | (p == one)).all()) for p in self.chunks())
 
     def equals(self, other: Stored) -> bool:
         """Whether both hold the same bytes."""

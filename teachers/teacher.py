@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.files import warn_damaged
 from paretune.spaces.candidate import Shape
 from paretune.teachers.config import check_token_ids, check_window, read_config, shape_of
 from paretune.teachers.contents import check_tensors
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "stdlib-coder"
+# Raised when what a stored checkpoint is converted into changes.
+CONVERSION = 1
 EMBEDDED_FOLDER = Path(__file__).resolve().parent / "stdlib_coder"
 # A vocabulary is often padded to a round number; a tokenizer that covers less than this belongs to another model.
 LEAST_COVERAGE = 0.5
@@ -68,19 +71,27 @@ class Teacher:
     def is_plain(self) -> bool:
         """Whether its files can be memory-mapped and used as they are."""
         stored = read_headers(self.weight_files)
-        return not family_of(self.shape).gpt2 and {t.dtype for t in stored.values()} == {"F32"}
+        same = not family_of(self.shape).gpt2 and not masked_names(stored)
+        return same and {t.dtype for t in stored.values()} == {"F32"}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors as float32 under this project's names, memory-mapped where they can be; a tied head is not repeated, masks
         of torch.nn.utils.prune are applied. Do not write into them."""
-        from paretune.teachers.checkpoint import load_tensors, save_tensors
+        from paretune.teachers.checkpoint import DAMAGED, load_tensors, save_tensors
 
         if self.cache is None or self.is_plain:
             return self._weights_and_masks()[0]
-        kept = self.cache / "teachers" / f"{self.name}-{self.digest}.safetensors"
-        if not kept.exists():
-            save_tensors(kept, self._weights_and_masks()[0], {"teacher": self.name})
-        tensors, _ = load_tensors(kept)
+        kept = self.cache / "teachers" / f"{self.name}-{self.digest}-{CONVERSION}.safetensors"
+        try:
+            return self._named(load_tensors(kept)[0])
+        except FileNotFoundError:
+            pass
+        except (KeyError, *DAMAGED) as error:
+            warn_damaged(kept, error)
+        save_tensors(kept, self._weights_and_masks()[0], {"teacher": self.name})
+        return self._named(load_tensors(kept)[0])
+
+    def _named(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensors[name] for name in expected_tensors(self.shape)}
 
     @cached_property

@@ -281,6 +281,11 @@ def test_weights_of_another_type_are_converted_once_for_all_processes(folder: Pa
     for name, value in expected.items():
         assert torch.equal(first[name], value.float()) and torch.equal(again[name], value.float()), name
     assert is_mapped(again["model.embed_tokens.weight"], kept[0])
+    del first, again
+    kept[0].write_bytes(b"half-written")
+    with pytest.warns(RuntimeWarning, match=kept[0].name):
+        third = load_teacher(str(folder)).kept_in(tmp_path / "cache").weights()
+    assert all(torch.equal(third[name], value.float()) for name, value in expected.items())
 
 
 def test_a_float32_teacher_is_mapped_as_it_lies(folder: Path, tmp_path: Path) -> None:

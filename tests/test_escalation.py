@@ -246,6 +246,14 @@ def test_a_size_that_is_no_slice_is_refused(changes: dict[str, int], said: str) 
         with_students(space, spec.student_configs)
 
 
+def test_a_residual_width_is_a_size_where_it_is_searched() -> None:
+    kernels, sizes = ("fp32/fp32", "int8/int8"), [{"layers": 4, "ffn": 512, "kv_groups": 2, "hidden": 192}]
+    configs = Spec.model_validate({"student_configs": sizes}).student_configs
+    assert {c.hidden for c in student_seeds(Space.of(SHAPE, kernels, hidden=True), configs)} == {192}
+    with pytest.raises(UsageError, match=r"hidden must be one of 256 .* but got 192; .*`hidden: true`"):
+        with_students(Space.of(SHAPE, kernels), configs)
+
+
 def test_a_mild_space_says_why_a_size_is_too_small() -> None:
     spec = Spec.model_validate({"student_configs": [{"layers": 3, "ffn": 768, "kv_groups": 4}]})
     with pytest.raises(UsageError, match="mild cuts only, a longer --budget"):

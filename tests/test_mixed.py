@@ -31,6 +31,7 @@ from paretune.search.execute import run_inline
 from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
 from paretune.search.run import run_study
+from paretune.search.seeds import textbook_candidates
 from paretune.search.simulated import SHAPE as SIMULATED
 from paretune.search.simulated import SimulatedEvaluator, VirtualClock
 from paretune.search.spec import Spec
@@ -42,6 +43,7 @@ from paretune.search.work import Outcome, Work
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape, Space
 from paretune.spaces.candidate import FP32
 from paretune.spaces.mixed import Sensitivity, mean_bits, mix
+from paretune.spaces.precision import PrecisionChoices
 from paretune.teachers import Teacher, TokenSplit, load_teacher
 
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
@@ -92,6 +94,31 @@ proposals = st.sampled_from([mixed_space(shape, seed=i) for i, shape in enumerat
 
 
 # the space
+
+
+def test_seeds_of_a_space_with_residual_widths_can_be_told_to_the_sampler() -> None:
+    space = mixed_space(SIMULATED, min_hidden=128)
+    seeds = [c for c in textbook_candidates(space) if isinstance(c, Candidate)]
+    assert any(c.hidden for c in seeds) and any(len(set(c.layers)) > 1 for c in seeds)
+    assert all(space.decode(space.encode(c)) == c for c in seeds)
+
+
+def test_groups_that_a_narrower_student_repairs_are_counted_as_they_are_stored() -> None:
+    """128 does not divide 192, so all its groups of 128 become groups of 64, also those along the 768 of down_proj."""
+    space = mixed_space(SIMULATED, min_hidden=128)
+    narrow = base_params(space, hidden=len(space.hidden_widths) - 1 - space.hidden_widths.index(192))
+    found = [space.decode(narrow | {"effective_bits": i}) for i in range(len(space.effective_bits))]
+    used = [mean_bits(c, space.shape, 192) for c in found]
+    bought = [(u, level) for c, u, level in zip(found, used, space.effective_bits, strict=True) if c != found[0]]
+    assert len(bought) > 5 and all(u <= level for u, level in bought)
+
+
+def test_formats_that_need_calibration_are_not_mixed() -> None:
+    kernels = ("fp32/fp32", "int8/static", "int4/int8")
+    choices = PrecisionChoices(names=("fp32", "int8-static", "int4"))
+    space = Space.of(SIMULATED, kernels, second_order=False, choices=choices)
+    assert space.format("int8").needs_calibration, "else there is nothing to leave out"
+    assert {f.name for f in space.mixed_formats} == {"fp32", "int4"}
 
 
 @given(proposals)

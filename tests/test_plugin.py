@@ -501,6 +501,9 @@ def nan_net(_self: Any) -> nn.Module:
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no module": ({"load": lambda _s: {"weights": 1}}, r"load\(\) .* must give a torch.nn.Module, but gave dict"),
+    "load raises": ({"load": lambda _s: Path("/no/such/file").read_text()}, "cannot be run: FileNotFoundError"),
+    "quality raises": ({"qualities": quality(lambda o, b: o[7])}, "cannot be run: IndexError"),
+    "a decoder's name": ({"qualities": quality(lambda o, b: torch.ones(6), name="nll")}, "a quality needs a name"),
     "NaN weights": ({"load": nan_net}, "weights must be finite, but conv.weight"),
     "other weights each time": ({"load": lambda _s: Net()}, "must give the same weights every time"),
     "no batches": ({"batches": lambda _s, split: []}, "'train' has none"),

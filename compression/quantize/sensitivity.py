@@ -27,7 +27,16 @@ from paretune.spaces.mixed import Sensitivity
 from paretune.teachers.teacher import Teacher
 
 REENTRY_ERROR = 1e-4
-CODE = ("student.py", "quantize/grid.py", "quantize/sensitivity.py", "../teachers/families.py")
+CODE = (
+    "student.py",
+    "gpt2.py",
+    "quantize/grid.py",
+    "quantize/half.py",
+    "quantize/per_tensor.py",
+    "quantize/sensitivity.py",
+    "../spaces/candidate.py",
+    "../teachers/families.py",
+)
 
 Weights = Mapping[str, torch.Tensor]
 

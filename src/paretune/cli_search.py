@@ -159,10 +159,9 @@ def _show_plan(plan: Plan, json: bool) -> None:
         f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
         f"confirmed, and for more of them, {plan.most_finalists} at most, if they take less"
     )
-    print_text(
-        f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so "
-        + ("mild cuts only, at least three quarters of every width" if plan.mild else "all sizes down to a quarter of the widths")
-    )
+    if "elastic student" in plan.seconds:
+        sizes = "mild cuts only, at least three quarters of every width" if plan.mild else "all sizes down to a quarter of the widths"
+        print_text(f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so {sizes}")
     print_text(
         f"disk about {plan.disk_bytes / 1e9:.1f} GB ({plan.free_disk_bytes / 1e9:.0f} GB free), memory about {plan.memory_bytes / 1e9:.1f} GB "
         f"({plan.free_memory_bytes / 1e9:.0f} GB free)"
