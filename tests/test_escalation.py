@@ -159,6 +159,11 @@ def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tu
     page = (view.folder / "report.html").read_text()
     member = next(p for p in view.front if p.key in recovered and p.facts["qat"])
     assert f"QAT: {member.facts['qat_reason'][:60]}" in page
+    rows = [row for row in page.split("<tr>") if "qat_reason" not in row and "<b title=" in row]
+    assert any("QAT, why</summary>" in row for row in rows), (
+        "a sentence in the table must fold, or the numbers leave the screen"
+    )
+    assert not any("QAT, why" in row for row in rows if ">teacher " in row), "the teacher's own weights are not trained"
 
 
 def test_max_loss_is_the_classical_rule(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ pre{background:var(--panel);padding:.8rem;border-radius:6px;overflow-x:auto}
 .stage i{height:.8rem;background:var(--accent);border-radius:3px;min-width:2px}
 details{border:1px solid var(--line);border-radius:6px;margin:.4rem 0;padding:.4rem .7rem}
 summary{cursor:pointer}
+.reason{border:0;padding:0;margin:0;max-width:20rem;color:var(--quiet);font-size:.87em}
 details .wide{margin:.5rem 0;border:0}
 @media (max-width:600px){main{padding:.6rem .6rem 3rem}.stage{grid-template-columns:6.5rem 1fr 6.5rem}
   th,td{padding:.35rem .5rem}td:first-child b{white-space:normal}}

@@ -77,15 +77,21 @@ def _row(view: StudyView, point: Point, star: str | None, artifact: str | None) 
     name = f'<b title="{escape(point.description)}">{mark}{escape(point.name)}</b><br><code>{point.key[:8]}</code>'
     if tie:
         name += f' <span class="quiet">tied with <code>{escape(tie[:8])}</code></span>'
-    if reason := point.facts.get("qat_reason"):
-        kind = "QAT" if point.facts.get("qat") else "no QAT"
-        name += f'<br><span class="quiet">{kind}: {escape(str(reason))}</span>'
     return [
-        name,
+        name + _training(point),
         *(_value(point, column) for column, _ in columns_of(view.figures)),
         _provenance(point),
         f"<code>{escape(artifact)}</code>" if artifact else "–",
     ]
+
+
+def _training(point: Point) -> str:
+    """Whether a student was trained under its rounding; the reason, a long sentence, folds out below the name."""
+    reason = point.facts.get("qat_reason")
+    if not reason or point.source == "baseline":
+        return ""
+    kind = "QAT" if point.facts.get("qat") else "no QAT"
+    return f'<details class="reason"><summary>{kind}, why</summary>{kind}: {escape(str(reason))}</details>'
 
 
 def _point_table(view: StudyView, rows: Sequence[Sequence[str]]) -> str:
