@@ -36,7 +36,12 @@ FILE = FOLDER / "method_table.json"
 RECOVERY_TOKENS = 32_768
 STAGES = ("as it is", "recovered")
 EMBEDDING = Format(8, 32)
-FORMATS = {"int8/int8": Format(8, 32, "int8"), "int4 groups of 32": Format(4, 32, "fp32")}
+FORMATS = {
+    "int8/int8": Format(8, 32, "int8"),
+    "int4 groups of 32": Format(4, 32, "fp32"),
+    "int4 per channel": Format(4, 0, "fp32"),
+    "int2 groups of 32": Format(2, 32, "fp32"),
+}
 CALIBRATED_BITS = 4  # GPTQ and QAT have next to nothing to repair above
 
 

@@ -9,6 +9,7 @@ import fcntl
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -16,16 +17,18 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import sync_folder
 
 BUSY_TIMEOUT_MS = 20_000
 PROBE_S = 0.2
+UNBORN = "unborn.db"
 
 
-def open_engine(folder: Path, mode: str) -> sa.Engine:
+def open_engine(folder: Path, mode: str, name: str = "study.db") -> sa.Engine:
     """The study's database by SQLite mode: "ro", "rw", or "rwc" to create it."""
-    path = folder.resolve() / "study.db"
+    path = folder.resolve() / name
     address = f"file:{quote(str(path))}?mode={mode}"
-    if mode == "ro" and not os.access(folder, os.W_OK) and not path.with_name("study.db-wal").exists():
+    if mode == "ro" and not os.access(folder, os.W_OK) and not path.with_name(f"{name}-wal").exists():
         address += "&immutable=1"  # on a read-only disk SQLite could not make the files that even a reader of WAL needs
 
     def connect() -> sqlite3.Connection:
@@ -44,6 +47,23 @@ def open_engine(folder: Path, mode: str) -> sa.Engine:
 
     sa.event.listen(engine, "connect", configure)
     return engine
+
+
+def create_database(folder: Path, metadata: sa.MetaData, fill: Callable[[sa.Engine], None]) -> None:
+    """Make `study.db` with its tables and what `fill` writes; it appears whole or not at all, so no reader meets it half made.
+
+    Raises sqlalchemy's OperationalError if the disk refuses.
+    """
+    for leftover in folder.glob(f"{UNBORN}*"):
+        leftover.unlink()
+    engine = open_engine(folder, "rwc", UNBORN)
+    try:
+        metadata.create_all(engine)
+        fill(engine)
+    finally:
+        engine.dispose()  # the last connection takes the write-ahead log into the file
+    (folder / UNBORN).replace(folder / "study.db")
+    sync_folder(folder)
 
 
 def require_study(folder: Path) -> None:

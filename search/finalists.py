@@ -1,4 +1,5 @@
-"""Which explored candidates deserve recovery and confirmation: round-robin over strata, the best of each by rank and crowding.
+"""Which explored candidates deserve recovery and confirmation: round-robin over strata, the best of each by rank, then by how
+far it is from what is confirmed already.
 
 A stratum is a sparsity pattern with a layer precision. Strata that reach the estimated front come first in every round;
 every other stratum is visited once, so that the calibration learns what recovery does for it.
@@ -6,10 +7,13 @@ every other stratum is visited once, so that the calibration learns what recover
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paretune.search.front import Vector, crowding, ranks
+from paretune.search.front import Vector, ranks
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ def next_finalist(explored: list[Explored], chosen: list[str], confirmed: list[V
     if not open_ones:
         return None
     points = [e.vector for e in open_ones]
-    rank, distance = ranks([*points, *confirmed])[: len(points)], crowding(points)
+    rank, distance = ranks([*points, *confirmed])[: len(points)], gaps(points, confirmed)
     visits = Counter(e.stratum for e in explored if e.key in taken)
     best: dict[str, int] = {}
     for i, e in enumerate(open_ones):
@@ -47,3 +51,21 @@ def next_finalist(explored: list[Explored], chosen: list[str], confirmed: list[V
         )
 
     return open_ones[min(best.values(), key=turn)].key
+
+
+def gaps(points: Sequence[Vector], confirmed: Sequence[Vector]) -> list[float]:
+    """Distance of every point to the nearest confirmed one, summed over the objectives; infinite if none is confirmed.
+
+    An objective's unit is the share of all points between two values, so that a few bad students do not stretch its scale.
+    """
+    ordered = [sorted(column) for column in zip(*points, *confirmed, strict=True)]
+
+    def place(vector: Vector) -> list[float]:
+        among = zip(vector, ordered, strict=True)
+        return [(bisect_left(column, x) + bisect_right(column, x)) / (2 * len(column)) for x, column in among]
+
+    taken = [place(vector) for vector in confirmed]
+    return [
+        min((sum(abs(a - b) for a, b in zip(place(vector), other, strict=True)) for other in taken), default=math.inf)
+        for vector in points
+    ]

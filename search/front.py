@@ -1,4 +1,4 @@
-"""Dominance, ranks, crowding and ties. Everything is minimized; vectors are tuples of floats."""
+"""Dominance, ranks and ties. Everything is minimized; vectors are tuples of floats."""
 
 from __future__ import annotations
 
@@ -34,22 +34,6 @@ def ranks(points: Sequence[Vector]) -> list[int]:
         found[front] = rank
         rank += 1
     return [int(r) for r in found]
-
-
-def crowding(points: Sequence[Vector]) -> list[float]:
-    """Crowding distance of every point among all of them; infinite at the ends of an objective (Deb et al. 2002)."""
-    found = [0.0] * len(points)
-    if not points:
-        return found
-    for m in range(len(points[0])):
-        order = sorted(range(len(points)), key=lambda i: points[i][m])
-        low, high = points[order[0]][m], points[order[-1]][m]
-        found[order[0]] = found[order[-1]] = float("inf")
-        if high == low:
-            continue
-        for before, i, after in zip(order, order[1:], order[2:], strict=False):
-            found[i] += (points[after][m] - points[before][m]) / (high - low)
-    return found
 
 
 def hypervolume(points: Sequence[Vector], reference: Vector) -> float:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
-from paretune.search.database import open_engine, require_study, take_lock
+from paretune.search.database import create_database, open_engine, require_study, take_lock
 from paretune.search.records import CandidateRow, Evaluation, Event, Fidelity, Status, evaluation_of, now
 from paretune.search.tables import (
     SCHEMA_VERSION,
@@ -49,16 +49,18 @@ class Store:
                 f"the study folder {folder} cannot be written: {error.strerror}",
                 "free the disk or choose a folder with --home",
             ) from None
-        store = cls(folder, open_engine(folder, "rwc"), lock)
+
+        def fill(engine: sa.Engine) -> None:
+            cls(folder, engine, None).set_meta(schema=SCHEMA_VERSION, created=now(), study=folder.name, **meta)
+
         try:
-            metadata.create_all(store._engine)
-            store.set_meta(schema=SCHEMA_VERSION, created=now(), study=folder.name, **meta)
+            create_database(folder, metadata, fill)
         except sa.exc.OperationalError as error:
             raise EnvironmentProblem(
                 f"the study database in {folder} cannot be written: {error.orig}",
                 "free the disk or choose a folder with --home",
             ) from None
-        return store
+        return cls(folder, open_engine(folder, "rw"), lock)
 
     @classmethod
     def open_study(cls, folder: Path) -> Store:

@@ -1,4 +1,4 @@
-"""Dominance, ranks, crowding and hypervolume against brute force, with ties and duplicates."""
+"""Dominance, ranks and hypervolume against brute force, with ties and duplicates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paretune.search.front import Vector, crowding, dominates, hypervolume, non_dominated, ranks
+from paretune.search.front import Vector, dominates, hypervolume, non_dominated, ranks
 
 COARSE = st.integers(0, 4).map(float)  # few values: many ties and duplicates
 
@@ -54,44 +54,6 @@ def test_the_order_of_the_points_does_not_matter(points: list[Vector]) -> None:
     turned = points[::-1]
     assert ranks(turned) == ranks(points)[::-1]
     assert {points[i] for i in non_dominated(points)} == {turned[i] for i in non_dominated(turned)}
-
-
-def slow_crowding(points: list[Vector]) -> list[float]:
-    """Deb et al. 2002, for points without ties."""
-    found = []
-    for p in points:
-        total = 0.0
-        for m in range(len(p)):
-            values = sorted(q[m] for q in points)
-            at = values.index(p[m])
-            total += (
-                math.inf if at in (0, len(values) - 1) else (values[at + 1] - values[at - 1]) / (values[-1] - values[0])
-            )
-        found.append(total)
-    return found
-
-
-@given(
-    st.integers(1, 3).flatmap(
-        lambda m: st.lists(st.tuples(*[st.integers(0, 10_000).map(float)] * m), min_size=1, max_size=8)
-    )
-)
-def test_crowding_without_ties_is_the_textbook(points: list[Vector]) -> None:
-    for m in range(len(points[0])):
-        if len({p[m] for p in points}) < len(points):
-            return
-    assert crowding(points) == pytest.approx(slow_crowding(points))
-
-
-@given(fronts())
-def test_crowding_is_never_nan_and_both_ends_are_kept(points: list[Vector]) -> None:
-    found = crowding(points)
-    assert len(found) == len(points)
-    assert not any(math.isnan(d) or d < 0 for d in found)
-    for m in range(len(points[0]) if points else 0):
-        for end in (min, max):
-            value = end(p[m] for p in points)
-            assert any(d == math.inf for p, d in zip(points, found, strict=True) if p[m] == value)
 
 
 def slow_hypervolume(points: list[Vector], reference: Vector) -> float:

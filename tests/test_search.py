@@ -14,7 +14,7 @@ from paretune.search.budget import Budget
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
 from paretune.search.execute import run_inline
-from paretune.search.finalists import Explored, next_finalist
+from paretune.search.finalists import Explored, gaps, next_finalist
 from paretune.search.front import dominates
 from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
@@ -271,6 +271,23 @@ def test_next_finalist_visits_each_stratum_and_prefers_the_front():
     assert next_finalist(explored, [], []) == "a"
     assert next_finalist(explored, ["a"], []) in {"b", "c"}
     assert next_finalist(explored, ["a", "b", "c"], []) is None
+
+
+def test_the_next_finalist_is_far_from_what_is_confirmed():
+    """Crowding among the unconfirmed alone would take a second one beside a confirmed, as the ends are always lonely."""
+    line = [Explored(f"e{i}", "dense/int8", (float(i), 10.0 - i)) for i in range(11)]
+    confirmed = [(0.0, 10.01), (10.01, 0.0)]  # beside both ends
+    assert next_finalist(line, [], confirmed) == "e5"
+    assert next_finalist(line, ["e5"], [*confirmed, (5.01, 5.01)]) in {"e2", "e3", "e7", "e8"}
+
+
+def test_gaps_measure_in_shares_of_the_candidates():
+    points = [(0.0,), (1.0,), (2.0,), (1000.0,)]
+    assert gaps(points, []) == [math.inf] * 4
+    found = gaps(points, [(0.0,)])
+    assert found[0] == 0.0 and found == sorted(found)
+    assert found[3] - found[2] == pytest.approx(found[2] - found[1]), "an outlier does not stretch the scale"
+    assert gaps([(1.0, 7.0)], [(1.0, 7.0)]) == [0.0] and gaps([], [(1.0,)]) == []
 
 
 def test_calibration_is_the_identity_without_pairs_and_finds_a_law():

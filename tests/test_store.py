@@ -183,3 +183,29 @@ def test_a_study_on_a_read_only_disk_is_still_read(tmp_path, monkeypatch):
     assert len(reader.candidates()) == 1
     assert not (folder / "study.db-shm").exists(), "it would have been made on a disk that can be written"
     reader.close()
+
+
+def test_a_reader_never_meets_a_half_made_study(tmp_path, monkeypatch):
+    seen, whole = [], Store.set_meta
+
+    def looked_at(store, **values):
+        seen.append((tmp_path / "s" / "study.db").exists())
+        whole(store, **values)
+        seen.append((tmp_path / "s" / "study.db").exists())
+
+    monkeypatch.setattr(Store, "set_meta", looked_at)
+    new_store(tmp_path, "s").close()
+    assert seen == [False, False]
+    reader = Store.reader(tmp_path / "s")
+    assert reader.meta("state") == "new"
+    reader.close()
+
+
+def test_a_creation_that_died_is_done_anew(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "unborn.db").write_bytes(b"half of a file")
+    (tmp_path / "s" / "unborn.db-wal").write_bytes(b"half of a log")
+    store = new_store(tmp_path, "s")
+    assert store.meta("state") == "new"
+    store.close()
+    assert not list((tmp_path / "s").glob("unborn*"))
