@@ -38,9 +38,9 @@ def load_model(path: Path, model: type[Model]) -> Model:
 
 
 def dump_model(model: BaseModel, header: str) -> str:
-    """The model as YAML text with `header` as a comment above it."""
+    """The model as YAML text with `header` as a comment above it; what is None is left out."""
     buffer = io.StringIO()
-    YAML().dump(model.model_dump(mode="json"), buffer)
+    YAML().dump(model.model_dump(mode="json", exclude_none=True), buffer)
     return "".join(f"# {line}\n" for line in header.splitlines()) + buffer.getvalue()
 
 
@@ -101,6 +101,8 @@ def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: Vali
         near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"{path}:{line}:{column}: unknown key {name!r}; {hint}"
+    if not name:  # a rule over several keys says itself what it got
+        return f"{path}:{line}:{column}: {first['msg']}"
     return f"{path}:{line}:{column}: {name}: {first['msg']}, but got {first.get('input')!r}"
 
 
