@@ -78,3 +78,21 @@ def profile_names(home: Path) -> list[str]:
     """Names that `load_profile` accepts on this machine."""
     kept = (path.stem for path in (home / "profiles").glob("*.yaml"))
     return sorted({LOCAL, *kept, *library_names(detect_local().cores)})
+
+
+def all_profiles(home: Path) -> dict[str, Profile | UsageError]:
+    """Every profile by name, or what is wrong with its file. Writes nothing."""
+    kept = home / "profiles" / f"{LOCAL}.yaml"
+
+    def local() -> Profile:
+        return load_model(kept, Profile) if kept.exists() else detected_profile()
+
+    found: dict[str, Profile | UsageError] = {}
+    for name in profile_names(home):
+        path = home / "profiles" / f"{name}.yaml"
+        try:
+            shipped = None if path.exists() or name == LOCAL else library_profile(name, local)
+            found[name] = shipped or (local() if name == LOCAL else load_model(path, Profile))
+        except UsageError as error:
+            found[name] = error
+    return found

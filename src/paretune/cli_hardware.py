@@ -9,6 +9,7 @@ import typer
 
 from paretune.cli_options import HOME, Home, Json
 from paretune.console import print_json, print_text
+from paretune.hardware_profiles.errors import UsageError
 
 if TYPE_CHECKING:
     from paretune.hardware_profiles.profile import Profile
@@ -19,13 +20,12 @@ hardware = typer.Typer(no_args_is_help=True, help="Target machines.")
 @hardware.command("list")
 def hardware_list(home: Home = HOME, json: Json = False) -> None:
     """Profiles by name: those this machine can measure, and those it can only predict."""
-    from paretune.hardware_profiles.profile import load_profile, profile_names
+    from paretune.hardware_profiles.profile import all_profiles, profile_names
 
-    names = profile_names(home.resolve())
     if json:
-        print_json(names)
+        print_json(profile_names(home.resolve()))
         return
-    rows = [_row(load_profile(name, home.resolve())) for name in names]
+    rows = [_row(name, found) for name, found in all_profiles(home.resolve()).items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print_text("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
@@ -103,8 +103,10 @@ def _show(profile: Profile, json: bool) -> None:
         print_text(dump_model(profile, f"profile {profile.name}").rstrip())
 
 
-def _row(profile: Profile) -> list[str]:
-    return [profile.name, profile.engine, "measured" if profile.at_hand else "predicted", profile.description]
+def _row(name: str, found: Profile | UsageError) -> list[str]:
+    if isinstance(found, UsageError):
+        return [name, "-", "invalid", found.problem]
+    return [name, found.engine, "measured" if found.at_hand else "predicted", found.description]
 
 
 def _use_of(profile: Profile) -> str:
