@@ -1,6 +1,6 @@
 """The child of calibrate.py: prints bandwidth and peaks as JSON. Thread counts of numpy's BLAS come from the environment.
 
-    python -m paretune.hardware_profiles.calibration_child THREADS SECONDS
+python -m paretune.hardware_profiles.calibration_child THREADS SECONDS
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class Variant(BaseModel):
 
 def library_names(cores: int) -> list[str]:
     """Names of the shipped profiles that a machine of `cores` can use, measured or predicted."""
-    return sorted([*(path.stem for path in FOLDER.glob("*.yaml")), *(v.name for v in variants() if v.least_cores <= cores)])
+    return sorted(
+        [*(path.stem for path in FOLDER.glob("*.yaml")), *(v.name for v in variants() if v.least_cores <= cores)]
+    )
 
 
 def variants() -> list[Variant]:
@@ -61,7 +63,8 @@ def _changed(local: Profile, variant: Variant) -> Profile:
     """`local` as the variant uses it. Calibrated figures hold for their own number of threads only."""
     if local.cores < variant.least_cores:
         raise UsageError(
-            f"{variant.name} needs {variant.least_cores} cores, but this machine has {local.cores}", "choose another profile"
+            f"{variant.name} needs {variant.least_cores} cores, but this machine has {local.cores}",
+            "choose another profile",
         )
     threads = variant.threads or local.threads
     lost = () if threads == local.threads else tuple(name for name in FIGURES if name not in KEPT)

@@ -113,7 +113,9 @@ class Profile(BaseModel):
     @classmethod
     def _are_ordered(cls, value: Range) -> Range:
         if not 0 <= value[0] <= value[1] <= value[2] <= 1e5:
-            raise ValueError("0 <= low <= likely <= high <= 1e5 must hold for the microseconds that an op costs at least")
+            raise ValueError(
+                "0 <= low <= likely <= high <= 1e5 must hold for the microseconds that an op costs at least"
+            )
         return value
 
     @field_validator("sources")
@@ -122,7 +124,9 @@ class Profile(BaseModel):
         for key in value:
             if key not in SOURCED:
                 near = difflib.get_close_matches(key, SOURCED, 1, 0.5)
-                raise ValueError(f"{key!r} is no figure; " + (f"did you mean {near[0]!r}?" if near else f"known: {SOURCED}"))
+                raise ValueError(
+                    f"{key!r} is no figure; " + (f"did you mean {near[0]!r}?" if near else f"known: {SOURCED}")
+                )
         given = [name for name in FIGURES if info.data.get(name) is not None]
         given += [name for name in PRIORS if name in info.data and info.data[name] != cls.model_fields[name].default]
         for name in given:

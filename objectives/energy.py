@@ -20,13 +20,13 @@ NEEDED = {ENERGY: "power_watts", COST: "price_usd_per_hour"}
 
 
 def throughput(decode: Measurement, batch: int = 1) -> Measurement:
-    """Tokens per second of `batch` streams that decode together, from the milliseconds of one step (interval turned round)."""
-    if not 0 < decode.low <= decode.high:
-        return Measurement(
-            1e3 * batch / decode.value, "tokens/s", 0.0, float("inf"), decode.provenance, decode.samples, decode.fingerprint
-        )
-    value, low, high = (1e3 * batch / ms for ms in (decode.value, decode.high, decode.low))
-    note = f"{batch} / the time of a decode step, from the same visits"
+    """Tokens per second of `batch` streams that decode together, from the milliseconds of one step (interval turned round).
+
+    An interval that reaches a hundredth of its value or below says nothing about how fast it can be: it ends there.
+    """
+    shortest = max(decode.low, decode.value / 100)
+    value, low, high = (1e3 * batch / ms for ms in (decode.value, decode.high, shortest))
+    note = f"{batch} / the time of a step, from the same visits"
     return Measurement(value, "tokens/s", low, high, decode.provenance, decode.samples, decode.fingerprint, note)
 
 

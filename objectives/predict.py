@@ -13,9 +13,9 @@ from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.schema import CPU_PROVIDER, Profile
 from paretune.objectives.energy import energy_and_cost
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.parallel import all_reduce_ms, tensor_parallel_degree
+from paretune.objectives.parallel import all_reduce_ms, degree_fact, split_problem, tensor_parallel_degree
 from paretune.objectives.roofline import Milliseconds, Step, activation_bytes, resident_bytes, time_of, works
-from paretune.spaces.candidate import Candidate, Shape, group_for
+from paretune.spaces.candidate import Candidate, Shape
 
 # What an engine's memory is of what must be there (low, likely, high): allocators reserve, and a CPU engine may hold weights
 # twice while it packs them.
@@ -29,7 +29,8 @@ def predict(
 ) -> dict[str, Measurement]:
     """Predicted figures by name: `decode_ms_per_token` (one step of all `batch` sequences after `context` tokens each),
     `ttft_ms` (prefill of `prompt` tokens each), `throughput_tokens_per_s`, `peak_memory_bytes` (per device), and with the
-    profile's power and price `energy_j_per_token` and `usd_per_million_tokens`.
+    profile's power and price `energy_j_per_token` and `usd_per_million_tokens`. A profile of several devices also has
+    `tensor_parallel_degree`, the fewest of them that suffice; power and price are of those.
 
     Raises Infeasible where the model does not fit the profile's devices, UsageError where the profile lacks figures.
     """
@@ -45,6 +46,7 @@ def predict(
         for step, unit in zip(steps, ("ms", "ms/token"), strict=True)
     )
     per_token = replace(decode, value=decode.value / batch, low=decode.low / batch, high=decode.high / batch)
+    split = {"tensor_parallel_degree": degree_fact(degree, profile)} if profile.devices > 1 else {}
     return {
         "decode_ms_per_token": decode,
         "ttft_ms": ttft,
@@ -53,6 +55,7 @@ def predict(
         ),
         "peak_memory_bytes": _memory(profile, candidate, shape, steps, degree, note),
         **energy_and_cost(per_token, profile.model_copy(update={"devices": degree})),
+        **split,
     }
 
 
@@ -82,14 +85,14 @@ def forward(profile: Profile, candidate: Candidate, shape: Shape, step: Step, de
 @dataclass(frozen=True)
 class _Needed:
     """Bytes that one of `degree` devices must hold: its part of weights and cache, and the activations; infinite where a
-    quantization group would have to be split."""
+    quantization group or a sparsity block would have to be divided."""
 
     parts: tuple[tuple[float, float, float], ...]
     candidate: Candidate
     shape: Shape
 
     def __call__(self, degree: int) -> float:
-        if not _splits(self.candidate, self.shape, degree):
+        if split_problem(self.candidate, self.shape, degree) is not None:
             return math.inf
         return max((weights + cache) / degree + activations for weights, cache, activations in self.parts)
 
@@ -106,17 +109,6 @@ def _student_heads(candidate: Candidate, shape: Shape) -> Shape:
     """The shape with as many KV heads as every layer of the candidate can be divided by."""
     groups = math.gcd(*(layer.kv_groups for layer in candidate.layers))
     return replace(shape, kv_heads=groups, heads=groups * shape.heads_per_group)
-
-
-def _splits(candidate: Candidate, shape: Shape, degree: int) -> bool:
-    """Whether K of the output and down products, which a device has a part of, is whole groups on each of `degree` devices."""
-    for layer in candidate.layers:
-        inner = layer.kv_groups * shape.heads_per_group * shape.head_dim
-        for form, k in ((layer.attention_format, inner), (layer.ffn_format, layer.ffn)):
-            whole = 1 if not form.is_integer or form.group_size == 0 else group_for(form.group_size, k)
-            if k % (degree * whole):
-                return False
-    return True
 
 
 def _memory(
@@ -136,4 +128,6 @@ def _note(profile: Profile, degree: int, batch: int) -> str:
     low, _, high = profile.bandwidth_efficiency
     split = f", on {degree} devices" if degree > 1 else ""
     many = f", batch {batch}" if batch > 1 else ""
-    return f"roofline of {profile.name}{split}{many}: {low:.0%} to {high:.0%} of its bandwidth, priors not measured here"
+    return (
+        f"roofline of {profile.name}{split}{many}: {low:.0%} to {high:.0%} of its bandwidth, priors not measured here"
+    )

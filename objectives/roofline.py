@@ -126,16 +126,19 @@ def works(candidate: Candidate, shape: Shape, profile: Profile, step: Step) -> l
     return found
 
 
-def _layer(
-    layer: Layer, shape: Shape, width: int, item: int, profile: Profile, step: Step, norm: Work
-) -> list[Work]:
+def _layer(layer: Layer, shape: Shape, width: int, item: int, profile: Profile, step: Step, norm: Work) -> list[Work]:
     inner, cache = _heads(layer, shape)
     qkv, o, up, down = (
-        _product(name, form, layer.pattern, n, k, item, profile, step) for name, form, n, k in _matrices(layer, shape, width)
+        _product(name, form, layer.pattern, n, k, item, profile, step)
+        for name, form, n, k in _matrices(layer, shape, width)
     )
     packed = shape.ffn_matrices - 1
     activation = Work(
-        "activation", None, norm.kernel, 5 * step.rows * layer.ffn, other_bytes=(packed + 1) * step.rows * layer.ffn * item
+        "activation",
+        None,
+        norm.kernel,
+        5 * step.rows * layer.ffn,
+        other_bytes=(packed + 1) * step.rows * layer.ffn * item,
     )
     return [norm, qkv, _attention(inner, cache, item, norm.kernel, step), o, norm, up, activation, down]
 
@@ -229,7 +232,9 @@ def resident_bytes(candidate: Candidate, shape: Shape, profile: Profile, step: S
     width, item = candidate.width(shape), activation_bytes(candidate, profile)
     weights = weights_bytes(candidate.head_format, shape.vocab, width, profile)
     for layer in candidate.layers:
-        weights += sum(weights_bytes(form, n, k, profile, layer.pattern) for _, form, n, k in _matrices(layer, shape, width))
+        weights += sum(
+            weights_bytes(form, n, k, profile, layer.pattern) for _, form, n, k in _matrices(layer, shape, width)
+        )
     if not (shape.tied and shares_table(candidate.head_format, candidate.embedding_format)):
         weights += table_bytes(candidate.embedding_format, shape.vocab, width, profile)
     length = step.batch * (step.past + step.tokens)

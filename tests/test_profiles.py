@@ -187,7 +187,7 @@ def test_an_unknown_profile_name_gets_a_suggestion(tmp_path: Path) -> None:
         load_profile("local-cpi", tmp_path)
     with pytest.raises(UsageError, match="did you mean 'my-board'"):
         load_profile("myboard", tmp_path)
-    with pytest.raises(UsageError, match="known: alveo-u55c, .*local-cpu, .*my-board"):
+    with pytest.raises(UsageError, match=r"known: alveo-u55c, .*local-cpu, .*my-board"):
         load_profile("qqqq", tmp_path)
     with pytest.raises(UsageError, match="no profile is called"):
         load_profile("../profiles/my-board", tmp_path)

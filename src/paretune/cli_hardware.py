@@ -73,21 +73,21 @@ def hardware_calibrate(
 
 
 @hardware.command("check")
-def hardware_check(
-    file: Annotated[Path, typer.Argument(help="A profile's YAML file.")], json: Json = False
-) -> None:
+def hardware_check(file: Annotated[Path, typer.Argument(help="A profile's YAML file.")], json: Json = False) -> None:
     """Whether a YAML file is a valid profile: keys and their units, figures and their sources. Exit code 2 if not."""
     from paretune.hardware_profiles.profile import Profile
     from paretune.hardware_profiles.yaml_file import load_model
 
     found = load_model(file, Profile)
     if json:
-        print_json({
-            "name": found.name,
-            "at_hand": found.at_hand,
-            "can_predict": found.can_predict,
-            "from_memory": found.from_memory,
-        })
+        print_json(
+            {
+                "name": found.name,
+                "at_hand": found.at_hand,
+                "can_predict": found.can_predict,
+                "from_memory": found.from_memory,
+            }
+        )
         return
     print_text(f"{file}: {found.name} is valid; {_use_of(found)}")
     if found.from_memory:
