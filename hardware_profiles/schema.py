@@ -80,6 +80,8 @@ class Profile(BaseModel):
     bandwidth_efficiency: Range = (0.4, 0.65, 0.9)
     weight_formats: tuple[Kernel, ...] = tuple(ONNXRUNTIME_CPU)
     sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
+    # URL of the `paretune agent` that measures this target; never with credentials, those are in PARETUNE_AGENT_TOKEN.
+    agent: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.-]+:[0-9]{1,5}/?$")
     sources: dict[str, str] = Field(default={}, validate_default=True)
     source: str
 
@@ -138,7 +140,7 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _can_be_predicted_or_measured(self) -> Profile:
-        if not self.at_hand and not self.can_predict:
+        if not self.at_hand and self.agent is None and not self.can_predict:
             raise ValueError(
                 f"a target that is not at hand is predicted, which takes bandwidth_gb_per_s and peak_fp32_tflops, "
                 f"but {self.name} lacks {' and '.join(self.missing_figures)}"
