@@ -10,6 +10,10 @@ from paretune.hardware_profiles.schema import CPU_PROVIDER, Profile
 # What has a kernel for 2:4 weights where a target has them at all (cuSPARSELt: 16-bit floats, int8 with int8).
 KERNELS_2_4 = ("fp16/fp32", "bf16/fp32", "int8/int8", "int8/dynamic", "int8/static")
 
+# ONNX Runtime's MatMulNBits scales every block's sum, so it reaches this share of what its plain int8 product does (measured on
+# Zen 5 with VNNI at 128 and 1024 rows: 8 bits 0.26 to 0.32, 4 bits 0.23 to 0.28; docs/log.md).
+BLOCKWISE_INT8 = 0.28
+
 
 def executed(profile: Profile, kernel: str) -> Kernel:
     """The pair that the target computes when it is given `kernel`: that pair, or the nearest that is not coarser.
@@ -27,15 +31,19 @@ def executed(profile: Profile, kernel: str) -> Kernel:
 def widens_each_call(profile: Profile, kernel: Kernel) -> bool:
     """Whether the whole matrix is written as fp32 and read again in every call: ONNX Runtime's int8 weights with fp32
     activations on a CPU (kernels.py)."""
-    on_cpu = profile.engine == "onnxruntime" and profile.execution_provider == CPU_PROVIDER
-    return on_cpu and kernel == "int8/fp32"
+    return is_onnxruntime_cpu(profile) and kernel == "int8/fp32"
+
+
+def is_onnxruntime_cpu(profile: Profile) -> bool:
+    return profile.engine == "onnxruntime" and profile.execution_provider == CPU_PROVIDER
 
 
 def peak_flops(profile: Profile, kernel: Kernel) -> float:
     """Dense peak, in operations per second, of the arithmetic that multiplies by such weights; a multiply-add counts two.
 
     Integer activations are multiplied in int8 (int4 weights are unpacked), floating-point ones in 16 bits where the target does
-    and the weights are not fp32. A peak that the profile lacks is that of the next wider arithmetic.
+    and the weights are not fp32. A peak that the profile lacks is that of the next wider arithmetic. Blockwise int8 activations on
+    ONNX Runtime's CPU kernels reach `BLOCKWISE_INT8` of the int8 peak.
     """
     assert profile.peak_fp32_tflops is not None
     if kernel != "fp32/fp32" and profile.computes_half:
@@ -43,8 +51,10 @@ def peak_flops(profile: Profile, kernel: Kernel) -> float:
         floating = profile.peak_fp16_tflops
     else:
         floating = profile.peak_fp32_tflops
-    integer = not kernel.endswith("/fp32")
-    return (profile.peak_int8_tops or floating if integer else floating) * 1e12
+    if kernel.endswith("/fp32") or profile.peak_int8_tops is None:
+        return floating * 1e12
+    blockwise = is_onnxruntime_cpu(profile) and kernel.endswith("/int8")
+    return profile.peak_int8_tops * (BLOCKWISE_INT8 if blockwise else 1.0) * 1e12
 
 
 def has_sparse_kernel(profile: Profile, pattern: str, kernel: Kernel) -> bool:

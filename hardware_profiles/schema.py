@@ -21,6 +21,8 @@ CPU_PROVIDER = "CPUExecutionProvider"
 # What must have a source wherever it is given, and the priors, which must have one where they are not the defaults.
 FIGURES = (
     "bandwidth_gb_per_s",
+    "cache_bytes",
+    "cache_gb_per_s",
     "peak_fp32_tflops",
     "peak_fp16_tflops",
     "peak_int8_tops",
@@ -45,7 +47,7 @@ class Profile(BaseModel):
     `at_hand` says whether this machine can measure it; others are predicted. `weight_formats` lists `<weights>/<activations>`
     pairs that its engine has a kernel for (kernels.py says what each does); a pair that is missing is not proposed, and of the
     others only those of the precisions that a search asks for. `sparse_patterns` lists the patterns that a kernel exploits: any
-    other gains bytes, never time. `peak_fp16_tflops` is of 16-bit floats of either kind, accumulated in fp32; None where the
+    other gains bytes, never time. What a step reads comes at `cache_gb_per_s` if it all fits `cache_bytes`. `peak_fp16_tflops` is of 16-bit floats of either kind, accumulated in fp32; None where the
     engine computes them in fp32. `peak_int4_tops` is of int4 weights and activations, which no kernel of ours has.
     `power_watts`, `price_usd_per_hour`, `memory_bytes` and the peaks are of one of the `devices`, between which one message
     takes `link_alpha_us` plus its bytes at `link_gb_per_s` (per direction).
@@ -66,6 +68,8 @@ class Profile(BaseModel):
     isa: tuple[str, ...] = ()
     memory_bytes: int = Field(ge=1_000_000)
     bandwidth_gb_per_s: Peak | None = None
+    cache_bytes: int | None = Field(default=None, ge=1024)
+    cache_gb_per_s: Peak | None = None
     peak_fp32_tflops: Peak | None = None
     peak_fp16_tflops: Peak | None = None
     peak_int8_tops: Peak | None = None
@@ -75,7 +79,7 @@ class Profile(BaseModel):
     devices: int = Field(default=1, ge=1, le=65536)
     link_alpha_us: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     link_gb_per_s: Peak | None = None
-    overhead_us_per_op: Range = (1.0, 3.0, 8.0)
+    overhead_us_per_op: Range = (0.4, 1.2, 4.0)
     compute_efficiency: Range = (0.3, 0.55, 0.85)
     bandwidth_efficiency: Range = (0.4, 0.65, 0.9)
     weight_formats: tuple[Kernel, ...] = tuple(ONNXRUNTIME_CPU)

@@ -68,7 +68,9 @@ def require_figures(profile: Profile) -> None:
 
 def forward(profile: Profile, candidate: Candidate, shape: Shape, step: Step, degree: int = 1) -> Milliseconds:
     """Milliseconds of one call on `degree` devices: its ops after each other, and two all-reduces per layer."""
-    times = [time_of(work.divided(degree), profile) for work in works(candidate, shape, profile, step)]
+    parts = [work.divided(degree) for work in works(candidate, shape, profile, step)]
+    read = sum(part.weight_bytes + part.cache_bytes for part in parts)
+    times = [time_of(part, profile, read) for part in parts]
     message = step.rows * candidate.width(shape) * activation_bytes(candidate, profile)
     reduces = 2 * len(candidate.layers) * all_reduce_ms(message, degree, profile)
     low, likely, high = (share * reduces for share in COMMUNICATION)

@@ -6,12 +6,13 @@ gate/up product, activation, down product; then norm and head; and the embedding
     max(bytes / (bandwidth x efficiency), operations / (peak x efficiency)) + overhead,
 
 with the peak of the arithmetic that the target really uses (hardware_profiles/execution.py), and the efficiencies and overhead
-that its profile states as priors. Weights are read from main memory, so a model that fits a cache may be faster than its
-interval. Williams et al. 2009, "Roofline"; for decoders: LIFE, arXiv 2508.00904.
+that its profile states as priors. Weights are read from main memory unless the profile states a
+cache; without one, a model that fits it may be faster than its interval. Williams et al. 2009, "Roofline"; for decoders: LIFE, arXiv 2508.00904.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from paretune.hardware_profiles.execution import executed, has_sparse_kernel, peak_flops, widens_each_call
@@ -89,24 +90,37 @@ class Milliseconds:
     waits: str = "memory"
 
 
-def time_of(work: Work, profile: Profile) -> Milliseconds:
-    """Roofline time of one op; low is at the high efficiencies and the low overhead. The profile must have the figures."""
+def seconds_per_byte(profile: Profile, step_bytes: float) -> tuple[float, float, float]:
+    """Of reading, at the low, likely and high efficiency, in a step that reads `step_bytes` in all.
+
+    If the profile states a cache, that is where they come from if they fit it, and from memory if they are twice as many; in
+    between the share of the cache falls evenly. At the low efficiency all comes from memory.
+    """
     assert profile.bandwidth_gb_per_s is not None
-    memory_s = work.bytes / (profile.bandwidth_gb_per_s * 1e9)
+    memory = 1 / (profile.bandwidth_gb_per_s * 1e9)
+    both = memory
+    if profile.cache_bytes is not None and profile.cache_gb_per_s is not None:
+        share = min(1.0, max(0.0, 2 - step_bytes / profile.cache_bytes))
+        both = share / (profile.cache_gb_per_s * 1e9) + (1 - share) * memory
+    low, likely, high = profile.bandwidth_efficiency
+    return memory / low, both / likely, both / high
+
+
+def time_of(work: Work, profile: Profile, step_bytes: float = math.inf) -> Milliseconds:
+    """Roofline time of one op in a step of `step_bytes`; low is at the high efficiencies and the low overhead. The profile must
+    have the figures."""
+    reading = seconds_per_byte(profile, step_bytes)
     compute_s = work.flops / peak_flops(profile, work.kernel)
     found = [
-        1e3 * max(memory_s / bandwidth, compute_s / (compute * speedup)) + overhead / 1e3
-        for bandwidth, compute, speedup, overhead in zip(
-            profile.bandwidth_efficiency,
-            profile.compute_efficiency,
-            work.speedup,
-            reversed(profile.overhead_us_per_op),
-            strict=True,
+        1e3 * max(work.bytes * per_byte, compute_s / (compute * speedup)) + overhead / 1e3
+        for per_byte, compute, speedup, overhead in zip(
+            reading, profile.compute_efficiency, work.speedup, reversed(profile.overhead_us_per_op), strict=True
         )
     ]
-    likely_memory = memory_s / profile.bandwidth_efficiency[1]
     likely_compute = compute_s / (profile.compute_efficiency[1] * work.speedup[1])
-    return Milliseconds(found[2], found[1], found[0], "memory" if likely_memory >= likely_compute else "arithmetic")
+    return Milliseconds(
+        found[2], found[1], found[0], "memory" if work.bytes * reading[1] >= likely_compute else "arithmetic"
+    )
 
 
 def works(candidate: Candidate, shape: Shape, profile: Profile, step: Step) -> list[Work]:

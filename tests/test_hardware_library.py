@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.hardware_profiles import EnvironmentProblem, Profile, UsageError, load_profile, local_profile
 from paretune.hardware_profiles.calibrate import Peaks, calibrate, write_peaks
-from paretune.hardware_profiles.execution import executed, has_sparse_kernel, peak_flops
+from paretune.hardware_profiles.execution import BLOCKWISE_INT8, executed, has_sparse_kernel, peak_flops
 from paretune.hardware_profiles.kernels import INSTEAD, Kernel, weight_bits
 from paretune.hardware_profiles.library import FOLDER, HERE, library_names, variants
 from paretune.hardware_profiles.profile import all_profiles, profile_names
@@ -185,7 +185,8 @@ def test_kernels_that_are_executed(tmp_path: Path) -> None:
     assert peak_flops(a100, "int4/fp32") == peak_flops(a100, "fp16/fp32") == 312e12
     assert peak_flops(a100, "int8/dynamic") == 624e12
     assert peak_flops(a100, "fp32/fp32") == 19.5e12
-    assert peak_flops(pi, "int4/int8") == pytest.approx(0.61e12)
+    assert peak_flops(pi, "int8/static") == pytest.approx(0.61e12)
+    assert peak_flops(pi, "int4/int8") == pytest.approx(BLOCKWISE_INT8 * 0.61e12)
     assert peak_flops(pi, "int4/fp32") == pytest.approx(0.154e12)
     assert has_sparse_kernel(a100, "2:4", "fp16/fp32") and not has_sparse_kernel(a100, "2:4", "int4/fp32")
     assert not has_sparse_kernel(t4, "2:4", "fp16/fp32") and not has_sparse_kernel(a100, "unstructured", "fp16/fp32")
@@ -199,6 +200,8 @@ def test_calibration_measures_this_machine_and_keeps_the_file(tmp_path: Path) ->
     assert 0.3 < peaks.bandwidth_gb_per_s < 3000
     assert 0.3 < peaks.fp32_gflop_per_s < 30_000
     assert peaks.int8_gop_per_s is not None and 0.3 < peaks.int8_gop_per_s < 300_000
+    if peaks.cache_gb_per_s is not None:
+        assert peaks.cache_gb_per_s > 0.5 * peaks.bandwidth_gb_per_s
     found = write_peaks(peaks, tmp_path)
     assert found == load_profile("local-cpu", tmp_path) and found.can_predict
     assert found.bandwidth_gb_per_s == pytest.approx(peaks.bandwidth_gb_per_s, rel=1e-3)
@@ -215,8 +218,9 @@ def test_figures_of_one_thread_are_not_those_of_two(tmp_path: Path) -> None:
     write_peaks(Peaks(1, 20.0, 80.0, None), tmp_path)
     assert load_profile("cpu-1-thread", tmp_path).bandwidth_gb_per_s == 20
     assert load_profile("cpu-2-threads", tmp_path).missing_figures == ("bandwidth_gb_per_s", "peak_fp32_tflops")
-    again = write_peaks(Peaks(1, 30.0, 80.0, 300.0), tmp_path)
+    again = write_peaks(Peaks(1, 30.0, 80.0, 300.0, 2**24, 90.0), tmp_path)
     assert (again.bandwidth_gb_per_s, again.peak_int8_tops) == (30, 0.3)
+    assert (again.cache_bytes, again.cache_gb_per_s) == (2**24, 90)
 
 
 def test_impossible_peaks_leave_the_file_alone(tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert json.loads(run("hardware", "show", "nvidia-h100", "--json", *home)[1])["bandwidth_gb_per_s"] == 3350
     assert "link_gb_per_s: 450" in run("hardware", "show", "nvidia-h100", *home)[1]
     found = json.loads(run("hardware", "calibrate", "--seconds", "0.2", "--json", *home)[1])
-    assert found.keys() == {"threads", "bandwidth_gb_per_s", "fp32_gflop_per_s", "int8_gop_per_s"}
+    assert found.keys() == {*Peaks.__dataclass_fields__}
     assert json.loads(run("hardware", "show", "--json", *home)[1])["bandwidth_gb_per_s"] > 0
 
 

@@ -13,7 +13,7 @@ from paretune.hardware_profiles import Infeasible, Profile, UsageError, load_pro
 from paretune.hardware_profiles.library import FOLDER
 from paretune.objectives.parallel import degree_fact
 from paretune.objectives.predict import forward, predict
-from paretune.objectives.roofline import Step, activation_bytes, resident_bytes, time_of, works
+from paretune.objectives.roofline import Step, activation_bytes, resident_bytes, seconds_per_byte, time_of, works
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern, Shape
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -324,3 +324,19 @@ def test_an_op_is_on_either_side_of_the_ridge() -> None:
     heavy = replace(work, flops=work.bytes * 1001)
     assert time_of(heavy, target()).waits == "arithmetic"
     assert time_of(heavy, target()).likely == pytest.approx(heavy.flops / 0.5e12 * 1e3 + 2e-3)
+
+
+def test_what_fits_the_cache_is_read_from_it() -> None:
+    """10 GB/s from a cache of 1024 bytes: all of it up to that per step, half at half more, none from twice."""
+    figures = {"cache_bytes": 1024, "cache_gb_per_s": 10.0}
+    profile = Profile.model_validate(
+        target().model_dump() | figures | {"sources": {**target().sources, **dict.fromkeys(figures, "a test")}}
+    )
+    for share, step_bytes in ((1.0, 1000), (1.0, 1024), (0.5, 1536), (0.0, 2048), (0.0, 10**9)):
+        slow, likely, fast = seconds_per_byte(profile, step_bytes)
+        assert fast == pytest.approx(share * 1e-10 + (1 - share) * 1e-9)
+        assert likely == pytest.approx(2 * fast)
+        assert slow == pytest.approx(4e-9), "the pessimistic end knows no cache"
+    large = Profile.model_validate(profile.model_dump() | {"cache_bytes": 10**6})
+    with_cache, without = (predict(p, whole(TWO, FP32), TWO)["decode_ms_per_token"] for p in (large, target()))
+    assert with_cache.value < 0.4 * without.value and with_cache.high == without.high
