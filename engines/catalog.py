@@ -13,19 +13,19 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 class Engine:
     """`module` has `open_model(path, threads, provider)`; it imports `library`, which `install` installs.
 
-    `rounds_activations`: whether it rounds activations to 8 bits where the graph says so. One that does not computes with
-    them as floats: more exact than what was scored, and at another speed.
+    `reads_accuracy_level`: whether it rounds activations to 8 bits where a MatMulNBits says so. One that does not computes with
+    them as floats: more exactly than what was scored, and at another speed.
     """
 
     module: str
     library: str
     install: str
-    rounds_activations: bool = True
+    reads_accuracy_level: bool = True
 
 
 ENGINES = {
     "onnxruntime": Engine("onnxruntime_decoder", "onnxruntime", "pip install onnxruntime"),
-    "openvino": Engine("openvino_decoder", "openvino", "pip install 'paretune[openvino]'", rounds_activations=False),
+    "openvino": Engine("openvino_decoder", "openvino", "pip install 'paretune[openvino]'", reads_accuracy_level=False),
     "torch": Engine("torch_decoder", "torch", "pip install torch onnx"),
 }
 
