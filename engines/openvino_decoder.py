@@ -16,6 +16,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 from openvino._offline_transformations import apply_make_stateful_transformation
+from openvino.frontend.onnx import ConversionExtension
 
 from paretune.engines.decoder import CPU, EngineDecoder, Ids, Logits
 from paretune.hardware_profiles.errors import EnvironmentProblem
@@ -37,6 +38,7 @@ def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
 class Decoder(EngineDecoder):
     def __init__(self, path: str, threads: int) -> None:
         core = ov.Core()
+        core.add_extension(ConversionExtension("GatherBlockQuantized", "com.microsoft", _gather_quantized))
         model = core.read_model(path)
         names = [port.get_any_name() for port in model.inputs]
         if "input_ids" not in names:
@@ -113,3 +115,24 @@ def _keep_the_cache_inside(model: Any, pasts: list[str]) -> None:
             zeros = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, rest], 0))
             node.set_arguments([zeros])
     model.validate_nodes_and_infer_types()
+
+
+def _gather_quantized(node: Any) -> list[Any]:
+    """GatherBlockQuantized whose table is a Reshape, as where the head shares it; OpenVINO's own takes constants only.
+
+    Rows of codes are gathered as bytes and unpacked by float arithmetic, which is exact for them.
+    """
+    codes, ids, scales = (node.get_input(i) for i in range(3))
+    bits, zero = int(node.get_attribute("bits")), ops.constant(np.int64(0))
+    rest = ops.convert(ops.gather(codes, ids, zero), "f32")
+    parts = []
+    for place in reversed(range(8 // bits)):
+        unit = ops.constant(np.float32(2 ** (bits * place)))
+        part = ops.floor(ops.divide(rest, unit))
+        rest = ops.subtract(rest, ops.multiply(part, unit))
+        parts.append(ops.unsqueeze(part, ops.constant(np.int64(-1))))
+    centred = ops.subtract(ops.concat(parts[::-1], -1), ops.constant(np.float32(2 ** (bits - 1))))
+    factors = ops.gather(scales, ids, zero)
+    size = ops.constant(np.array([0, 0, -1, int(node.get_attribute("block_size"))]))
+    blocks = ops.multiply(ops.reshape(centred, size, True), ops.unsqueeze(factors, ops.constant(np.int64(-1))))
+    return ops.reshape(blocks, ops.constant(np.array([0, 0, -1])), True).outputs()
