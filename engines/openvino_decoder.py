@@ -23,6 +23,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem
 
 PAST, PRESENT = "past_key_values.", "present."
 MASK = "attention_mask"
+UNWRITTEN = np.float32(-3e38)  # no logit
 
 
 def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
@@ -69,12 +70,30 @@ class Stateful:
         self.done += ids.shape[1]
         self.request.set_tensor("input_ids", ov.Tensor(np.ascontiguousarray(ids)))
         self.request.set_tensor(MASK, ov.Tensor(np.ascontiguousarray(self.mask[:, : self.done])))
+        self._mark()
         start = time.perf_counter()
         self.request.infer(share_outputs=True)
-        return (time.perf_counter() - start) * 1e3
+        elapsed = (time.perf_counter() - start) * 1e3
+        self._require_an_answer(ids.shape)
+        return elapsed
 
     def logits(self) -> Logits:
         return np.array(self.request.get_tensor("logits").data, np.float32)
+
+    def _mark(self) -> None:
+        last = self.request.get_tensor("logits").data
+        if last.size:
+            last.flat[-1] = UNWRITTEN
+
+    def _require_an_answer(self, shape: tuple[int, ...]) -> None:
+        """`infer` of OpenVINO 2026.4 returns as if all were well when it could not allocate: its outputs are those of before.
+        The same request through `wait` then says why."""
+        found = self.request.get_tensor("logits").data
+        if found.shape[:2] == shape and found.flat[-1] != UNWRITTEN:
+            return
+        self.request.start_async()
+        self.request.wait()
+        raise RuntimeError("OpenVINO returned without an answer and without a reason")
 
 
 def settings(threads: int) -> dict[str, Any]:
