@@ -63,11 +63,7 @@ def take_turns(reference: EngineChild, candidate: EngineChild, rounds: int = ROU
 
 
 def load_and_warm(
-    child: EngineChild,
-    model: Path,
-    threads: int,
-    engine: str = "onnxruntime",
-    provider: str = "CPUExecutionProvider",
+    child: EngineChild, model: Path, threads: int, engine: str = "onnxruntime", provider: str = "CPUExecutionProvider"
 ) -> float:
     """Load a model and run it once; returns milliseconds of the load."""
     loaded = child.ask(do="load", path=str(model), threads=threads, engine=engine, provider=provider)
