@@ -62,9 +62,11 @@ def take_turns(reference: EngineChild, candidate: EngineChild, rounds: int = ROU
     return visit
 
 
-def load_and_warm(child: EngineChild, model: Path, threads: int) -> float:
+def load_and_warm(
+    child: EngineChild, model: Path, threads: int, engine: str = "onnxruntime", provider: str = "CPUExecutionProvider"
+) -> float:
     """Load a model and run it once; returns milliseconds of the load."""
-    loaded = child.ask(do="load", path=str(model), threads=threads)
+    loaded = child.ask(do="load", path=str(model), threads=threads, engine=engine, provider=provider)
     _turn(child)
     return float(loaded["load_ms"])
 
