@@ -26,7 +26,9 @@ PROGRAM = ("-m", "paretune.compression.score_rank")
 JOB, IDS, TARGETS, NLL = "job.json", "ids.npy", "targets.npy", "nll.npy"
 
 
-def write_job(folder: Path, teacher: Teacher, ids: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], batch: int) -> None:
+def write_job(
+    folder: Path, teacher: Teacher, ids: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], batch: int
+) -> None:
     """What the ranks read."""
     job = {
         "batch": batch,

@@ -58,7 +58,9 @@ class ShardedNetwork:
     `shard` is what teachers/shards.py reads. No gradients.
     """
 
-    def __init__(self, config: Mapping[str, Any], shape: Shape, shard: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], shape: Shape, shard: Mapping[str, torch.Tensor], ranks: Ranks
+    ) -> None:
         self.network = Network(config, shape, shape.layers)
         self.shape, self.shard, self.ranks = shape, shard, ranks
         self.first_row, self.end_row = part_of(shape.vocab, ranks.rank, ranks.degree)
@@ -93,7 +95,8 @@ class ShardedNetwork:
         own, row = self._own_rows(targets)
         mine = logits.gather(-1, row[:, None])[:, 0].where(own, 0.0)
         exponentials, target = self.ranks.sum(torch.stack([(logits - top[:, None]).exp().sum(-1), mine]))
-        return exponentials.log() + top - target
+        losses: torch.Tensor = exponentials.log() + top - target
+        return losses
 
     def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, self.shard.get(HEAD, self.shard[EMBEDDING]))

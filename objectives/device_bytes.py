@@ -30,17 +30,20 @@ def cache_bytes(
     return values * tokens * batch * value_bytes
 
 
-def stage_bytes(candidate: Candidate, shape: Shape, tokens: int, batch: int = 1, value_bytes: float = 4.0) -> list[float]:
-    """Bytes of embedding, every layer with its cache, and head: what `pipeline_stages` distributes. A tied table is counted on both ends."""
+def stage_bytes(
+    candidate: Candidate, shape: Shape, tokens: int, batch: int = 1, value_bytes: float = 4.0
+) -> list[float]:
+    """Bytes of embedding, every layer with its cache, and head: what `pipeline_stages` distributes. A tied
+    table is counted on both ends."""
     width = candidate.width(shape)
-    embedding, head = (stored_bits(f, [(shape.vocab, width)]) / 8 for f in (candidate.embedding_format, candidate.head_format))
+    embedding, head = (
+        stored_bits(f, [(shape.vocab, width)]) / 8 for f in (candidate.embedding_format, candidate.head_format)
+    )
     layers = [
         _layer_bits(layer, candidate, shape) / 8 + 2 * layer.kv_groups * shape.head_dim * tokens * batch * value_bytes
         for layer in candidate.layers
     ]
     return [embedding + 4 * shape.positions * width, *layers, head + _root_norms(shape, width) / 8]
-
-
 
 
 def _layer_bits(layer: Layer, candidate: Candidate, shape: Shape) -> float:
@@ -58,7 +61,11 @@ def _table_bits(candidate: Candidate, shape: Shape, rows: int) -> float:
     width, head, embedding = candidate.width(shape), candidate.head_format, candidate.embedding_format
     one = shape.tied and shares_table(head, embedding)
     tables = [embedding] if one else [embedding, head]
-    return sum(stored_bits(form, [(rows, width)]) for form in tables) + 32 * shape.positions * width + _root_norms(shape, width)
+    return (
+        sum(stored_bits(form, [(rows, width)]) for form in tables)
+        + 32 * shape.positions * width
+        + _root_norms(shape, width)
+    )
 
 
 def _root_norms(shape: Shape, width: int) -> float:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paretune import cli
+from paretune.search import score as scoring
 from paretune.compression.ranks import run_ranks
 from paretune.compression.student import Network
 from paretune.hardware_profiles import EnvironmentProblem, Infeasible, UsageError
@@ -39,6 +40,7 @@ from paretune.objectives.parallel import (
     tensor_parallel_degree,
 )
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
+from paretune.spaces.candidate import DENSE, FP32
 from paretune.teachers import Teacher, load_teacher
 from paretune.teachers.shards import check_degree, degrees_of, read_shard, shard_parameters
 
@@ -50,7 +52,7 @@ ALONE = SimpleNamespace(name="alone", memory_bytes=10**9, devices=1, link_alpha_
 INT4 = Format(4, 128, "int8")
 
 
-def whole(form: Format = Format(), pattern: Pattern = Pattern()) -> Candidate:
+def whole(form: Format = FP32, pattern: Pattern = DENSE) -> Candidate:
     return Candidate((Layer(SHAPE.ffn, SHAPE.kv_heads, form, form, pattern),) * SHAPE.layers, form, form)
 
 
@@ -131,9 +133,9 @@ def test_what_k_is_divided_into_is_whole_groups_and_blocks() -> None:
     assert split_candidate(cut, SHAPE, 2) == Candidate((Layer(768, 4), Layer(768, 3)))
     with pytest.raises(Infeasible, match="8 KV heads must be a multiple of the number of devices, but got 3"):
         split_shape(SHAPE, 3)
-    assert split_shape(replace(SHAPE, vocab=32001), 2) == replace(
-        SHAPE, heads=8, kv_heads=4, ffn=768, vocab=16001
-    ), "the width of the residual stream stays"
+    assert split_shape(replace(SHAPE, vocab=32001), 2) == replace(SHAPE, heads=8, kv_heads=4, ffn=768, vocab=16001), (
+        "the width of the residual stream stays"
+    )
 
 
 def test_bytes_of_a_device_are_those_of_its_tensors() -> None:
@@ -174,7 +176,9 @@ def test_pipeline_stages_have_the_smallest_possible_largest_stage() -> None:
 
 def test_the_worked_example_of_the_page_is_what_the_functions_say() -> None:
     text = (ROOT / "docs" / "parallel.md").read_text()
-    profile = SimpleNamespace(name="example", memory_bytes=80 * 10**9, devices=8, link_alpha_us=6.0, link_gb_per_s=450.0)
+    profile = SimpleNamespace(
+        name="example", memory_bytes=80 * 10**9, devices=8, link_alpha_us=6.0, link_gb_per_s=450.0
+    )
     values = {
         "one all-reduce, decode (µs)": 1e3 * all_reduce_ms(8192 * 2, 8, profile),
         "all layers, decode (ms)": layers_reduce_ms(80, 8192, 1, 8, profile),
@@ -313,7 +317,9 @@ def test_two_processes_compute_what_one_does(
         assert (mine - logits).abs().max() <= 1e-5 * max(1, float(logits.abs().max()))
         assert (torch.from_numpy(rank[f"{model}/right/losses"]) - losses).abs().max() <= 1e-5
         assert abs(rank[f"{model}/right/losses"].mean(dtype=np.float64) - float(losses.double().mean())) <= 1e-6
-    assert np.array_equal(found[0][f"{model}/right/losses"], found[1][f"{model}/right/losses"]), "ranks agree bit by bit"
+    assert np.array_equal(found[0][f"{model}/right/losses"], found[1][f"{model}/right/losses"]), (
+        "ranks agree bit by bit"
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -347,23 +353,41 @@ AS_RANK = "from paretune.compression.ranks import as_rank\nimport os, signal, sy
 def program(folder: Path, body: str) -> list[str]:
     file = folder.parent / f"{folder.name}.py"
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    file.write_text(f"{AS_RANK}def work(folder, rank, ranks):\n    (folder / f'pid{{rank}}').write_text(str(os.getpid()))\n{lines}as_rank(work)\n")
+    file.write_text(
+        f"{AS_RANK}def work(folder, rank, ranks):\n    (folder / f'pid{{rank}}').write_text(str(os.getpid()))\n{lines}as_rank(work)\n"
+    )
     return [str(file)]
 
 
 def living(folder: Path) -> list[int]:
-    """Ranks that still run."""
-    found = [int(file.read_text()) for file in folder.glob("pid*")]
-    return [pid for pid in found if Path(f"/proc/{pid}").exists()]
+    """Ranks that still run; one that is dead and only not yet collected does not."""
+    files = (Path("/proc", file.read_text(), "stat") for file in folder.glob("pid*"))
+    return [
+        int(file.parent.name)
+        for file in files
+        if file.exists() and file.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    ]
 
 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("if rank == 1: raise ValueError('no such tensor')\ntime.sleep(60)", "rank 1 of 2 failed: ValueError: no such tensor"),
-        ("if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", "rank 0 of 2 failed: it was ended by SIGKILL"),
-        ("if rank == 1:\n  print('last words', file=sys.stderr, flush=True)\n  os._exit(7)\ntime.sleep(60)", "exit status 7: last words"),
-        ("if rank == 1: raise ValueError('the cause')\ntime.sleep(0.3)\nraise ValueError('a neighbour is gone')", "the cause"),
+        (
+            "if rank == 1: raise ValueError('no such tensor')\ntime.sleep(60)",
+            "rank 1 of 2 failed: ValueError: no such tensor",
+        ),
+        (
+            "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+            "rank 0 of 2 failed: it was ended by SIGKILL",
+        ),
+        (
+            "if rank == 1:\n  print('last words', file=sys.stderr, flush=True)\n  os._exit(7)\ntime.sleep(60)",
+            "exit status 7: last words",
+        ),
+        (
+            "if rank == 1: raise ValueError('the cause')\ntime.sleep(0.3)\nraise ValueError('a neighbour is gone')",
+            "the cause",
+        ),
     ],
 )
 def test_a_rank_that_dies_ends_all_with_its_reason(body: str, words: str, tmp_path: Path) -> None:
@@ -397,7 +421,8 @@ def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            f"from pathlib import Path\nfrom paretune.compression.ranks import run_ranks\nrun_ranks({arguments!r}, 2, Path({str(folder)!r}), 60)",
+            "from pathlib import Path\nfrom paretune.compression.ranks import run_ranks\n"
+            f"run_ranks({arguments!r}, 2, Path({str(folder)!r}), 60)",
         ]
     )
     deadline = time.monotonic() + 30
@@ -415,9 +440,22 @@ def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
 
 
 def test_score_prints_the_nll_that_one_process_computes(
-    tiny_teacher: Teacher, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_teacher: Teacher,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--teacher", str(tiny_teacher.folder), "--data", str(tiny_text), "--home", str(tmp_path), "--tokens", "2000"]
+    arguments = [
+        "--teacher",
+        str(tiny_teacher.folder),
+        "--data",
+        str(tiny_text),
+        "--home",
+        str(tmp_path),
+        "--tokens",
+        "2000",
+    ]
     monkeypatch.setattr(sys, "argv", ["paretune", "score", *arguments, "--tensor-parallel", "2", "--json"])
     cli.main()
     data = json.loads(capsys.readouterr().out)
@@ -448,9 +486,21 @@ def test_score_prints_the_nll_that_one_process_computes(
     ],
 )
 def test_a_wrong_number_of_processes_is_refused_before_any_work(
-    options: list[str], words: str, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    words: str,
+    tiny_teacher: Teacher,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["paretune", "score", "--teacher", str(tiny_teacher.folder), *options])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
+
+
+def test_too_little_memory_is_said_before_any_process_starts(
+    tiny_teacher: Teacher, tiny_tokens: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "available_memory", lambda: 800_000_000)
+    with pytest.raises(EnvironmentProblem, match=r"takes 0\.9 GB in 2 processes, but 0\.8 GB"):
+        scoring.score_teacher(tiny_teacher, tiny_tokens["report"], 2)
