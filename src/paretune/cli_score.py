@@ -57,8 +57,8 @@ def score(
         return
     for name, m in measurements.items():
         unit = "" if m.unit == "1" else f" {m.unit}"
-        text = f"{name}: {m.value:.4f} [{m.low:.4f} … {m.high:.4f}]{unit}"
-        print_text(f"{text} ({m.note}, {m.samples:,} tokens)")
+        line = f"{name}: {m.value:.4f} [{m.low:.4f} … {m.high:.4f}]{unit}"
+        print_text(f"{line} ({m.note}, {m.samples:,} tokens)")
 
 
 def _split(name: str) -> Split:
