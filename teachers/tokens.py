@@ -76,13 +76,25 @@ def token_splits(teacher: Teacher, corpus: Corpus, cache: Path) -> dict[Split, T
     """
     folder = cache / "tokens" / f"{teacher.digest}-{corpus.fingerprint()}"
     found = {split: _one(teacher, corpus.splits[split], folder, split) for split in SPLITS}
-    for split, least in MIN_TOKENS.items():
-        if len(found[split].ids) < least:
-            raise UsageError(
-                f"the {split} split must have at least {least:,} tokens, but {corpus.source} gives {len(found[split].ids):,}",
-                "give more text with --data",
-            )
+    for split in MIN_TOKENS:
+        _check_size(found[split], split, corpus)
     return found
+
+
+def token_split(teacher: Teacher, corpus: Corpus, split: Split, cache: Path) -> TokenSplit:
+    """One of the splits that `token_splits` gives, without encoding the others. Raises UsageError if it is too small."""
+    folder = cache / "tokens" / f"{teacher.digest}-{corpus.fingerprint()}"
+    found = _one(teacher, corpus.splits[split], folder, split)
+    _check_size(found, split, corpus)
+    return found
+
+
+def _check_size(found: TokenSplit, split: Split, corpus: Corpus) -> None:
+    if len(found.ids) < MIN_TOKENS[split]:
+        raise UsageError(
+            f"the {split} split must have at least {MIN_TOKENS[split]:,} tokens, but {corpus.source} gives {len(found.ids):,}",
+            "give more text with --data",
+        )
 
 
 def _one(teacher: Teacher, documents: tuple[Document, ...], folder: Path, split: str) -> TokenSplit:

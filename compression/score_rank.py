@@ -1,0 +1,68 @@
+"""One rank of `paretune score`: `python -m paretune.compression.score_rank FOLDER RANK RANKS`.
+
+FOLDER holds `job.json` (the teacher, checked by the launcher; windows per batch), `ids.npy` [n, length] and `targets.npy` [n]; the first
+rank writes `nll.npy`, the summed nats of every window's first `targets` tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretune.compression.ranks import as_rank
+from paretune.compression.tensor_parallel import Ranks, ShardedNetwork
+from paretune.hardware_profiles.lock import MachineLock
+from paretune.spaces.candidate import Shape
+from paretune.teachers.shards import read_shard
+from paretune.teachers.teacher import Teacher
+
+PROGRAM = ("-m", "paretune.compression.score_rank")
+JOB, IDS, TARGETS, NLL = "job.json", "ids.npy", "targets.npy", "nll.npy"
+
+
+def write_job(
+    folder: Path, teacher: Teacher, ids: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], batch: int
+) -> None:
+    """What the ranks read."""
+    job = {
+        "batch": batch,
+        "name": teacher.name,
+        "folder": str(teacher.folder),
+        "config": teacher.config,
+        "shape": asdict(teacher.shape),
+        "digest": teacher.digest,
+    }
+    (folder / JOB).write_text(json.dumps(job))
+    np.save(folder / IDS, ids)
+    np.save(folder / TARGETS, targets)
+
+
+def score(folder: Path, rank: int, degree: int) -> None:
+    """Score all windows together with the other ranks."""
+    job = json.loads((folder / JOB).read_text())
+    teacher = Teacher(job["name"], Path(job["folder"]), job["config"], Shape(**job["shape"]), job["digest"])
+    ids, targets = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (IDS, TARGETS))
+    torch.set_num_interop_threads(1)
+    sharded = ShardedNetwork(
+        teacher.config, teacher.shape, read_shard(teacher, rank, degree), Ranks(folder, rank, degree)
+    )
+    lock = MachineLock() if rank == 0 else None  # the others follow it: two holders could wait for each other
+    nll = np.zeros(len(ids))
+    for start in range(0, len(ids), job["batch"]):
+        with lock.shared() if lock is not None else contextlib.nullcontext():
+            batch = torch.from_numpy(np.array(ids[start : start + job["batch"]]))
+            losses = sharded.token_losses(batch).double().numpy()
+        for i, row in enumerate(losses, start):
+            nll[i] = row[: targets[i]].sum()
+    if rank == 0:
+        np.save(folder / NLL, nll)
+
+
+if __name__ == "__main__":
+    as_rank(score)
