@@ -37,6 +37,8 @@ class Profile(BaseModel):
     memory_bytes: int = Field(gt=0)
     weight_formats: tuple[Kernel, ...] = tuple(ONNXRUNTIME_CPU)
     sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
+    # URL of the `paretune agent` that measures this target; never with credentials, those are in PARETUNE_AGENT_TOKEN.
+    agent: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.-]+:[0-9]{1,5}/?$")
     source: str
 
     @field_validator("weight_formats")

@@ -38,7 +38,11 @@ class AgentClient:
         """Profile, engine, versions, fingerprint, whether it is busy. Raises AgentGone, UsageError."""
         answer = self.wire.ask("GET", "/v1/health")
         told = answer.told
-        if answer.status != 200 or told.get("service") != "paretune-agent" or not isinstance(told.get("fingerprint"), str):
+        if (
+            answer.status != 200
+            or told.get("service") != "paretune-agent"
+            or not isinstance(told.get("fingerprint"), str)
+        ):
             raise UsageError(f"what listens at {self.wire.url} is no paretune agent", "name the URL that it printed")
         return told
 
@@ -66,7 +70,8 @@ class AgentClient:
             if answer is not None:
                 return _result(answer, self.wire.url)
         raise AgentGone(
-            f"the agent at {self.wire.url} has lost the measurement {ATTEMPTS} times", "look there why it ends, then run the same command again"
+            f"the agent at {self.wire.url} has lost the measurement {ATTEMPTS} times",
+            "look there why it ends, then run the same command again",
         )
 
     def _place(self, model: Path, reference: Path, order: Order) -> str | None:
@@ -96,7 +101,8 @@ class AgentClient:
                     return answer.told
                 if time.monotonic() > deadline:
                     raise AgentGone(
-                        f"the agent at {self.wire.url} has not measured within {self.timeouts.job:.0f} s", "see what keeps that machine busy"
+                        f"the agent at {self.wire.url} has not measured within {self.timeouts.job:.0f} s",
+                        "see what keeps that machine busy",
                     )
                 time.sleep(self.timeouts.poll)
 
@@ -147,7 +153,9 @@ class AgentLane:
 
 
 def _refused(answer: Answer, what: str) -> EnvironmentProblem:
-    return EnvironmentProblem(f"the agent refuses, {what}: {answer.told.get('error', answer.status)}", "mend that there")
+    return EnvironmentProblem(
+        f"the agent refuses, {what}: {answer.told.get('error', answer.status)}", "mend that there"
+    )
 
 
 def _result(told: dict[str, Any], url: str) -> LaneResult:
@@ -172,5 +180,7 @@ def _measurement(data: dict[str, Any]) -> Measurement:
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in (found.value, found.low, found.high)):
         raise ValueError(f"a value must be finite, but got {data!r:.200}")
     if found.provenance not in get_args(Provenance):
-        raise ValueError(f"provenance must be one of {', '.join(get_args(Provenance))}, but got {found.provenance!r:.50}")
+        raise ValueError(
+            f"provenance must be one of {', '.join(get_args(Provenance))}, but got {found.provenance!r:.50}"
+        )
     return found

@@ -57,7 +57,14 @@ class Agent:
     def health(self) -> dict[str, Any]:
         busy, queued = self.jobs.counts()
         limits = {"max_artifact_bytes": self.store.max_bytes, "max_json_bytes": MOST_JSON}
-        return {"service": "paretune-agent", "instance": self.instance, "busy": busy, "queued": queued, **limits, **self.facts}
+        return {
+            "service": "paretune-agent",
+            "instance": self.instance,
+            "busy": busy,
+            "queued": queued,
+            **limits,
+            **self.facts,
+        }
 
 
 class AgentServer(ThreadingHTTPServer):
@@ -125,7 +132,9 @@ class Handler(BaseHTTPRequestHandler):
         agent, (address, port) = self.server.agent, self.connection.getsockname()[:2]
         host = self._single("Host")
         if not host_is_known(host, address, port, agent.allowed_hosts):
-            raise Refusal(403, "the Host header must be this agent's address and port, or a name allowed by --allow-host")
+            raise Refusal(
+                403, "the Host header must be this agent's address and port, or a name allowed by --allow-host"
+            )
         if self.headers.get("Origin") is not None or self.headers.get("Sec-Fetch-Site") not in (None, "none"):
             raise Refusal(403, "an agent does not answer web pages")
         if not token_matches(self._single("Authorization"), agent.token):
@@ -196,7 +205,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             return 202, self.server.agent.jobs.submit(order).to_dict()
         except Unknown as error:
-            raise Refusal(409, "all files of an order must be here; send the missing ones", missing=list(error.args)) from None
+            raise Refusal(
+                409, "all files of an order must be here; send the missing ones", missing=list(error.args)
+            ) from None
         except TooMany as error:
             raise Refusal(429, str(error)) from None
 

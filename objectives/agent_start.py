@@ -77,7 +77,8 @@ def serving(
         except OSError as error:
             jobs.close()
             raise EnvironmentProblem(
-                f"the agent cannot listen on {host}:{port}: {error.strerror or error}", "choose another --host or --port"
+                f"the agent cannot listen on {host}:{port}: {error.strerror or error}",
+                "choose another --host or --port",
             ) from None
         try:
             yield server

@@ -43,12 +43,12 @@ class Answer:
 class Wire:
     """Requests to `url` with `token`. Raises UsageError for a URL that is none. Redirects are never followed."""
 
-    def __init__(
-        self, url: str, token: str, timeouts: Timeouts, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, url: str, token: str, timeouts: Timeouts, sleep: Callable[[float], None] = time.sleep) -> None:
         match = URL.fullmatch(url)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise UsageError(f"an agent's URL must be http://HOST:PORT or https://HOST:PORT, but got {url!r}", "correct it")
+            raise UsageError(
+                f"an agent's URL must be http://HOST:PORT or https://HOST:PORT, but got {url!r}", "correct it"
+            )
         self.url, self.timeouts, self.token, self._sleep = url.rstrip("/"), timeouts, token, sleep
         self._scheme, self._host, self._port = match[1], match[2], int(match[3])
 
@@ -65,12 +65,15 @@ class Wire:
                     return self._known(answer)
                 reason = f"it says {answer.status} {answer.told.get('error', '')}"
             except ssl.SSLCertVerificationError as error:
-                raise UsageError(f"the certificate of {self.url} cannot be trusted: {error.verify_message}", "mend it") from None
+                raise UsageError(
+                    f"the certificate of {self.url} cannot be trusted: {error.verify_message}", "mend it"
+                ) from None
             except (OSError, http.client.HTTPException) as error:
                 reason = str(error) or type(error).__name__
             if time.monotonic() + pause > deadline:
                 raise AgentGone(
-                    f"no agent answers at {self.url}: {reason}", "start `paretune agent` there, then run the same command again"
+                    f"no agent answers at {self.url}: {reason}",
+                    "start `paretune agent` there, then run the same command again",
                 )
             self._sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -89,7 +92,9 @@ class Wire:
         try:
             if file is not None:
                 with file.open("rb") as stream:
-                    _send(connection, method, path, self._headers("application/octet-stream", file.stat().st_size), stream)
+                    _send(
+                        connection, method, path, self._headers("application/octet-stream", file.stat().st_size), stream
+                    )
             else:
                 body = None if data is None else json.dumps(data).encode()
                 headers = self._headers("application/json", len(body)) if body is not None else self._headers()
@@ -104,7 +109,11 @@ class Wire:
 
 
 def _send(
-    connection: http.client.HTTPConnection, method: str, path: str, headers: dict[str, str], body: bytes | IO[bytes] | None
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    body: bytes | IO[bytes] | None,
 ) -> None:
     """Send a request. An agent that refuses an upload may close its side before the end: then its answer is what counts."""
     try:

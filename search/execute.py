@@ -73,7 +73,9 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     _clean_up_dead_launch(director)
     temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=tempfile.gettempdir()))
     passed = {
-        name: value for name, value in os.environ.items() if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_"))
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_")) and name != "PARETUNE_AGENT_TOKEN"  # Ray shows these
     }
     local: dict[str, Any] = {
         "num_cpus": cores,

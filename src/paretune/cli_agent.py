@@ -22,9 +22,7 @@ def agent(
         list[str] | None, typer.Option(help="A name that clients call this machine by, beside its address.")
     ] = None,
     max_disk: Annotated[str, typer.Option(help="What uploaded files may take, such as 4GB.")] = "4GB",
-    new_token: Annotated[
-        bool, typer.Option("--new-token", help="Make a new token, print it and stop.")
-    ] = False,
+    new_token: Annotated[bool, typer.Option("--new-token", help="Make a new token, print it and stop.")] = False,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
@@ -43,8 +41,12 @@ def agent(
     with serving(folder, found, token, host, port, allow_host or (), limit) as server:
         address = f"http://{host}:{server.server_address[1]}"
         if fresh:
-            talk.print(f"token, shown once and kept in {folder / 'agent' / 'token'}: {token}", soft_wrap=True, markup=False)
-        talk.print("Ctrl-C ends it; what it measures is disturbed by whatever else runs on this machine", soft_wrap=True)
+            talk.print(
+                f"token, shown once and kept in {folder / 'agent' / 'token'}: {token}", soft_wrap=True, markup=False
+            )
+        talk.print(
+            "Ctrl-C ends it; what it measures is disturbed by whatever else runs on this machine", soft_wrap=True
+        )
         print_json({"url": address}) if json else print_text(address)
         typer.get_text_stream("stdout").flush()
         signal.signal(signal.SIGTERM, _end)
