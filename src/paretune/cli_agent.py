@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -38,20 +39,19 @@ def agent(
     limit = int(size_in_bytes(max_disk, "--max-disk") or 0)
     found = load_profile(profile, folder)
     token, fresh = token_for(host, folder)
-    with serving(folder, found, token, host, port, allow_host or (), limit) as server:
+    signal.signal(signal.SIGTERM, _end)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        serving(folder, found, token, host, port, allow_host or (), limit) as server,
+    ):
         address = f"http://{host}:{server.server_address[1]}"
         if fresh:
-            talk.print(
-                f"token, shown once and kept in {folder / 'agent' / 'token'}: {token}", soft_wrap=True, markup=False
-            )
-        talk.print(
-            "Ctrl-C ends it; what it measures is disturbed by whatever else runs on this machine", soft_wrap=True
-        )
+            kept = folder / "agent" / "token"
+            talk.print(f"token, shown once and kept in {kept}: {token}", soft_wrap=True, markup=False)
+        talk.print("Ctrl-C ends it; whatever else runs on this machine disturbs what it measures", soft_wrap=True)
         print_json({"url": address}) if json else print_text(address)
-        typer.get_text_stream("stdout").flush()
-        signal.signal(signal.SIGTERM, _end)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        sys.stdout.flush()
+        server.serve_forever()
 
 
 def _end(_number: int, _frame: Any) -> None:
