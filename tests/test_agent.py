@@ -718,8 +718,9 @@ def test_an_agent_tells_what_it_is_and_there_is_one_per_home(tmp_path: Path) -> 
 HEAVY = {"torch", "ray", "mlflow", "pandas", "transformers", "optuna", "sqlalchemy", "onnx", "matplotlib"}
 PROGRAM = """
 import sys, threading
+before = set(sys.modules)
 from pathlib import Path
-import paretune.cli_agent, paretune.engines.worker
+import paretune.cli, paretune.cli_agent, paretune.engines.worker
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.agent_client import AgentClient
 from paretune.objectives.agent_job import answer
@@ -734,7 +735,7 @@ order = {"key": "k", "model": "0" * 64, "reference": "0" * 64, "threads": 1}
 assert answer({"order": order, "folder": str(home), "kept": str(home)})["kind"] == "infeasible"
 from paretune.objectives.lane import moderated_interval
 moderated_interval([1.0, 1.1], 0.01)
-print(*sorted({name.split(".")[0] for name in sys.modules}))
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
 
 
