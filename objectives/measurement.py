@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Provenance = Literal["measured", "predicted", "table", "disturbed"]
+# How the note begins of what could not be measured because its machine was away.
+LEFT_PREDICTED = "left predicted: "
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Measurement:
     samples: int = 1
     fingerprint: str = ""
     note: str = ""
+
+    @property
+    def is_left_predicted(self) -> bool:
+        """Whether it is worth another try to measure it."""
+        return self.provenance == "predicted" and self.note.startswith(LEFT_PREDICTED)
 
     def overlaps(self, other: Measurement) -> bool:
         """Whether the two intervals share a value."""

@@ -8,10 +8,11 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from paretune.objectives.agent_access import TOKEN
 from paretune.search.director import Director
 from paretune.search.processes import descendants, end_survivors
 from paretune.search.work import Outcome, Work
@@ -72,9 +73,7 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
         logging.getLogger(name).setLevel(logging.ERROR)
     _clean_up_dead_launch(director)
     temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=tempfile.gettempdir()))
-    passed = {
-        name: value for name, value in os.environ.items() if name.startswith(("PARETUNE_", "OMP_", "RAY_", "TUNE_"))
-    }
+    passed = passed_on(os.environ)
     local: dict[str, Any] = {
         "num_cpus": cores,
         "num_gpus": 0,
@@ -118,6 +117,12 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
         shutil.rmtree(folder / "ray", ignore_errors=True)
         if director.store.is_there:
             director.store.set_meta(ray=None)
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that workers on other machines need too. Never a token: Ray shows these to everyone who can reach it."""
+    wanted = ("PARETUNE_", "OMP_", "RAY_", "TUNE_")
+    return {name: value for name, value in environment.items() if name.startswith(wanted) and name != TOKEN}
 
 
 def _clean_up_dead_launch(director: Director) -> None:

@@ -123,12 +123,13 @@ class Planning:
         return self.work("recover", self.ledger.rows[finalist].candidate, options)
 
     def _disturbed(self) -> str | None:
-        """A confirmed candidate whose latency was disturbed, baselines first: what is left of the budget measures it again."""
+        """A confirmed candidate whose latency was disturbed or whose agent was away, baselines first, to be measured again."""
         for key in self.ledger.rows:
             e = self.ledger.latest.get((key, "confirmed"))
             if e is None or e.status != "complete" or e.attempt >= MAX_ATTEMPTS:
                 continue
-            if e.measurements[self.estimates.figures.latency].provenance == "disturbed":
+            latency = e.measurements[self.estimates.figures.latency]
+            if latency.provenance == "disturbed" or latency.is_left_predicted:
                 return key
         return None
 

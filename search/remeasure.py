@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from paretune.compression.export.checksums import MODEL, check_artifact
-from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import load_profile
 from paretune.objectives.figures import FORWARD, forward_measurements
 from paretune.objectives.measurement import Measurement
@@ -93,15 +92,15 @@ class Remeasured:
         ]
 
 
-def remeasure(artifact: Path, profile_name: str, home: Path) -> Remeasured:
-    """Run the lane on an artifact. Raises UsageError if it is damaged, Infeasible if the engine refuses it."""
-    from paretune.search.reference import open_lane
+def remeasure(artifact: Path, profile_name: str, home: Path, agent: str | None = None) -> Remeasured:
+    """Run the lane on an artifact, here or at an `agent` (URL). Raises UsageError if it is damaged, Infeasible if the engine refuses it."""
+    from paretune.search.elsewhere import lane_at
 
     facts = check_artifact(artifact)
     is_module = facts.get("kind") == "module"
     compared = (FORWARD,) if is_module else COMPARED
     profile = load_profile(profile_name, home)
-    found = open_lane(home / "cache", profile, MachineLock()).measure((artifact / MODEL).resolve()).measurements
+    found = lane_at(profile, home, agent).measure((artifact / MODEL).resolve()).measurements
     if is_module:
         found = forward_measurements(found)
     kept = (

@@ -11,11 +11,14 @@ from typing import Any, ClassVar, Protocol
 from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.agent_client import AgentLane
+from paretune.objectives.agent_wire import AgentGone
 from paretune.objectives.lane import Lane, LaneResult, Pair
 from paretune.objectives.measurement import Measurement
+from paretune.search.elsewhere import lane_at, machine_of, predicted_instead
 from paretune.search.reference import open_lane
 from paretune.search.work import Outcome, Work
-from paretune.spaces.kinds import AnyCandidate, candidate_from_dict
+from paretune.spaces.kinds import AnyCandidate, AnySpace, candidate_from_dict
 
 SLICE_S = 10.0
 ENOUGH_QUIET = 10
@@ -25,9 +28,13 @@ class Host(Protocol):
     """What a worker's workspace gives to the lane."""
 
     folder: Path
+    home: Path
     cache: Path
     profile: Profile
     lock: MachineLock
+
+    @property
+    def space(self) -> AnySpace: ...
 
 
 class Visits(ABC):
@@ -38,7 +45,8 @@ class Visits(ABC):
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._lane: Lane | None = None
+        self._lane: Lane | AgentLane | None = None
+        self._machine: str | None = None
         self._missing: list[AnyCandidate] | None = None
         self._rough: list[dict[str, Any]] = []
         self._deadline = 0.0
@@ -58,19 +66,35 @@ class Visits(ABC):
         """The lane's measurements as this kind of model calls them."""
         return measurements
 
-    def lane(self) -> Lane:
-        if self._lane is None:
+    def lane(self) -> Lane | AgentLane:
+        """The lane of this machine, or of the profile's agent."""
+        if self._lane is None and self._host.profile.agent is not None:
+            self._lane = lane_at(self._host.profile, self._host.home)
+        elif self._lane is None:
             self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock)
         return self._lane
 
-    def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | None = None) -> LaneResult:
-        """Several visits with fresh processes, or one with the children of `pair`."""
-        result = self.lane().measure(model) if pair is None else self.lane().quick(model, pair)
+    def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | AgentLane | None = None) -> LaneResult:
+        """Several visits with fresh processes, or one with the children of `pair`.
+
+        A confirmation whose agent stays away is left predicted, and not kept; the fit has nothing else, so there AgentGone is
+        raised.
+        """
+        lane: Any = self.lane()
+        kept_at = self._kept_at(self.kept_file(candidate))
+        try:
+            result = lane.measure(model) if pair is None else lane.quick(model, pair)
+        except AgentGone as gone:
+            if pair is not None:
+                raise
+            points = self.all_kept()
+            shape = self._host.space.shape
+            return LaneResult(predicted_instead(candidate, model, shape, points, self.latency, gone), False)
         result = LaneResult(self.named(result.measurements), result.stable)
         if result.stable:
             found = {name: result.measurements[name].to_dict() for name in self.latency}
             kept = {"candidate": json.loads(candidate.to_json()), **found}
-            write_atomically(self.kept_file(candidate), json.dumps(kept).encode())
+            write_atomically(kept_at, json.dumps(kept).encode())
         return result
 
     def fit(self, work: Work) -> Outcome:
@@ -80,7 +104,7 @@ class Visits(ABC):
         """
         if self._missing is None:
             designed = [candidate_from_dict(d) for d in work.options["design"]]
-            self._missing = [c for c in designed if self._kept(self.kept_file(c)) is None]
+            self._missing = [c for c in designed if self._kept(self._kept_at(self.kept_file(c))) is None]
             self._rough, self._deadline = [], time.monotonic() + min(work.options["seconds"], work.seconds_left)
         start = time.monotonic()
         if self._missing:
@@ -97,7 +121,7 @@ class Visits(ABC):
 
     def all_kept(self) -> list[dict[str, Any]]:
         """Everything kept for models like this one on this machine: {"candidate", and milliseconds by name}."""
-        found = (self._kept(path) for path in sorted(self._folder().glob("*.json")))
+        found = (self._kept(path) for path in sorted(self._kept_at(self._folder() / "any").parent.glob("*.json")))
         return [kept for kept in found if kept is not None]
 
     def _kept(self, path: Path) -> dict[str, Any] | None:
@@ -116,7 +140,17 @@ class Visits(ABC):
     def _folder(self) -> Path:
         """Where `kept_file` lies: one folder per machine, engine and kind of model."""
 
-    def _measure_random(self, candidate: AnyCandidate, pair: Pair) -> None:
+    def _kept_at(self, path: Path) -> Path:
+        """`path`, or below it a folder for the agent's machine: what was measured there says nothing of this one."""
+        if self._host.profile.agent is None:
+            return path
+        if self._machine is None:
+            lane = self.lane()
+            assert isinstance(lane, AgentLane)
+            self._machine = machine_of(lane, self._host.folder)
+        return path.parent / f"at-{self._machine}" / path.name
+
+    def _measure_random(self, candidate: AnyCandidate, pair: Pair | AgentLane) -> None:
         model = self._host.folder / "work" / "fit.onnx"
         model.parent.mkdir(parents=True, exist_ok=True)
         self.build(candidate, model)

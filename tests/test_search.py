@@ -5,11 +5,13 @@ import math
 import shutil
 import time
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 
 from paretune.hardware_profiles import EnvironmentProblem, NothingFeasible, UsageError
 from paretune.hardware_profiles.profile import detected_profile
+from paretune.objectives.measurement import LEFT_PREDICTED
 from paretune.search.budget import Budget
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
@@ -198,27 +200,47 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path):
 class Noisy(SimulatedEvaluator):
     """The first confirmation of every second candidate falls on a busy moment."""
 
+    mark: ClassVar = {"provenance": "disturbed"}
+
     def run(self, work):
         outcome = super().run(work)
         if work.kind == "confirm" and int(work.candidate.key[0], 16) % 2:
             seen = (self.folder / "simulated.log").read_text().count(f"confirm {work.candidate.key}")
             if seen == 1:
                 m = outcome.measurements["decode_ms_per_token"]
-                disturbed = dataclasses.replace(m, provenance="disturbed", value=9.0)
+                disturbed = dataclasses.replace(m, value=9.0, **self.mark)
                 return dataclasses.replace(
                     outcome, measurements={**outcome.measurements, "decode_ms_per_token": disturbed}
                 )
         return outcome
 
 
-def test_disturbed_latencies_are_measured_again_with_what_time_is_left(tmp_path):
+class AgentAway(Noisy):
+    mark: ClassVar = {"provenance": "predicted", "note": f"{LEFT_PREDICTED}no agent answers"}
+
+
+class NeverAtHand(Noisy):
+    mark: ClassVar = {"provenance": "predicted", "note": "roofline"}
+
+
+@pytest.mark.parametrize("evaluator", [Noisy, AgentAway])
+def test_disturbed_latencies_are_measured_again_with_what_time_is_left(tmp_path, evaluator):
     ready = make_ready(max_candidates=50, finalists=2, budget="600s")
     store = create_study(ready, tmp_path, "s", "x")
-    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=Noisy)
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=evaluator)
     view = load_view(store)
     assert code == 0 and done["confirm"] > len(view.confirmed), "the simulation disturbed nothing"
     assert {p.measurements["decode_ms_per_token"].provenance for p in view.confirmed} == {"measured"}
     assert len({p.key for p in view.confirmed}) == len(view.confirmed)
+
+
+def test_what_can_only_be_predicted_is_not_measured_again(tmp_path):
+    ready = make_ready(max_candidates=50, finalists=2, budget="600s")
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, _ = simulate(ready, store, tmp_path, evaluator_class=NeverAtHand)
+    view = load_view(store)
+    assert code == 0 and done["confirm"] == len(view.confirmed)
+    assert "predicted" in {p.measurements["decode_ms_per_token"].provenance for p in view.confirmed}
 
 
 class NoTeacher(SimulatedEvaluator):

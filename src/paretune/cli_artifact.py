@@ -49,13 +49,14 @@ def generate(
 def measure(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
     profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
+    agent: Annotated[str | None, typer.Option(help="URL of a `paretune agent` that measures it on its machine.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
     """Measure an artifact again by the lane and say whether it agrees with its study."""
     from paretune.search.remeasure import remeasure
 
-    found = remeasure(artifact, profile, home.resolve())
+    found = remeasure(artifact, profile, home.resolve(), agent)
     if json:
         print_json(found.to_dict())
     else:

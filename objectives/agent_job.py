@@ -1,0 +1,80 @@
+"""The program of one job of an agent: an order on standard input, measurements on standard output, as JSON.
+
+A process of its own, so that a job can be cancelled, a hostile file costs one job, and the agent stays a few megabytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from paretune.hardware_profiles.detect import fingerprint
+from paretune.hardware_profiles.errors import Infeasible, ParetuneError
+from paretune.hardware_profiles.lock import MachineLock
+from paretune.objectives.agent_graph import external_locations
+from paretune.objectives.agent_order import Order
+from paretune.objectives.lane import Lane, LaneResult
+from paretune.objectives.nominal import kept_in
+
+MODEL, REFERENCE = "model.onnx", "reference.onnx"
+
+
+def require_own_files(model: Path, allowed: set[str]) -> None:
+    """Raises Infeasible for a model that is none, or that names files other than `allowed` for its weights."""
+    try:
+        named = external_locations(model)
+    except ValueError as error:
+        raise Infeasible(f"the model is no ONNX file: {error}", "") from None
+    if named - allowed:
+        raise Infeasible(
+            f"a model's weights are inside it or in the file sent with it, but it names {sorted(named - allowed)[0]!r:.200}",
+            "",
+        )
+
+
+def measure(order: Order, folder: Path, kept: Path) -> LaneResult:
+    """Run the lane on the files in `folder`; the reference's own figures are kept in the folder `kept`."""
+    require_own_files(folder / MODEL, {order.data_name} - {""})
+    require_own_files(folder / REFERENCE, set())
+    machine = fingerprint()
+    nominal = kept / f"nominal-{order.reference[:16]}-{machine}-t{order.threads}.json"
+    lane = Lane(folder / REFERENCE, order.threads, machine, MachineLock(), kept_in(nominal))
+    if order.visits == "full":
+        return lane.measure(folder / MODEL)
+    with lane.pair() as pair:
+        return lane.quick(folder / MODEL, pair)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to {"order", "folder", "kept"}; what the model or the machine is to blame for is an answer too."""
+    try:
+        found = measure(Order.from_dict(request["order"]), Path(request["folder"]), Path(request["kept"]))
+    except ParetuneError as error:
+        kind = "infeasible" if isinstance(error, Infeasible) else "problem"
+        return {"ok": False, "kind": kind, "problem": error.problem, "remedy": error.remedy}
+    return {
+        "ok": True,
+        "stable": found.stable,
+        "measurements": {name: m.to_dict() for name, m in found.measurements.items()},
+    }
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the agent
+    request = json.loads(sys.stdin.read())
+    if os.getppid() != request["parent"]:
+        return  # it died before
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    answers.write(json.dumps(answer(request)))
+    answers.close()
+
+
+if __name__ == "__main__":
+    main()

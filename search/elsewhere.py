@@ -1,0 +1,117 @@
+"""A target at another machine: its lane through an agent, and what is said of a candidate when the agent stays away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from paretune.engines.child import EngineChild
+from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import read_kept, write_atomically
+from paretune.hardware_profiles.lock import MachineLock
+from paretune.hardware_profiles.profile import LOCAL, Profile
+from paretune.objectives.agent_access import TOKEN, given_token
+from paretune.objectives.agent_client import AgentClient, AgentLane
+from paretune.objectives.agent_wire import AgentGone
+from paretune.objectives.figures import FORWARD
+from paretune.objectives.lane import Lane
+from paretune.objectives.latency_fit import LatencyFit
+from paretune.objectives.measurement import LEFT_PREDICTED, Measurement
+from paretune.objectives.turns import load_and_warm
+from paretune.search.reference import open_lane
+from paretune.spaces.kinds import AnyCandidate, AnyShape, candidate_from_dict
+
+LEAST_POINTS = 5
+UNITS = {"decode_ms_per_token": "ms/token", "ttft_ms": "ms", FORWARD: "ms"}
+
+
+def connect(url: str, home: Path) -> AgentClient:
+    """A client with the token of this home. Raises UsageError where there is none."""
+    server = url.rstrip("/").rpartition("//")[2].replace(":", "_")
+    token = given_token(home, server)
+    if token is None:
+        raise UsageError(
+            f"the agent at {url} wants its token, but there is none here",
+            f"set {TOKEN}, or put the token into {home / 'agent' / 'token'} (chmod 600)",
+        )
+    return AgentClient(url, token)
+
+
+def lane_at(profile: Profile, home: Path, url: str | None = None) -> Lane | AgentLane:
+    """The lane of `profile`: here, or at the agent of `url` or of the profile.
+
+    With a `url` and this machine's own profile the agent's says how many threads are timed. Raises AgentGone, UsageError.
+    """
+    here = open_lane(home / "cache", profile, MachineLock())
+    address = url or profile.agent
+    if address is None:
+        return here
+    client = connect(address, home)
+    threads = profile.threads
+    if profile.name == LOCAL:
+        threads = int(client.health().get("profile", {}).get("threads", 1))
+    return AgentLane(client, here.reference, threads, profile.engine)
+
+
+def machine_of(lane: AgentLane, folder: Path) -> str:
+    """The fingerprint of the agent's machine; while the agent is away, the one that this study has met.
+
+    Raises EnvironmentProblem if it is another one than this study has met: a latency fit over two machines is none.
+    """
+    known = read_kept(folder / "agent.json")
+    try:
+        found = str(lane.client.health()["fingerprint"])
+    except AgentGone:
+        if known is None:
+            raise
+        return str(known["fingerprint"])
+    if known is None:
+        write_atomically(
+            folder / "agent.json", json.dumps({"fingerprint": found, "url": lane.client.wire.url}).encode()
+        )
+    elif known["fingerprint"] != found:
+        raise EnvironmentProblem(
+            f"the agent at {lane.client.wire.url} is another machine or engine version ({found}) than this study has "
+            f"measured ({known['fingerprint']})",
+            "start the agent on the first one again, or search again with another --study name",
+        )
+    return found
+
+
+def predicted_instead(
+    candidate: AnyCandidate,
+    model: Path,
+    shape: AnyShape,
+    points: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    reason: AgentGone,
+) -> dict[str, Measurement]:
+    """Latencies by a fit to what the agent had measured before it went, and the memory that the model takes here, marked so.
+
+    `points`: {"candidate", and milliseconds by name}. Raises `reason` where they are fewer than LEAST_POINTS.
+    """
+    if len(points) < LEAST_POINTS:
+        raise reason
+    known = [(candidate_from_dict(p["candidate"]), p) for p in points]
+    note = f"{LEFT_PREDICTED}{reason.problem}"
+    found = {}
+    for name in names:
+        fit = LatencyFit(name, UNITS[name], shape, [(c, float(p[name])) for c, p in known])
+        found[name] = replace(
+            fit.predict(candidate),
+            note=f"{note}; by a fit to {len(points)} measurements there, error {fit.error.median:.1%}",
+        )
+    return {**found, "peak_memory_bytes": _memory_here(model, note)}
+
+
+def _memory_here(model: Path, note: str) -> Measurement:
+    with EngineChild(1) as child:
+        empty = float(child.ask(do="memory")["peak_bytes"])
+        load_and_warm(child, model, 1)
+        peak = float(child.ask(do="memory")["peak_bytes"]) - empty
+    return Measurement(
+        peak, "bytes", peak, peak, "predicted", 1, "", f"{note}; as the engine takes on the searching machine"
+    )
