@@ -28,13 +28,19 @@ class Profile(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     description: str
-    engine: Literal["onnxruntime"] = "onnxruntime"
+    kind: Literal["cpu", "gpu", "tpu", "fpga", "board"] = "cpu"
+    engine: Literal["onnxruntime", "openvino", "torch", "tensorrt", "xla", "vitis"] = "onnxruntime"
+    execution_provider: str = "CPUExecutionProvider"
     engine_version: str
+    at_hand: bool = True
     threads: int = Field(ge=1, le=1024)
     cores: int = Field(ge=1)
     cpu: str
     isa: tuple[str, ...] = ()
     memory_bytes: int = Field(gt=0)
+    power_watts: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    price_usd_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    devices: int = Field(default=1, ge=1)
     weight_formats: tuple[Kernel, ...] = tuple(ONNXRUNTIME_CPU)
     sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
     source: str
