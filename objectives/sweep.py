@@ -18,6 +18,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.turns import NEW_TOKENS, Turn, Visit
 
 PROMPTS, CONTEXTS, BATCHES = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128, 512, 1024, 2048), (1, 2, 4, 8)
+BUSY = "other paretune work did not let go of the machine"
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,17 @@ def sweep(lane: Lane, model: Path, points: Sequence[SweepPoint]) -> list[SweepRo
     refused: dict[SweepPoint, str] = {}
     for _ in range(VISITS + RETRIES):
         wanted = [p for p in points if p not in refused and _quiet(lane, visits[p]) < VISITS]
-        if not wanted:
+        if not wanted or not _one_pass(lane, model, wanted, visits, refused):
             break
-        _one_pass(lane, model, wanted, visits, refused)
+    for point in points:
+        if not visits[point]:
+            refused.setdefault(point, BUSY)
     return [_row(lane, point, visits[point], refused.get(point)) for point in points]
 
 
 def is_quiet(rows: Iterable[SweepRow]) -> bool:
-    """Whether every row that could be taken was measured."""
-    return all(row.time is None or row.time.provenance == "measured" for row in rows)
+    """Whether every row that the engine did not refuse was measured."""
+    return all(row.reason != BUSY if row.time is None else row.time.provenance == "measured" for row in rows)
 
 
 def _one_pass(
@@ -85,8 +88,11 @@ def _one_pass(
     wanted: Sequence[SweepPoint],
     visits: Mapping[SweepPoint, list[Visit]],
     refused: dict[SweepPoint, str],
-) -> None:
-    """Every point once with one fresh pair of processes; a new pair after a refusal, which may have cost the child its life."""
+) -> bool:
+    """Every point once with one fresh pair of processes; a new pair after a refusal, which may have cost the child its life.
+
+    False as soon as other work of ours keeps the machine: every further point would wait as long again.
+    """
     left = list(wanted)
     while left:
         with lane.pair() as pair:
@@ -94,10 +100,14 @@ def _one_pass(
             while left:
                 point = left.pop(0)
                 try:
-                    visits[point].append(lane.visit(pair, point.turn))
+                    visit = lane.visit(pair, point.turn)
                 except Infeasible as error:
                     refused[point] = error.problem
                     break
+                visits[point].append(visit)
+                if not visit.alone:
+                    return False
+    return True
 
 
 def _quiet(lane: Lane, visits: Sequence[Visit]) -> int:
