@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 POWERCAP = Path("/sys/class/powercap")
-PACKAGE = re.compile(r"^intel-rapl:\d+$")  # AMD's too; subzones (intel-rapl:0:0) lie inside, intel-rapl-mmio doubles them
+PACKAGE = re.compile(
+    r"^intel-rapl:\d+$"
+)  # AMD's too; subzones (intel-rapl:0:0) lie inside, intel-rapl-mmio doubles them
 SAMPLE_MS = 50
 
 

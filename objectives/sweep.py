@@ -49,10 +49,7 @@ class SweepRow:
 
 
 def sweep_points(
-    context: int,
-    prompts: Sequence[int] = PROMPTS,
-    contexts: Sequence[int] = CONTEXTS,
-    batches: Sequence[int] = BATCHES,
+    context: int, prompts: Sequence[int] = PROMPTS, contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES
 ) -> list[SweepPoint]:
     """Prompts at batch 1, then every context with every batch, as far as they fit into `context` tokens."""
     ttft = [SweepPoint("ttft", n) for n in sorted(set(prompts)) if n + 2 <= context]

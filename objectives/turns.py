@@ -83,11 +83,7 @@ def take_turns(
 
 
 def load_and_warm(
-    child: EngineChild,
-    model: Path,
-    threads: int,
-    engine: str = "onnxruntime",
-    provider: str = "CPUExecutionProvider",
+    child: EngineChild, model: Path, threads: int, engine: str = "onnxruntime", provider: str = "CPUExecutionProvider"
 ) -> float:
     """Load a model in an engine and run it once; returns milliseconds of the load. Raises Infeasible if the engine refuses."""
     loaded = child.ask(do="load", path=str(model), threads=threads, engine=engine, provider=provider)

@@ -23,9 +23,7 @@ def profile_of(meta: Mapping[str, Any] | None) -> Profile | None:
     return Profile.model_validate(meta) if meta else None
 
 
-def followed(
-    latencies: Mapping[str, Measurement], profile: Profile | None, figures: Figures
-) -> dict[str, Measurement]:
+def followed(latencies: Mapping[str, Measurement], profile: Profile | None, figures: Figures) -> dict[str, Measurement]:
     """The latencies, and for decoders the throughput, energy and cost that follow from them."""
     found = dict(latencies)
     if figures.is_decoder and profile is not None and figures.latency in found:

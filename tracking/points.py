@@ -72,7 +72,9 @@ def menu_axes(view: StudyView) -> tuple[tuple[str, str], ...]:
     """The pairs of axes of a study's menu: with energy and cost where they are known, and every objective."""
     pairs = axes_of(view.figures)
     known = {name for p in view.confirmed for name in p.measurements}
-    wanted = [name for name in (ENERGY, COST, THROUGHPUT) if name in known and (name != THROUGHPUT or name in view.objectives)]
+    wanted = [
+        name for name in (ENERGY, COST, THROUGHPUT) if name in known and (name != THROUGHPUT or name in view.objectives)
+    ]
     return *pairs, *((name, view.figures.quality) for name in wanted)
 
 
