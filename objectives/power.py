@@ -7,6 +7,7 @@ with whatever else runs there; the lane reads them only while it holds the machi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import shutil
 import subprocess
@@ -145,8 +146,7 @@ def rapl(powercap: Path = POWERCAP) -> Rapl | None:
 
 def _gpu_counter() -> EnergyCounter | None:
     with contextlib.suppress(Exception):  # no pynvml, no driver, no such counter on this board
-        import pynvml
-
+        pynvml = importlib.import_module("pynvml")
         pynvml.nvmlInit()
         found = Nvml(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
         found.joules()
