@@ -19,7 +19,14 @@ from paretune.engines.diagnosis import place_of
 from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible, ParetuneError, UsageError
 
 RAISED: dict[str, type[ParetuneError]] = {e.__name__: e for e in (EnvironmentProblem, UsageError)}
-OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "bad allocation", "Failed to allocate", "not enough memory", "t allocate memory")
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "bad_alloc",
+    "bad allocation",
+    "Failed to allocate",
+    "not enough memory",
+    "t allocate memory",
+)
 
 
 class EngineChild:

@@ -108,9 +108,12 @@ class Lane:
     @contextlib.contextmanager
     def pair(self) -> Iterator[Pair]:
         """Two fresh children, both started before either is waited for."""
-        with EngineChild(self.threads, pinned=True) as reference, EngineChild(self.threads, pinned=True) as candidate:
+        with EngineChild(self.threads, pinned=True) as reference, self._candidate(pinned=True) as candidate:
             load_and_warm(reference, self.reference, self.threads)
             yield Pair(reference, candidate)
+
+    def _candidate(self, pinned: bool) -> EngineChild:
+        return EngineChild(self.threads, pinned=pinned, engine=self.engine)
 
     def load(self, child: EngineChild, model: Path) -> float:
         """Load the candidate's model in the candidate's engine; milliseconds. Raises Infeasible if the engine refuses it."""
@@ -160,7 +163,7 @@ class Lane:
 
     def _memory(self, model: Path) -> dict[str, Measurement]:
         """Load time and peak memory in a child with ordinary pages, as a user's process would have."""
-        with EngineChild(self.threads) as child:
+        with self._candidate(pinned=False) as child:
             empty = float(child.ask(do="memory")["peak_bytes"])
             load = self.load(child, model)
             peak = float(child.ask(do="memory")["peak_bytes"]) - empty
@@ -180,7 +183,7 @@ class Lane:
             return {}
         with contextlib.ExitStack() as stack:
             stack.callback(counter.close)
-            child = stack.enter_context(EngineChild(self.threads, pinned=True))
+            child = stack.enter_context(self._candidate(pinned=True))
             self.load(child, model)
             try:
                 stack.enter_context(self.lock.exclusive())
@@ -217,9 +220,10 @@ class Lane:
             return
         found = []
         for _ in range(NOMINAL_VISITS):
-            with self.pair() as pair:
-                load_and_warm(pair.candidate, self.reference, self.threads)
-                found.append(take_turns(pair.reference, pair.candidate))
+            with EngineChild(self.threads, pinned=True) as first, EngineChild(self.threads, pinned=True) as second:
+                load_and_warm(first, self.reference, self.threads)
+                load_and_warm(second, self.reference, self.threads)
+                found.append(take_turns(first, second))
         if all(visit.quiet for visit in found):
             self.nominal(
                 Nominal(

@@ -170,12 +170,7 @@ class TestEngine:
 
     @pytest.mark.parametrize("name", ROUNDED)
     def test_8_bit_activations_are_as_the_catalog_says(
-        self,
-        engine: Running,
-        reference: Running,
-        built: Callable[..., Path],
-        ids: npt.NDArray[np.int64],
-        name: str,
+        self, engine: Running, reference: Running, built: Callable[..., Path], ids: npt.NDArray[np.int64], name: str
     ) -> None:
         form = ROUNDED[name].head_format
         as_floats = built(uniform(Format(form.bits, form.group_size, "fp32")))
@@ -188,12 +183,7 @@ class TestEngine:
 
     @pytest.mark.parametrize("name", PER_TENSOR)
     def test_8_bit_activations_of_standard_operators_are_rounded(
-        self,
-        engine: Running,
-        reference: Running,
-        built: Callable[..., Path],
-        ids: npt.NDArray[np.int64],
-        name: str,
+        self, engine: Running, reference: Running, built: Callable[..., Path], ids: npt.NDArray[np.int64], name: str
     ) -> None:
         """One row at a time: a dynamic scale depends on what else is in the batch."""
         row = ids[:1]
@@ -261,7 +251,9 @@ class TestEngine:
 
     def test_a_module_of_a_plug_in_is_refused_or_run(self, engine: Running, tmp_path: Path) -> None:
         value = [onnx.helper.make_tensor_value_info(n, 1, [2, 3]) for n in ("input0", "output0")]
-        graph = onnx.helper.make_graph([onnx.helper.make_node("Sigmoid", ["input0"], ["output0"])], "g", *[[v] for v in value])
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("Sigmoid", ["input0"], ["output0"])], "g", *[[v] for v in value]
+        )
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
         onnx.helper.set_model_props(model, {"paretune.module": "test"})
         onnx.save(model, tmp_path / "module.onnx")
