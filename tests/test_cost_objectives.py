@@ -220,7 +220,7 @@ def test_recommendations_keep_the_new_limits(view: StudyView) -> None:
     assert found.chosen.measurements["throughput_tokens_per_s"].value == rates[-1] and found.considered == 1
     assert found.binding == "throughput_tokens_per_s"
     assert any("tokens/s" in sentence and "% room" in sentence for sentence in found.why)
-    with pytest.raises(Exception, match="throughput_tokens_per_s is .* tokens/s, the limit"):
+    with pytest.raises(Exception, match=r"throughput_tokens_per_s is .* tokens/s, the limit"):
         recommend(free, Limits(throughput=2 * rates[-1]))
     joules = sorted(p.measurements["energy_j_per_token"].value for p in view.front)
     frugal = recommend(free, Limits(energy_j=joules[1])).chosen

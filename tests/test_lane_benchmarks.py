@@ -17,10 +17,10 @@ sys.path.append(
     str(Path(__file__).resolve().parent.parent)
 )  # benchmarks is a folder of the repository, not of the package
 
-from benchmarks import lane  # noqa: E402
-from paretune.objectives.lane import LaneResult  # noqa: E402
-from paretune.objectives.measurement import Measurement  # noqa: E402
-from paretune.search.remeasure import Agreement, Remeasured  # noqa: E402
+from benchmarks import lane
+from paretune.objectives.lane import LaneResult
+from paretune.objectives.measurement import Measurement
+from paretune.search.remeasure import Agreement, Remeasured
 
 
 def ms(value: float, half: float = 0.01, provenance: Any = "measured") -> Measurement:
@@ -65,16 +65,16 @@ def test_structures_differ_and_are_graphs(tmp_path: Path) -> None:
 
 
 def test_a_front_measured_again_is_counted_by_hand() -> None:
-    """Errors 0, 1 %, 10 %; the last was refused. The first two have changed places, the third with neither."""
+    """Errors 2.5, 1 and 10 %; the last was refused. The first two have changed places, the third with neither."""
     members = [
-        lane.member("a", found(1.03, 1.00, half=0.001)),
+        lane.member("a", found(1.025, 1.00, half=0.001)),
         lane.member("b", found(1.01, 1.02, half=0.001)),
         lane.member("c", found(2.2, 2.0, half=0.001)),
         lane.member("d", found(9.0, 3.0, half=0.001, stable=False)),
     ]
     figure = lane.error_figure(members, "s")
     assert figure["value"] == pytest.approx(2 / 3) and figure["latencies"] == 3 and figure["refused"] == 1
-    assert figure["worst_error"] == pytest.approx(0.10) and figure["median_error"] == pytest.approx(0.03)
+    assert figure["worst_error"] == pytest.approx(0.10) and figure["median_error"] == pytest.approx(0.025)
     assert (figure["separate_pairs"], figure["inversions"]) == (3, 1)
 
 
@@ -140,7 +140,7 @@ def test_the_whole_benchmark_measures_every_member_and_both_neighbours(monkeypat
     """With a fake study, lane and neighbour: nothing is measured beside a neighbour that is not there."""
     import contextlib
 
-    here: list[int | None | str] = []
+    here: list[int | str | None] = []
 
     @contextlib.contextmanager
     def neighbour(cpu: int | None) -> Iterator[None]:
