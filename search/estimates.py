@@ -14,7 +14,7 @@ from paretune.objectives.memory_fit import MemoryFit, resident_bytes
 from paretune.objectives.quality import Scores
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.escalation import Stakes
-from paretune.search.finalists import Explored
+from paretune.search.finalists import Explored, perceived
 from paretune.search.follow import MEMORY, followed, memory_fit, profile_of
 from paretune.search.front import Vector
 from paretune.search.ledger import Ledger
@@ -118,6 +118,10 @@ class Estimates:
 
     def _minimized(self, found: Mapping[str, Measurement]) -> Vector:
         return tuple(minimized(name, float(found[name].value)) for name in self.spec.objectives)
+
+    def perceived(self, vector: Vector) -> Vector:
+        """Objectives on the scales that finalists are spread over."""
+        return perceived(vector, self.spec.objectives.index(self.figures.quality), self._teacher_nll()[1])
 
     def stakes(self, key: str) -> Stakes | None:
         """What decides whether training under the rounding is worth it for an explored candidate."""
