@@ -25,7 +25,7 @@ class Engine:
 
 ENGINES = {
     "onnxruntime": Engine("onnxruntime_decoder", "onnxruntime", "pip install onnxruntime"),
-    "openvino": Engine("openvino_decoder", "openvino", "pip install 'paretune[openvino]'", reads_accuracy_level=False),
+    "openvino": Engine("openvino_decoder", "openvino", "pip install openvino", reads_accuracy_level=False),
     "torch": Engine("torch_decoder", "torch", "pip install torch onnx"),
 }
 
