@@ -15,12 +15,14 @@ from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atom
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.lane import Lane, Nominal
+from paretune.objectives.power import energy_counter
+from paretune.search.measurement_key import engine_fingerprint
 from paretune.spaces.candidate import Candidate, Format, Layer
 from paretune.teachers import EMBEDDED, load_teacher
 
 
 def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
-    """The lane with its fixed reference: the embedded teacher's int4 graph in the profile's engine."""
+    """The lane of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads."""
     embedded = load_teacher(EMBEDDED)
     machine, folder = fingerprint(), cache / "lane"
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,16 @@ def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
             write_atomically(kept, json.dumps(value.__dict__).encode())
         return _nominal(kept)
 
-    return Lane(reference, profile.threads, machine, lock, nominal)
+    return Lane(
+        reference,
+        profile.threads,
+        engine_fingerprint(profile, machine),
+        lock,
+        nominal,
+        profile.engine,
+        profile.execution_provider,
+        lambda: energy_counter(profile.kind),
+    )
 
 
 def _nominal(path: Path) -> Nominal | None:

@@ -24,7 +24,8 @@ from paretune.hardware_profiles import EnvironmentProblem, Infeasible, MachineLo
 from paretune.objectives import LatencyFit, Measurement, Scores, design, paired_difference, quality_measurements
 from paretune.objectives import lane as lane_module
 from paretune.objectives import turns as turns_module
-from paretune.objectives.lane import Lane, Nominal, moderated_interval
+from paretune.objectives.intervals import moderated_interval
+from paretune.objectives.lane import LATENCIES, Lane, Nominal
 from paretune.objectives.latency_fit import MIN_POINTS, features, params_times_bits, terms
 from paretune.objectives.quality import sum_by_document
 from paretune.spaces import Candidate, Format, Layer, Shape, Space
@@ -267,8 +268,8 @@ class FakeChild:
     speed = staticmethod(itertools.repeat(1.0).__next__)
     table: ClassVar = {"reference.onnx": (2.0, 30.0), "x.onnx": (1.0, 15.0)}
 
-    def __init__(self, _threads: int, pinned: bool = False) -> None:
-        self.pinned, self.loaded = pinned, ""
+    def __init__(self, _threads: int, pinned: bool = False, engine: str = "onnxruntime") -> None:
+        self.pinned, self.loaded, self.engine = pinned, "", engine
 
     def ask(self, **request: Any) -> dict[str, Any]:
         if request["do"] == "load":
@@ -409,7 +410,7 @@ def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
     """Whether it is called measured depends on what else this machine does just now; that both words agree does not."""
     result = lane.measure(model)
     found = result.measurements
-    assert found.keys() == {"decode_ms_per_token", "ttft_ms", "decode_p90_ms", "peak_memory_bytes", "load_ms"}
+    assert found.keys() == {*LATENCIES, "throughput_tokens_per_s", "decode_p90_ms", "peak_memory_bytes", "load_ms"}
     for name in ("decode_ms_per_token", "ttft_ms", "decode_p90_ms"):
         assert found[name].provenance == ("measured" if result.stable else "disturbed")
         assert 0 < found[name].low <= found[name].value <= found[name].high
@@ -502,7 +503,7 @@ def test_only_what_runs_on_the_lanes_own_cpus_disturbs(
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(turns_module, "with_siblings", lambda cpus: cpus)
     monkeypatch.setattr(turns_module.os, "sched_getaffinity", lambda _pid: {3})
-    watch = turns_module._Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
+    watch = turns_module.Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
     stat.work(*busy, column=column)
     assert turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet == quiet
 
@@ -511,7 +512,7 @@ def test_a_child_that_had_to_wait_is_disturbed(tmp_path: Path, monkeypatch: pyte
     waited = itertools.count(0.0, 100.0)
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: next(waited))
-    watch = turns_module._Watch([FakeChild(1)])  # type: ignore[list-item]
+    watch = turns_module.Watch([FakeChild(1)])  # type: ignore[list-item]
     assert not turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet
 
 
