@@ -14,17 +14,19 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 
-def open_session(path: str, threads: int) -> Any:
+def open_session(path: str, threads: int, trace: str = "") -> Any:
     """A session with explicit threads; spinning is off, because it doubles the spread on shared machines.
 
     Where ONNX Runtime makes a MatMulNBits of a DequantizeLinear and a MatMul itself, activations stay float (its own choice
-    would round them to 8 bits); nodes that are MatMulNBits already say what they want.
+    would round them to 8 bits); nodes that are MatMulNBits already say what they want. `trace`: where its own profile goes, if any.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    if trace:
+        options.enable_profiling, options.profile_file_prefix = True, trace
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")

@@ -1,6 +1,7 @@
 """The program of an engine child: JSON requests on standard input, JSON answers on standard output.
 
-Requests: {"do": "load", "path", "threads"}, {"do": "time", "prompt", "tokens"}, {"do": "score", …}, {"do": "memory"}; for a
+Requests: {"do": "load", "path", "threads"}, {"do": "time", "prompt", "tokens"}, {"do": "score", …}, {"do": "memory"},
+{"do": "profile", "path", "threads", "prompt", "tokens", "repeats"}; for a
 module of a plug-in {"do": "forward", "inputs", "out"}.
 It imports numpy and ONNX Runtime only, so that its memory is the engine's.
 """
@@ -54,6 +55,10 @@ class Server:
             start = time.perf_counter()
             self.decoder = open_model(request["path"], request["threads"])
             return {"load_ms": (time.perf_counter() - start) * 1e3}
+        if action == "profile":
+            from paretune.engines.node_times import profile_nodes  # late: what it imports is not the engine's memory
+
+            return profile_nodes(request)
         if self.decoder is None:
             raise ValueError("no model is loaded")
         if action == "time":
