@@ -28,6 +28,7 @@ from paretune.teachers.plugin_name import is_plugin
 from paretune.teachers.teacher import is_folder
 
 GROUP_SIZE = 32
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ def profile_model(model: str, work: Work) -> Profiled:
 def local_profile_named(name: str, home: Path) -> Profile:
     """The profile of that name. Raises UsageError where this machine cannot take it: a profile is measured, never predicted."""
     profile = load_profile(name, home)
-    engine, at_hand = profile.engine, getattr(profile, "at_hand", True)
-    if engine != "onnxruntime" or not at_hand:
-        where = "on this machine" if at_hand else "and the target is not at hand"
+    provider, at_hand = getattr(profile, "execution_provider", CPU_PROVIDER), getattr(profile, "at_hand", True)
+    if profile.engine != "onnxruntime" or provider != CPU_PROVIDER or not at_hand:
+        place = f"{profile.engine} with {provider}{'' if at_hand else ', which is not at hand'}"
         raise UsageError(
-            f"profile reads ONNX Runtime's own profile {where}, but {profile.name} is for {engine}",
-            "take local-cpu, or another profile of ONNX Runtime on this machine",
+            f"a profile is taken with ONNX Runtime on the CPU of this machine, but {profile.name} is for {place}",
+            "take local-cpu, or another profile of this machine's CPU",
         )
     return profile
 
