@@ -17,6 +17,7 @@ from rich.markup import escape
 from paretune import __version__
 from paretune.cli_artifact import generate, measure
 from paretune.cli_hardware import hardware
+from paretune.cli_profile import profile
 from paretune.cli_search import search
 from paretune.cli_study import front, recommend, status
 from paretune.cli_tracking import report, sync, ui
@@ -32,7 +33,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
-COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure, ui, sync)
+COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure)
+COMMANDS += (profile, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")
