@@ -39,9 +39,10 @@ class NodeProfile:
 
     @property
     def slowdown(self) -> dict[str, float]:
-        """How much longer a run took while it was profiled, by phase."""
+        """How much longer the ops together took while they were profiled than a whole run did without, by phase; at least 1."""
         plain = {"prefill": "ttft_ms", "decode": "decode_ms_per_token"}
-        return {phase: self.run_ms[phase] / self.measurements[name].value for phase, name in plain.items()}
+        ops = {phase: sum(node.ms for node in self.nodes if node.phase == phase) for phase in plain}
+        return {phase: max(1.0, ops[phase] / self.measurements[name].value) for phase, name in plain.items()}
 
 
 def profile_graph(model: Path, threads: int, prompt: int, tokens: int, lock: MachineLock | None = None) -> NodeProfile:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.objectives.measurement import Measurement
@@ -18,23 +18,30 @@ from paretune.objectives.profiling import MATRIX_GROUPS, PHASES, OpCost, Roof
 from paretune.spaces.candidate import Format
 
 MOST_PLACES = 5
-DROPPED = "dropped"
+DROPPED, NARROWED = "dropped", "a quarter narrower"
+NARROWER = 0.25
 
 
 @dataclass(frozen=True)
 class Place:
-    """One change and what it saves per decode step, per prefill, and in bytes that a decode step reads."""
+    """One change and what it saves per decode step, per prefill, and in bytes that a decode step reads.
+
+    `ties` are layers that save as much, as far as can be told.
+    """
 
     what: str
     change: str
     decode_ms: Measurement
     ttft_ms: Measurement
     read_bytes: float
+    ties: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """`ffn to int4`, `layer 3 dropped`."""
-        return f"{self.what} {DROPPED}" if self.change == DROPPED else f"{self.what} to {self.change}"
+        """`ffn to int4`, `ffn a quarter narrower`, `layer 3 dropped`, `one of 6 layers dropped`."""
+        if self.change == DROPPED:
+            return f"one of {len(self.ties) + 1} layers dropped" if self.ties else f"{self.what} {DROPPED}"
+        return f"{self.what} {self.change}" if self.change == NARROWED else f"{self.what} to {self.change}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,35 +94,48 @@ class Findings:
 def options(
     costs: Sequence[OpCost], roof: Roof, formats: Sequence[Format], slowdown: Mapping[str, float]
 ) -> tuple[Place, ...]:
-    """Every group in each of the `formats` that has fewer bits than its own, and every layer dropped.
+    """Every group in each of the `formats` that has fewer bits than its own, a narrower FFN, and every layer dropped.
 
-    `slowdown` is how much longer a run took while it was profiled, by phase: intervals allow for it.
+    `slowdown` is how much longer the ops took while they were profiled, by phase: intervals allow for it.
     """
     found = [
         _quantized(group, [c for c in costs if c.group == group and c.matrix is not None], form, roof, slowdown)
         for group in MATRIX_GROUPS
         for form in formats
     ]
+    ffn = [c for c in costs if c.group == "ffn" and not c.name.endswith("layernorm")]
+    found.append(_without("ffn", NARROWED, ffn, NARROWER, slowdown))
     for layer in sorted({c.layer for c in costs if c.layer is not None}):
-        found.append(_dropped(layer, [c for c in costs if c.layer == layer], slowdown))
+        found.append(_without(f"layer {layer}", DROPPED, [c for c in costs if c.layer == layer], 1.0, slowdown))
     return tuple(place for place in found if place is not None)
 
 
 def best_places(places: Sequence[Place], most: int = MOST_PLACES) -> tuple[Place, ...]:
-    """The places that save most per decode step, each with its best change; fewer where fewer save anything."""
-    best: dict[str, Place] = {}
+    """The places that save most per decode step, each with its best change; fewer where fewer save anything.
+
+    Layers are one place as long as their intervals share a value with the first one's: noise alone tells them apart.
+    """
+    best: dict[tuple[str, bool], Place] = {}
     for place in places:
-        if place.decode_ms.value > max(0.0, best[place.what].decode_ms.value if place.what in best else 0.0):
-            best[place.what] = place
-    return tuple(sorted(best.values(), key=lambda p: (-p.decode_ms.value, p.what)))[:most]
+        key = (place.what, place.change == NARROWED)
+        if place.decode_ms.value > max(0.0, best[key].decode_ms.value if key in best else 0.0):
+            best[key] = place
+    found: list[Place] = []
+    for place in sorted(best.values(), key=lambda p: (-p.decode_ms.value, p.text)):
+        first = next((i for i, p in enumerate(found) if p.change == place.change == DROPPED), None)
+        if first is not None and found[first].decode_ms.overlaps(place.decode_ms):
+            found[first] = replace(found[first], ties=(*found[first].ties, place.what))
+        else:
+            found.append(place)
+    return tuple(found[:most])
 
 
 def findings_of(places: Sequence[Place]) -> Findings:
     """What a search starts from."""
-    every = best_places(places, len(places))
-    groups = tuple((p.what, p.decode_ms.value) for p in every if p.change != DROPPED)
-    layers = tuple((_number(p.what), p.decode_ms.value) for p in every if p.change == DROPPED)
-    return Findings(groups, layers)
+    formats = [p for p in places if p.change not in (DROPPED, NARROWED)]
+    groups = tuple((p.what, p.decode_ms.value) for p in best_places(formats, len(formats)))
+    dropped = sorted((p for p in places if p.change == DROPPED), key=lambda p: -p.decode_ms.value)
+    return Findings(groups, tuple((_number(p.what), p.decode_ms.value) for p in dropped if p.decode_ms.value > 0))
 
 
 def _number(what: str) -> int:
@@ -138,12 +158,16 @@ def _quantized(
     return Place(group, form.label, decode, ttft, read)
 
 
-def _dropped(layer: int, costs: Sequence[OpCost], slowdown: Mapping[str, float]) -> Place:
-    note = "measured op times of the layer"
+def _without(
+    what: str, change: str, costs: Sequence[OpCost], part: float, slowdown: Mapping[str, float]
+) -> Place:
+    """Saves `part` of the ops' time and bytes."""
+    note = "measured op times" if part == 1 else f"{part:.0%} of measured op times"
     decode, ttft = (
-        _sum([(c.ms, c.ms) for c in costs if c.phase == phase], slowdown, phase, note) for phase in reversed(PHASES)
+        _sum([(part * c.ms, part * c.ms) for c in costs if c.phase == phase], slowdown, phase, note)
+        for phase in reversed(PHASES)
     )
-    return Place(f"layer {layer}", DROPPED, decode, ttft, sum(c.bytes for c in costs if c.phase == "decode"))
+    return Place(what, change, decode, ttft, part * sum(c.bytes for c in costs if c.phase == "decode"))
 
 
 def _saving(cost: OpCost, form: Format, roof: Roof) -> tuple[float, float]:

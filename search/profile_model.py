@@ -123,7 +123,7 @@ def _profile_graph(subject: Subject, model: Path, candidate: Candidate, work: Wo
     places = options(costs, roof, formats_of(work.profile), nodes.slowdown)
     engine = f"onnxruntime {package_version('onnxruntime')}"
     notes = tuple(
-        f"the engine's profile slowed {phase} by {slow - 1:.0%}; the times of ops are those of the slowed run"
+        f"while they were profiled, the ops of a {phase} took {slow - 1:.0%} longer than a run without; their times are those"
         for phase, slow in nodes.slowdown.items()
         if slow > 1.1
     )
@@ -144,11 +144,9 @@ def measured_roof(threads: int) -> Roof:
     """The bandwidth and the peaks of this machine, measured now: a shared one has other ones later."""
     from paretune.hardware_profiles.calibrate import calibrate
 
-    with MachineLock().shared():
-        peaks = calibrate(threads)
-    return Roof(
-        peaks.bandwidth_gb_per_s, peaks.fp32_gflop_per_s, peaks.int8_gop_per_s, f"measured on {threads} thread(s)"
-    )
+    peaks = calibrate(threads)
+    integer = peaks.int8_gop_per_s or peaks.fp32_gflop_per_s
+    return Roof(peaks.bandwidth_gb_per_s, peaks.fp32_gflop_per_s, integer, f"measured on {threads} thread(s)")
 
 
 def formats_of(profile: Profile) -> tuple[Format, ...]:

@@ -62,7 +62,7 @@ def _layers(axes: Any, found: Profiled) -> None:
     axes.set_xlabel("ms per decode step")
     axes.set_title("where a decode step goes", loc="left", fontsize=11)
     axes.tick_params(axis="y", labelsize=8 if len(names) <= 20 else 5)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(bars), frameon=False, columnspacing=1)
 
 
 def _places(axes: Any, found: Profiled) -> None:

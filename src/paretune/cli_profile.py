@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from paretune.search.profiled import Profiled
 
 MOST_OPS = 12
+# Read when torch is imported: its profiler talks on stderr about itself.
+QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def profile(
@@ -33,6 +36,8 @@ def profile(
     json: Json = False,
 ) -> None:
     """Where a model's time goes, op by op, and where compression would pay; a teacher's searches start from it."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     from paretune.search.profile_model import Work, local_profile_named, profile_model
     from paretune.tracking.mlflow_profile import log_profile
 
@@ -118,10 +123,16 @@ def _layers(found: Profiled) -> Table:
     for name in ("layer", "decode ms", "share", "MB", "of the roof", "prefill ms"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     prefill = {t.label: t.ms for t in found.totals("prefill", "layers")}
-    for t in found.totals("decode", "layers"):
+    for t in sorted(found.totals("decode", "layers"), key=lambda t: _order(t.label)):
         figures = (f"{t.ms:.4f}", f"{t.share:.1%}", f"{t.bytes / 1e6:.3f}", f"{t.efficiency:.0%}")
         table.add_row(t.label, *figures, f"{prefill.get(t.label, 0.0):.3f}")
     return table
+
+
+def _order(layer: str) -> int:
+    """In the order of execution."""
+    known = {"embedding": -1, "head": 10**6, "other": 10**6 + 1}
+    return known[layer] if layer in known else int(layer.removeprefix("layer "))
 
 
 def _places(found: Profiled) -> Table:
