@@ -158,9 +158,7 @@ def _quantized(
     return Place(group, form.label, decode, ttft, read)
 
 
-def _without(
-    what: str, change: str, costs: Sequence[OpCost], part: float, slowdown: Mapping[str, float]
-) -> Place:
+def _without(what: str, change: str, costs: Sequence[OpCost], part: float, slowdown: Mapping[str, float]) -> Place:
     """Saves `part` of the ops' time and bytes."""
     note = "measured op times" if part == 1 else f"{part:.0%} of measured op times"
     decode, ttft = (
@@ -181,9 +179,7 @@ def _saving(cost: OpCost, form: Format, roof: Roof) -> tuple[float, float]:
     return (min(0.0, least) if roof.bound(cost.flops, cost.bytes, cost.form) == "compute" else least), max(ends)
 
 
-def _sum(
-    savings: Sequence[tuple[float, float]], slowdown: Mapping[str, float], phase: str, note: str
-) -> Measurement:
+def _sum(savings: Sequence[tuple[float, float]], slowdown: Mapping[str, float], phase: str, note: str) -> Measurement:
     """All ops of a change together; its interval is widened by what profiling itself cost."""
     least, most = (sum(ends) for ends in zip(*savings, strict=True)) if savings else (0.0, 0.0)
     factor = max(1e-9, slowdown.get(phase, 1.0))

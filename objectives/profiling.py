@@ -170,9 +170,7 @@ class _Where:
         return self.layer, self.group
 
 
-def op_costs(
-    nodes: Iterable[Node], candidate: Candidate, keys: Mapping[str, float]
-) -> list[OpCost]:
+def op_costs(nodes: Iterable[Node], candidate: Candidate, keys: Mapping[str, float]) -> list[OpCost]:
     """Place, arithmetic and bytes of every node; `keys` is how many positions a query attends to on average, by phase.
 
     Nodes come in the order of execution, phase by phase. Raises ValueError where a node names a layer that the candidate lacks.
@@ -217,9 +215,7 @@ def _work(node: Node, cost: OpCost, keys: float) -> tuple[float, float]:
     return (0.0 if node.op in LOOKUP_OPS else size), 0.0
 
 
-def totals(
-    costs: Sequence[OpCost], roof: Roof, phase: str, label: Callable[[OpCost], str]
-) -> tuple[Total, ...]:
+def totals(costs: Sequence[OpCost], roof: Roof, phase: str, label: Callable[[OpCost], str]) -> tuple[Total, ...]:
     """The ops of a phase added up by `label`, the longest first. The roof is that of every op by itself."""
     found: dict[str, list[OpCost]] = {}
     for cost in costs:

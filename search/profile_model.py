@@ -79,7 +79,9 @@ def _profile_artifact(folder: Path, work: Work) -> Profiled:
         candidate = Candidate.from_dict(facts["candidate"])
         teacher, digest = str(facts["teacher"]), sha256(folder / CHECKSUMS)[:16]
     except (KeyError, TypeError) as error:
-        raise UsageError(f"{folder / FACTS} does not describe a decoder: {error!r}", "copy the artifact again") from None
+        raise UsageError(
+            f"{folder / FACTS} does not describe a decoder: {error!r}", "copy the artifact again"
+        ) from None
     context = json.loads((folder / "onnx" / "genai_config.json").read_text())["model"]["context_length"]
     _require_context(work, int(context))
     subject = Subject(f"{teacher} {candidate.key[:8]}", "artifact", digest, candidate.describe())
@@ -175,6 +177,10 @@ def _compared(facts: Mapping[str, Any], now: Mapping[str, Measurement], profile:
     if then is None or facts.get("profile") != profile.name:
         return []
     if then.get("fingerprint") != fingerprint():
-        return ["its study measured on another machine or another version of the engine, so its latencies are not compared"]
+        return [
+            "its study measured on another machine or another version of the engine, so its latencies are not compared"
+        ]
     change = now["decode_ms_per_token"].value / then["value"] - 1
-    return [f"its study said {then['value']:.3f} ms/token, this is {change:+.1%}; `paretune measure` corrects for drift"]
+    return [
+        f"its study said {then['value']:.3f} ms/token, this is {change:+.1%}; `paretune measure` corrects for drift"
+    ]

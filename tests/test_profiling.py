@@ -42,7 +42,11 @@ def trace(durations: dict[str, list[int]]) -> list[dict[str, Any]]:
         start = 1000 * (run + 1)
         found.append(event("Session", "model_run", start, 900))
         for i, (name, taken) in enumerate(durations.items()):
-            found.append(node_event(name, "MatMul" if name.endswith("proj") else "Mul", start + 50 * i, taken[run], i, [1, 1, 96]))
+            found.append(
+                node_event(
+                    name, "MatMul" if name.endswith("proj") else "Mul", start + 50 * i, taken[run], i, [1, 1, 96]
+                )
+            )
     return found[::-1]  # the order in the file does not matter
 
 
@@ -97,7 +101,15 @@ def nodes(**ms: float) -> list[Node]:
         path = f"/model/layers.{i}"
         cache = ((1, 1, 128), (1, 2, 64, 16), (1, 2, 64, 16))
         found += [
-            Node(f"{path}/input_layernorm", "SimplifiedLayerNormalization", "decode", 0.02, ((1, 1, 64),), (1, 1, 64), 512),
+            Node(
+                f"{path}/input_layernorm",
+                "SimplifiedLayerNormalization",
+                "decode",
+                0.02,
+                ((1, 1, 64),),
+                (1, 1, 64),
+                512,
+            ),
             Node(f"{path}/attn/qkv_proj", "MatMul", "decode", times["qkv"], ((1, 1, 64),), (1, 1, 128), 768),
             Node(f"{path}/attn/gqa", "GroupQueryAttention", "decode", times["gqa"], cache, (1, 1, 64), 99_999),
             Node(f"{path}/attn/o_proj", "MatMul", "decode", times["o"], ((1, 1, 64),), (1, 1, 64), 512),
@@ -105,7 +117,9 @@ def nodes(**ms: float) -> list[Node]:
             Node("fused_token_7", "QuickGelu", "decode", times["silu"], ((1, 1, 96),), (1, 1, 96), 768),
             Node(f"{path}/mlp/down_proj", "MatMul", "decode", times["down"], ((1, 1, 96),), (1, 1, 64), 640),
         ]
-    found.append(Node("/model/norm", "SkipSimplifiedLayerNormalization", "decode", 0.01, ((1, 1, 64),), (1, 1, 64), 512))
+    found.append(
+        Node("/model/norm", "SkipSimplifiedLayerNormalization", "decode", 0.01, ((1, 1, 64),), (1, 1, 64), 512)
+    )
     return [*found, Node("renamed", "MatMul", "decode", times["head"], ((1, 1, 64),), (1, 1, 288), 1408)]
 
 

@@ -49,7 +49,10 @@ def _log(home: Path, found: Profiled, folder: Path) -> None:
 def metrics(found: Profiled) -> dict[str, float]:
     """Latencies, memory, roofline, and each group's milliseconds by phase."""
     own = {name: m.value for name, m in found.measurements.items()}
-    roof = {"roof_bandwidth_gb_per_s": found.roof.bandwidth_gb_per_s, "roof_fp32_gflop_per_s": found.roof.fp32_gflop_per_s}
+    roof = {
+        "roof_bandwidth_gb_per_s": found.roof.bandwidth_gb_per_s,
+        "roof_fp32_gflop_per_s": found.roof.fp32_gflop_per_s,
+    }
     groups = {f"{phase}_{t.label}_ms": t.ms for phase in PHASES for t in found.totals(phase, "groups")}
     return own | roof | groups
 

@@ -30,9 +30,7 @@ def profile_html(found: Profiled) -> str:
     body.append(section("Measured with", facts(found.settings | {"roof": found.roof.__dict__}, "")))
     body.append("".join(f'<p class="quiet">{html.escape(note)}</p>' for note in found.notes))
     shown = html.escape(found.subject.name)
-    return PAGE.format(
-        title=shown, body="\n".join(body), style=STYLE, plotly=get_plotlyjs(), theme="", policy=POLICY
-    )
+    return PAGE.format(title=shown, body="\n".join(body), style=STYLE, plotly=get_plotlyjs(), theme="", policy=POLICY)
 
 
 def total_row(t: Total) -> list[str]:
@@ -62,7 +60,12 @@ def _places(found: Profiled) -> str:
         ]
         for place in found.best
     ]
-    header = ("change", "ms per decode step saved (predicted)", "ms of TTFT saved (predicted)", "MB less read per token")
+    header = (
+        "change",
+        "ms per decode step saved (predicted)",
+        "ms of TTFT saved (predicted)",
+        "MB less read per token",
+    )
     return table(header, rows) if rows else '<p class="quiet">No change would save anything.</p>'
 
 
@@ -72,7 +75,11 @@ def figure(found: Profiled) -> Any:
     from plotly.subplots import make_subplots
 
     specs: list[list[Any]] = [[{"rowspan": 2}, {}], [None, {}]]
-    titles = ["ops under the roofline", "where a decode step goes (ms)", "what a decode step would save (ms, predicted)"]
+    titles = [
+        "ops under the roofline",
+        "where a decode step goes (ms)",
+        "what a decode step would save (ms, predicted)",
+    ]
     drawn = make_subplots(2, 2, specs=specs, subplot_titles=titles, column_widths=[0.55, 0.45])
     for name, (xs, ys) in roof_lines(found).items():
         dash = "solid" if name.startswith("fp32") else "dash"

@@ -38,7 +38,9 @@ def _roof(axes: Any, found: Profiled) -> None:
         points = [p for p in roof_points(found) if p.phase == phase]
         sizes = [40 + 900 * p.share for p in points]
         xs, ys = [p.intensity for p in points], [p.gflop_per_s for p in points]
-        axes.scatter(xs, ys, s=sizes, color=colour, alpha=0.7, edgecolors="white", label=f"{phase} (area: time)", zorder=3)
+        axes.scatter(
+            xs, ys, s=sizes, color=colour, alpha=0.7, edgecolors="white", label=f"{phase} (area: time)", zorder=3
+        )
         for p in points:
             axes.annotate(p.label, (p.intensity, p.gflop_per_s), (7, 5), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="10⁹ operations per second")
