@@ -2,8 +2,8 @@
 
 Predicted from measured times: an op with fewer bytes of weights has a lower roof. Either it stays as far above its roof as
 it is (it takes the same share of it), or only the roof's own difference is saved; the truth lies between, and so does the
-interval. Where arithmetic is the bound, integer kernels have been seen no faster than fp32 ones (docs/log.md), so there
-the interval begins at no gain.
+interval. Where arithmetic is the bound, the kernels of weights in blocks have been seen no faster than fp32 ones
+(docs/log.md), so there no gain is likely, and the interval ends at what the integer peak would allow.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from paretune.spaces.candidate import Format
 MOST_PLACES = 5
 DROPPED, NARROWED = "dropped", "a quarter narrower"
 NARROWER = 0.25
+# Milliseconds saved: least, likely, most.
+Ends = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -162,26 +164,27 @@ def _without(what: str, change: str, costs: Sequence[OpCost], part: float, slowd
     """Saves `part` of the ops' time and bytes."""
     note = "measured op times" if part == 1 else f"{part:.0%} of measured op times"
     decode, ttft = (
-        _sum([(part * c.ms, part * c.ms) for c in costs if c.phase == phase], slowdown, phase, note)
+        _sum([(part * c.ms,) * 3 for c in costs if c.phase == phase], slowdown, phase, note)
         for phase in reversed(PHASES)
     )
     return Place(what, change, decode, ttft, part * sum(c.bytes for c in costs if c.phase == "decode"))
 
 
-def _saving(cost: OpCost, form: Format, roof: Roof) -> tuple[float, float]:
-    """Milliseconds that one op saves with weights in `form`: (least, most)."""
+def _saving(cost: OpCost, form: Format, roof: Roof) -> Ends:
+    """What one op saves with weights in `form`."""
     read = cost.bytes - cost.weight_bytes(cost.form) + cost.weight_bytes(form)
     now, then = roof.ms(cost.flops, cost.bytes, cost.form), roof.ms(cost.flops, read, form)
     if not now:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     ends = (cost.ms * (1 - then / now), min(now - then, cost.ms))
-    least = min(ends)
-    return (min(0.0, least) if roof.bound(cost.flops, cost.bytes, cost.form) == "compute" else least), max(ends)
+    if roof.bound(cost.flops, cost.bytes, cost.form) == "compute":
+        return min(0.0, *ends), min(0.0, *ends), max(0.0, *ends)
+    return min(ends), sum(ends) / 2, max(ends)
 
 
-def _sum(savings: Sequence[tuple[float, float]], slowdown: Mapping[str, float], phase: str, note: str) -> Measurement:
+def _sum(savings: Sequence[Ends], slowdown: Mapping[str, float], phase: str, note: str) -> Measurement:
     """All ops of a change together; its interval is widened by what profiling itself cost."""
-    least, most = (sum(ends) for ends in zip(*savings, strict=True)) if savings else (0.0, 0.0)
-    factor = max(1e-9, slowdown.get(phase, 1.0))
+    least, likely, most = (sum(ends) for ends in zip(*savings, strict=True)) if savings else (0.0, 0.0, 0.0)
+    factor = max(1.0, slowdown.get(phase, 1.0))
     low, high = min(least, least / factor), max(most, most / factor)
-    return Measurement((low + high) / 2, "ms", low, high, "predicted", len(savings), "", note)
+    return Measurement((likely + likely / factor) / 2, "ms", low, high, "predicted", len(savings), "", note)

@@ -31,12 +31,20 @@ OUTSIDE: tuple[tuple[str, Group], ...] = (
     ("/model/mask", "other"),
 )
 # The ops that multiply by a matrix of weights, under the names that ONNX Runtime gives them before and after it fuses.
-MATRIX_OPS = frozenset(
-    ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat")
-    + ("DynamicQuantizeMatMul", "QLinearMatMul", "QGemm")
-)
-ATTENTION_OPS = frozenset(("GroupQueryAttention", "MultiHeadAttention", "Attention"))
-LOOKUP_OPS = frozenset(("Gather", "GatherBlockQuantized", "Reshape", "Shape", "Transpose"))
+MATRIX_OPS = {
+    "MatMul",
+    "Gemm",
+    "FusedMatMul",
+    "FusedGemm",
+    "MatMulNBits",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "QLinearMatMul",
+    "QGemm",
+}
+ATTENTION_OPS = {"GroupQueryAttention", "MultiHeadAttention", "Attention"}
+LOOKUP_OPS = {"Gather", "GatherBlockQuantized", "Reshape", "Shape", "Transpose"}
 FLOAT_BYTES = 4
 
 

@@ -156,7 +156,7 @@ def formats_of(profile: Profile) -> tuple[Format, ...]:
     found = []
     for bits in (8, 4):
         for activation in ("int8", "fp32"):
-            form = Format(bits, GROUP_SIZE, activation)  # type: ignore[arg-type]
+            form = Format(bits, GROUP_SIZE, activation)
             if form.kernel in profile.weight_formats:
                 found.append(form)
                 break
