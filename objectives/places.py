@@ -178,7 +178,7 @@ def _saving(cost: OpCost, form: Format, roof: Roof) -> Ends:
         return 0.0, 0.0, 0.0
     ends = (cost.ms * (1 - then / now), min(now - then, cost.ms))
     if roof.bound(cost.flops, cost.bytes, cost.form) == "compute":
-        return min(0.0, *ends), min(0.0, *ends), max(0.0, *ends)
+        return min(0.0, ends[0]), min(0.0, ends[0]), max(0.0, ends[0])
     return min(ends), sum(ends) / 2, max(ends)
 
 
