@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from paretune.search.spec import Spec
 from paretune.search.studies import create_study
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.spaces.mixed import stored_bits
-from paretune.teachers import Teacher
+from paretune.teachers import Teacher, load_teacher
 from paretune.tracking.profile_page import profile_html
 from paretune.tracking.profile_picture import profile_picture
 from paretune.tracking.profile_points import layer_bars, roof_lines, roof_points
@@ -105,6 +105,20 @@ def test_weights_are_read_once_per_step_and_arithmetic_is_what_torch_counts(
     prefill = sum(c.flops for c in teacher_profile.costs if c.phase == "prefill" and c.matrix)
     counted = sum(op.flops for op in teacher_profile.torch["prefill"].ops if op.op in ("aten::mm", "aten::addmm"))
     assert prefill == counted == 2 * PROMPT * weights
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_families_with_biases_and_other_norms_have_all_their_matrices(
+    family: str, write_teacher: Callable[..., Path], tmp_path: Path, work: Work
+) -> None:
+    found = profile_model(str(write_teacher(tmp_path / family, family=family)), work)
+    tensors = load_teacher(str(tmp_path / family)).weights()
+    weights = sum(w.numel() for name, w in tensors.items() if w.ndim == 2 and "positions" not in name)
+    for phase, rows in (("prefill", PROMPT), ("decode", 1)):
+        matrices = [c for c in found.costs if c.phase == phase and c.matrix]
+        assert sum(c.weight_bytes(c.form) for c in matrices) == 4 * weights
+        assert sum(c.flops for c in matrices) == 2 * rows * weights
+    assert [name for name, _ in found.torch["decode"].parts] == ["layer 0", "layer 1", "layer 2", "head"]
 
 
 def test_torch_is_told_layer_by_layer(teacher_profile: Profiled) -> None:
