@@ -24,7 +24,7 @@ from paretune.objectives.measurement import Measurement, Provenance
 from paretune.objectives.profiling import Node
 from paretune.objectives.turns import MOST_FOREIGN_CORES, busy_seconds, waited_seconds, with_siblings
 
-ROUNDS, REPEATS = 10, 5
+ROUNDS, REPEATS = 10, 8
 WAIT_S, TIMEOUT_S = 30.0, 1800.0
 LEAST_FOR_INTERVAL = 6
 

@@ -78,8 +78,8 @@ def test_the_trimmed_mean_is_that_of_scipy() -> None:
     source = random.Random(1)
     for n in (1, 5, 10, 23, 120):
         values = [source.lognormvariate(0, 1) for _ in range(n)]
-        assert trimmed_mean(values) == pytest.approx(trim_mean(values, 0.1))
-    assert trimmed_mean([1.0] * 19 + [1e6]) == 1.0  # one odd run moves nothing
+        assert trimmed_mean(values) == pytest.approx(trim_mean(values, 0.25))
+    assert trimmed_mean([1.0] * 4 + [1e6]) == 1.0  # one odd run in five moves nothing
 
 
 @pytest.mark.parametrize("n", [6, 10, 72, 240])

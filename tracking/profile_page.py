@@ -98,7 +98,8 @@ def figure(found: Profiled) -> Any:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY},
-        legend={"orientation": "h", "y": -0.1},
+        margin={"l": 70, "r": 16, "t": 40, "b": 56},
+        legend={"orientation": "h", "y": -0.1, "traceorder": "normal"},
     )
     drawn.update_xaxes(type="log", title="operations per byte", row=1, col=1)
     drawn.update_yaxes(type="log", title="10⁹ operations per second", row=1, col=1)
@@ -117,7 +118,7 @@ def _points(found: Profiled, phase: str, colour: str) -> Any:
         hovertext=[f"{p.label}: {p.share:.1%} of {phase}" for p in points],
         hoverinfo="text",
         mode="markers+text",
-        textposition="top center",
+        textposition="middle right",
         name=phase,
         marker={"color": colour, "size": [8 + 40 * p.share**0.5 for p in points], "opacity": 0.7},
     )

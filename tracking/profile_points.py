@@ -69,7 +69,8 @@ def layer_bars(found: Profiled) -> tuple[list[str], dict[str, list[float]]]:
 
 def title(found: Profiled) -> str:
     m, s = found.measurements, found.settings
+    doubt = " (disturbed)" if m["decode_ms_per_token"].provenance == "disturbed" else ""
     return (
         f"{found.subject.name} on {s['profile']}: {m['decode_ms_per_token'].value:.3f} ms/token, "
-        f"TTFT {m['ttft_ms'].value:.2f} ms ({s['prompt']} tokens), {s['engine']}, {s['threads']} thread(s)"
+        f"TTFT {m['ttft_ms'].value:.2f} ms ({s['prompt']} tokens){doubt}, {s['engine']}, {s['threads']} thread(s)"
     )
