@@ -113,6 +113,15 @@ class Network:
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
+    def cached(
+        self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor, past: Any = None
+    ) -> tuple[torch.Tensor, Any]:
+        """(final hidden states [batch, length, hidden], KV cache) of token ids [batch, length] after what the cache `past` holds."""
+        inner = {self._own_name(name): value for name, value in weights.items() if name.startswith("model.")}
+        inputs = {"input_ids": ids, "use_cache": True, "past_key_values": past}
+        output = torch.func.functional_call(self.model, inner, (), inputs, tie_weights=False)
+        return output.last_hidden_state, output.past_key_values
+
     def __call__(self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocab]; a missing head is tied to the embedding."""
         return self.logits(weights, self.hidden(weights, ids))

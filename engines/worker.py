@@ -1,8 +1,9 @@
 """The program of an engine child: JSON requests on standard input, JSON answers on standard output.
 
 Requests: {"do": "load", "path", "threads", "engine", "provider"}, {"do": "time", "prompt", "tokens", "batch"},
-{"do": "score", …}, {"do": "logits", "ids", "out", "prompt"}, {"do": "memory"}; for a module of a plug-in {"do": "forward",
-"inputs", "out"}. It imports numpy and the one engine that its argument names, so that its memory is the engine's.
+{"do": "score", …}, {"do": "logits", "ids", "out", "prompt"}, {"do": "memory"}, {"do": "profile", "path", "threads",
+"prompt", "tokens", "repeats"} (ONNX Runtime); for a module of a plug-in {"do": "forward", "inputs", "out"}. It imports
+numpy and the one engine that its argument names, so that its memory is the engine's.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Server:
             return {"peak_bytes": peak_bytes()}
         if action == "load":
             return self._load(request)
+        if action == "profile":
+            from paretune.engines.node_times import profile_nodes  # late: what it imports is not the engine's memory
+
+            return profile_nodes(request)
         if self.model is None:
             raise ValueError("no model is loaded")
         if action == "time":

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from paretune.objectives.places import Findings
 from paretune.search.budget import Budget
 from paretune.search.database import folder_gone
 from paretune.search.estimates import Estimates
+from paretune.search.findings import profiled_candidates
 from paretune.search.ledger import MAX_ATTEMPTS, Ledger
 from paretune.search.planning import Decision, Planning
 from paretune.search.records import Fidelity
@@ -83,12 +85,18 @@ class Director:
         return self._hand_out(self.planning.work("rung0", candidate)).work
 
     def seeds(self) -> list[AnyCandidate]:
-        """The user's and textbook candidates that are not explored yet; they come before the sampler's."""
+        """The user's, the profile's and textbook candidates that are not explored yet; they come before the sampler's."""
         own: list[AnyCandidate] = []
         if isinstance(self.space, Space):
             own += student_seeds(self.space, self.spec.student_configs)
-        found = (*own, *textbook_candidates(self.space))
+        profiled = profiled_candidates(self.space, self._findings())
+        found = (*own, *profiled, *textbook_candidates(self.space))
         return [c for c in dict.fromkeys(found) if c.key not in self.ledger.rows]
+
+    def _findings(self) -> Findings | None:
+        """What `paretune profile` had found when the study was made: what is found later changes nothing in it."""
+        known = self.store.meta("findings")
+        return None if known is None else Findings.from_dict(known)
 
     def explored_keys(self) -> list[str]:
         """Keys with a complete rung-0 evaluation in the order of their proposal."""

@@ -13,6 +13,8 @@ from paretune import __version__
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
+from paretune.objectives.places import Findings
+from paretune.search.findings import kept_findings
 from paretune.search.follow import check_figures
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
@@ -51,6 +53,7 @@ class Ready:
     plan: Plan
     text: str = ""
     plugin: PluginSetup | None = None
+    findings: Findings | None = None
 
     @property
     def identity(self) -> str:
@@ -117,6 +120,9 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the library of Python {platform.python_version()} differs from the teacher's in {len(differing)} held-out modules; "
             f"figures carry the text's own fingerprint {corpus.fingerprint()}"
         )
+    findings = None if spec.sampler == "sequential" else kept_findings(home / "cache", teacher.digest, profile)
+    if findings is not None:
+        notes.append(f"seeded from the profile: {findings.text}")
     plan = make_plan(
         spec,
         teacher,
@@ -127,7 +133,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         notes,
     )
     check_affordable(plan, spec, home)
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings)
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

@@ -71,6 +71,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
             "command": command,
             "launches": 0,
             "notes": list(ready.plan.notes),
+            **({} if ready.findings is None else {"findings": ready.findings.to_dict()}),
             **({} if ready.plugin is None else {"figures": ready.plugin.figures.to_dict()}),
         },
     )

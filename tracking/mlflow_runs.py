@@ -44,7 +44,7 @@ class StudyRuns:
 
     def __post_init__(self) -> None:
         self.times = {e.key: (_milliseconds(e.at), e.seconds) for e in self.store.evaluations("confirmed", "complete")}
-        self.experiment = self._experiment()
+        self.experiment = experiment_of(self.client, self.location)
         self.parent, self.children = self._find()
         if self.parent is None:
             tags = self._identity() | {"paretune.kind": "study", "mlflow.source.name": "paretune"}
@@ -81,14 +81,6 @@ class StudyRuns:
         digest = _digest(self.view, chosen)
         if force or self.parent.data.tags.get("paretune.digest") != digest:
             yield partial(self._write_parent, chosen, digest)
-
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(EXPERIMENT)
-        if found is None:
-            return str(self.client.create_experiment(EXPERIMENT, artifact_location=self.location))
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
 
     def _identity(self) -> dict[str, str]:
         """What every run of the study carries. The time of creation tells two studies of one name apart."""
@@ -216,6 +208,16 @@ class StudyRuns:
         }
         self._log(self.parent, study_params(self.view), tags)
         self.client.set_tag(run_id, "paretune.digest", digest)
+
+
+def experiment_of(client: MlflowClient, location: str | None) -> str:
+    """Id of our experiment, made or restored if need be; `location` is where a new one keeps its files."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
 
 
 def model_name(view: StudyView) -> str:

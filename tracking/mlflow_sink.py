@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
-from paretune.tracking.mlflow_runs import StudyRuns
+from paretune.tracking.mlflow_runs import StudyRuns, experiment_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,7 +47,7 @@ def try_drain(home: Path, store: Store, view: StudyView, turn: Turn = contextlib
     try:
         MlflowSink(home).drain(store, view, turn=turn)
     except Exception as error:  # A view that fails is reported, never fatal; the store keeps all for the next try.
-        return _one_line(error)
+        return one_line(error)
     return None
 
 
@@ -64,7 +64,7 @@ def rebuild(home: Path, folder: Path) -> int:
         raise
     except Exception as error:
         raise EnvironmentProblem(
-            f"MLflow could not be written: {_one_line(error)}", "mend it and repeat; the study itself is safe"
+            f"MLflow could not be written: {one_line(error)}", "mend it and repeat; the study itself is safe"
         ) from error
     finally:
         store.close()
@@ -96,6 +96,15 @@ class MlflowSink:
                 with turn():
                     step()
         return published
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[MlflowClient, str]]:
+        """A client and the id of our experiment, while no other process writes. Raises EnvironmentProblem, or what MLflow raises."""
+        with self._alone():
+            if self.uri.startswith("sqlite:"):
+                _require_writable(self.home / "mlflow.db")
+            client = _client(self.uri)
+            yield client, experiment_of(client, self._artifact_location())
 
     def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float, turn: Turn) -> int:
         points = {p.key: p for p in view.confirmed}
@@ -161,7 +170,7 @@ def _require_writable(database: Path) -> None:
         ) from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     return text[:300] if isinstance(error, ParetuneError) else f"{type(error).__name__}: {text[:300]}"

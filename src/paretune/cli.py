@@ -18,6 +18,7 @@ from paretune import __version__
 from paretune.cli_agent import agent
 from paretune.cli_artifact import generate, measure
 from paretune.cli_hardware import hardware
+from paretune.cli_profile import profile
 from paretune.cli_score import score
 from paretune.cli_search import search
 from paretune.cli_study import front, recommend, status
@@ -34,9 +35,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
-COMMANDS: tuple[Callable[..., None], ...] = (
-    search, status, front, recommend, report, generate, measure, score, agent, ui, sync
-)
+COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure)
+COMMANDS += (profile, score, agent, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")

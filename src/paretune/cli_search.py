@@ -90,7 +90,7 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
         f"study [bold]{name}[/bold]{' (continued)' if exists else ''}: {ready.teacher.name}, {ready.teacher.parameters / 1e6:.1f}M parameters, "
         f"{ready.plan.space_size:,} candidates, profile {ready.profile.name}, budget {ready.spec.budget}"
     )
-    for note in ready.plan.notes:
+    for note in store.meta("notes", []):
         talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
     keeper = Housekeeper(store, home)
     with Progress(ready.spec.budget_s, float(store.meta("spent_s", 0.0) or 0.0)) as progress:
