@@ -17,6 +17,7 @@ from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
+from paretune.search.target_profiles import further_profiles, reserved_share
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
@@ -50,6 +51,12 @@ class Ready:
     plan: Plan
     text: str = ""
     plugin: PluginSetup | None = None
+    targets: tuple[Profile, ...] = ()
+
+    @property
+    def search_s(self) -> float:
+        """Seconds of the budget for the search itself; the rest is for measuring on further targets that are at hand."""
+        return self.spec.budget_s * (1 - reserved_share(self.targets))
 
     @property
     def identity(self) -> str:
@@ -71,9 +78,11 @@ def prepare(spec: Spec, home: Path) -> Ready:
     if is_plugin(spec.teacher):
         from paretune.search.plugin_prepare import prepare_plugin
 
+        further_profiles(spec.profile, spec.targets, spec.teacher, home)
         return prepare_plugin(spec, home)
     teacher = load_teacher(spec.teacher)
     profile = load_profile(spec.profile, home)
+    targets = further_profiles(profile.name, spec.targets, spec.teacher, home)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     if missing := spec.choices.missing(profile.weight_formats):
@@ -125,7 +134,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         notes,
     )
     check_affordable(plan, spec, home)
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), targets=targets)
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

@@ -30,7 +30,7 @@ def run_study(
     launches = int(store.meta("launches", 0)) + 1
     lost = store.recover(MAX_ATTEMPTS)
     budget = Budget(
-        ready.spec.budget_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {}))
+        ready.search_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {}))
     )
     store.set_meta(launches=launches, state="running", pid=os.getpid())
     store.event(

@@ -103,6 +103,8 @@ class Spec(BaseModel):
     `max_loss` is the NLL increase that post-training quantization may cost before a 4-bit finalist is trained under its
     rounding (QAT): a fraction or `1%`; without it QAT goes to those who would be on the front if rounding cost nothing.
     `student_configs` are sizes that are explored first, each unquantized and at the engine's integer precisions.
+    `targets` are further profiles (names or YAML files): the search is for `profile`, then every confirmed candidate gets its cost on
+    each of them, measured where that machine is at hand, else predicted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,6 +113,7 @@ class Spec(BaseModel):
     data: str | None = None
     field: str | None = None
     profile: str = "local-cpu"
+    targets: tuple[str, ...] = ()
     budget: str = "9m"
     sampler: Literal["tpe", "nsga2", "sequential"] = "tpe"
     seed: int = 0
@@ -197,8 +200,11 @@ class Spec(BaseModel):
         return 4 * self.finalists
 
     def digest(self) -> str:
-        """12 hex digits; two searches with the same settings have the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits; two searches with the same settings have the same. No further targets count as before there were any."""
+        settings = self.model_dump(mode="json")
+        if not self.targets:
+            del settings["targets"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 PRESETS: dict[str, dict[str, Any]] = {

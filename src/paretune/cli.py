@@ -19,6 +19,7 @@ from paretune.cli_artifact import generate, measure
 from paretune.cli_hardware import hardware
 from paretune.cli_search import search
 from paretune.cli_study import front, recommend, status
+from paretune.cli_targets import targets
 from paretune.cli_tracking import report, sync, ui
 from paretune.console import print_text, talk
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
@@ -32,7 +33,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
-COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure, ui, sync)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    search,
+    status,
+    front,
+    recommend,
+    targets,
+    report,
+    generate,
+    measure,
+    ui,
+    sync,
+)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")

@@ -59,10 +59,12 @@ def recommend(
     max_size: Annotated[str | None, typer.Option(help="Compressed artifact size such as 3MB.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory of the engine such as 40MB.")] = None,
     max_loss: Annotated[str | None, typer.Option(help="Increase of the NLL (or a plug-in's quality) over the fp32 teacher such as 1%.")] = None,
+    profile: Annotated[str | None, typer.Option(help="For this target: its costs, kept or predicted on the fly.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
     """One candidate for your limits, with reasons and the runner-up's price."""
+    from paretune.search.answer import answer_on
     from paretune.search.recommend import Limits
     from paretune.search.recommend import recommend as decide
 
@@ -73,14 +75,17 @@ def recommend(
         fraction(max_loss, "--max-loss"),
     )
     with opened_view(study, home) as view:
-        found = decide(view, limits)
+        answer = answer_on(view, profile, home.resolve())
+        found = decide(answer.view, limits)
         artifact = view.folder / "artifacts" / found.chosen.key
         if json:
-            print_json({**found.to_dict(), "study": view.study, "artifact": str(artifact)})
+            print_json({**found.to_dict(), "study": view.study, "profile": answer.name, "artifact": str(artifact)})
             return
         print_text(f"{found.chosen.name} ({found.chosen.key})\n{found.chosen.description}")
         for sentence in found.why:
             print_text(f"- {sentence}")
+        if told := answer.sentence(found.chosen):
+            print_text(f"- {told}")
         if found.runner_up is not None:
             print_text(f"- runner-up: {found.price}")
         print_text(f"artifact: {short(artifact)}")
