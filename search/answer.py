@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paretune.hardware_profiles.errors import NothingFeasible
-from paretune.hardware_profiles.profile import load_profile
-from paretune.search.target_profiles import Predict, further_profiles
 from paretune.search.target_records import Target
 from paretune.search.target_view import view_on
-from paretune.search.targets import predict_target
 from paretune.search.view import Point, StudyView
+
+if TYPE_CHECKING:
+    from paretune.search.target_profiles import Predict
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def answer_on(view: StudyView, profile: str | None, home: Path, predict: Predict
     found = next((t for t in view.targets if t.name == profile and _covers(t, view)), None)
     kept = found is not None
     if found is None:
-        loaded = load_profile(profile, home)
+        from paretune.search.target_profiles import further_profiles  # late: the usual question needs none of it
+        from paretune.search.targets import predict_target
+
+        (loaded,) = further_profiles("", (profile,), view.meta["spec"]["teacher"], home)
         if loaded.name == own and loaded.model_dump(mode="json") == view.meta["profile"]:
             return Answer(view, own, None)
-        further_profiles("", (profile,), view.meta["spec"]["teacher"], home)
         found = predict_target(view, loaded, predict)
     there = view_on(view, found)
     if view.confirmed and not there.confirmed:
