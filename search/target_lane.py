@@ -62,6 +62,8 @@ class TargetLane:
     def measure(self, candidate: AnyCandidate, artifact: Path) -> TargetRow | None:
         model = (artifact / MODEL).resolve()
         if not model.is_file():
-            raise EnvironmentProblem(f"the artifact {artifact} is gone", "bring the study's artifacts back to measure them")
+            raise EnvironmentProblem(
+                f"the artifact {artifact} is gone", "bring the study's artifacts back to measure them"
+            )
         result = self._visits.measure(candidate, model)
         return TargetRow(result.measurements) if result.stable else None

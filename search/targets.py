@@ -26,6 +26,8 @@ from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.teacher import load_teacher
 
 MOST_DISTURBED = 2
+# Of the first visit, which also opens the lane and may learn the reference; later ones take as long as was seen.
+FIRST_VISIT_S = 15.0
 OpenMeasurer = Callable[[Profile], Measurer]
 
 
@@ -116,35 +118,43 @@ def _lane(view: StudyView, home: Path) -> OpenMeasurer:
 
 
 def _measure(store: Store, job: _Job, lane: Measurer, deadline: float) -> None:
-    """Measure what is on a front and not measured yet, this target's own first; every row is kept at once."""
-    view, start, before = load_view(store), time.monotonic(), job.seconds
-    points = {p.key: p for p in view.confirmed}
-    for key, point in points.items():
-        row = None if _is_settled(job, key) else lane.kept(point.candidate)
+    """Measure what is on a front and not measured yet, this target's own first, and note what was left and why."""
+    view = load_view(store)
+    for point in view.confirmed:
+        row = None if _is_settled(job, point.key) else lane.kept(point.candidate)
         if row is not None:
-            job.measured[key] = row
+            job.measured[point.key] = row
+    try:
+        disturbed = _visits(store, view, job, lane, deadline)
+    except EnvironmentProblem as error:
+        job.notes.append(f"not measured further: {error.problem}")
+        return
+    if disturbed:
+        job.notes.append(f"{disturbed} visits were disturbed by other work; these candidates are left predicted")
+    elif left := sum(not _is_settled(job, key) for key in dict.fromkeys(_wanted(view, job))):
+        job.notes.append(f"{left} members of fronts are left predicted for want of time")
+
+
+def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: float) -> int:
+    """Visit while another visit fits before the deadline; every row is kept at once. Returns how many were disturbed."""
+    points = {p.key: p for p in view.confirmed}
     tried: set[str] = set()
-    disturbed = 0
-    while time.monotonic() < deadline and disturbed < MOST_DISTURBED:
+    disturbed, longest = 0, FIRST_VISIT_S
+    while time.monotonic() + longest < deadline and disturbed < MOST_DISTURBED:
         key = next((k for k in _wanted(view, job) if k not in tried and not _is_settled(job, k)), None)
         if key is None:
             break
         tried.add(key)
-        try:
-            row = _visit(store, lane, points[key])
-        except EnvironmentProblem as error:
-            job.notes.append(f"not measured further: {error.problem}")
-            break
+        start = time.monotonic()
+        row = _visit(store, lane, points[key])
+        seconds = time.monotonic() - start
+        job.seconds += seconds
+        longest = seconds if len(tried) == 1 else max(longest, seconds)
         disturbed += row is None
         if row is not None:
             job.measured[key] = row
-        job.seconds = before + time.monotonic() - start
-        keep_targets(store, [job.target()])
-    if disturbed:
-        job.notes.append(f"{disturbed} visits were disturbed by other work; these candidates are left predicted")
-    left = sum(not _is_settled(job, k) for k in dict.fromkeys(_wanted(view, job)))
-    if left and not disturbed:
-        job.notes.append(f"{left} members of fronts are left predicted for want of time")
+            keep_targets(store, [job.target()])
+    return disturbed
 
 
 def _visit(store: Store, lane: Measurer, point: Point) -> TargetRow | None:
@@ -174,4 +184,3 @@ def _wanted(view: StudyView, job: _Job) -> Iterator[str]:
 def _told(target: Target, confirmed: int) -> str:
     counts = f"{target.measured} of {confirmed} candidates measured, {len(target.infeasible)} cannot run there"
     return f"target {target.name}: {counts}" + "".join(f"; {note}" for note in target.notes)
-

@@ -41,11 +41,16 @@ def slow(costs, losses, limit):
     return choices, matrix, min(worst.values(), default=None)
 
 
-@given(st.lists(st.lists(cost, min_size=6, max_size=6), min_size=3, max_size=3), st.lists(st.floats(-0.1, 0.3), min_size=6, max_size=6), st.floats(0, 0.3))
+@given(
+    st.lists(st.lists(cost, min_size=6, max_size=6), min_size=3, max_size=3),
+    st.lists(st.floats(-0.1, 0.3), min_size=6, max_size=6),
+    st.floats(0, 0.3),
+)
 def test_the_matrix_is_its_definition(table, loss, limit):
     losses = dict(zip(KEYS, loss, strict=True))
     costs = {
-        t: {k: c for k, c in zip(KEYS, row, strict=True) if c is not None} for t, row in zip(TARGETS, table, strict=True)
+        t: {k: c for k, c in zip(KEYS, row, strict=True) if c is not None}
+        for t, row in zip(TARGETS, table, strict=True)
     }
     found = regret_matrix(costs, losses, limit)
     choices, matrix, worst = slow(costs, losses, limit)
@@ -54,7 +59,7 @@ def test_the_matrix_is_its_definition(table, loss, limit):
     assert (None if found.robust is None else found.robust.worst) == worst
     for a, b in itertools.product(TARGETS, TARGETS):
         value = found.matrix[a][b]
-        assert value is None or value >= 0 and (a != b or value == 0)
+        assert value is None or (value >= 0 and (a != b or value == 0))
     if found.robust is not None:
         key, where = found.robust.key, found.robust.where
         assert losses[key] <= limit
@@ -143,7 +148,9 @@ class Memory(dict):
 def test_targets_come_back_as_they_were_kept_and_in_their_order():
     store = Memory()
     assert load_targets(store) == ()
-    one = Target("one", {"name": "one", "threads": 2}, {"a": row(1.0, "measured"), "b": TargetRow(infeasible="no")}, ("n",), 1.5)
+    one = Target(
+        "one", {"name": "one", "threads": 2}, {"a": row(1.0, "measured"), "b": TargetRow(infeasible="no")}, ("n",), 1.5
+    )
     two = Target("two", {"name": "two"})
     keep_targets(store, [one, two])
     assert load_targets(store) == (one, two)

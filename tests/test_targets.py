@@ -44,7 +44,9 @@ DECODE = "decode_ms_per_token"
 def write_profile(home, name, **changes):
     """A target that is not at hand, as a YAML file of the home."""
     away = {"at_hand": False} if "at_hand" in Profile.model_fields else {}
-    made = detected_profile().model_copy(update={"name": name, "memory_bytes": MEMORY.get(name, 10**9), **away, **changes})
+    made = detected_profile().model_copy(
+        update={"name": name, "memory_bytes": MEMORY.get(name, 10**9), **away, **changes}
+    )
     (home / "profiles").mkdir(parents=True, exist_ok=True)
     (home / "profiles" / f"{name}.yaml").write_text(dump_model(made, name))
     return made
@@ -117,7 +119,9 @@ def searched(tmp_path_factory):
         patch.setitem(sys.modules, "paretune.objectives.predict", module)
         patch.setattr(housekeeper, "try_drain", lambda *_: None)
         patch.setattr(run, "run_study", inline(run.run_study))
-        patch.setattr(sys, "argv", ["paretune", "search", f"{home / 'spec.yaml'}", *wanted, "--study=s", f"--home={home}"])
+        patch.setattr(
+            sys, "argv", ["paretune", "search", f"{home / 'spec.yaml'}", *wanted, "--study=s", f"--home={home}"]
+        )
         cli.main()
     return home
 
@@ -154,7 +158,11 @@ def test_the_search_prices_every_candidate_and_takes_quality_once(searched):
             assert p.measurements["compressed_bytes"] == mine.measurements["compressed_bytes"]
             assert "decode_p90_ms" not in p.measurements
     assert view.seconds_by_stage[finishing.STAGE] < 0.05 * view.meta["budget_s"]
-    assert view.meta["spent_s"] <= view.meta["budget_s"] and view.meta["spec"]["targets"] == ["board", "server", "small"]
+    assert view.meta["spent_s"] <= view.meta["budget_s"] and view.meta["spec"]["targets"] == [
+        "board",
+        "server",
+        "small",
+    ]
 
 
 def test_the_command_shows_fronts_and_the_matrix_of_the_definition(searched, call):
@@ -230,7 +238,9 @@ def test_recommendations_follow_the_target(searched, call):
 def test_a_target_that_was_never_added_is_predicted_on_the_fly(home, call):
     write_profile(home, "other")
     code, out, _ = call("recommend", "s", "--profile", "other", home=home)
-    assert code == 0 and "costs on other are predicted on the fly; `paretune targets s --profile other` keeps them" in out
+    assert (
+        code == 0 and "costs on other are predicted on the fly; `paretune targets s --profile other` keeps them" in out
+    )
     assert "other" not in [t.name for t in view_of(home).targets]
     code, _, err = call("recommend", "s", "--profile", "nothing", home=home)
     assert code == 4 and "no confirmed candidate runs on nothing: needs" in err and "remedy" in err
@@ -240,8 +250,14 @@ def test_a_target_on_which_nothing_runs_is_kept_and_shown(home, call):
     code, out, err = call("targets", "s", "--profile", "nothing", "--json", home=home)
     assert code == 0, err
     found = json.loads(out)["targets"][-1]
-    assert found["front"] == [] and found["recommended"] is None and len(found["infeasible"]) == len(view_of(home).confirmed)
-    assert json.loads(out)["regret"][2]["robust"] is not None, "a target that nothing serves must not decide for the others"
+    assert (
+        found["front"] == []
+        and found["recommended"] is None
+        and len(found["infeasible"]) == len(view_of(home).confirmed)
+    )
+    assert json.loads(out)["regret"][2]["robust"] is not None, (
+        "a target that nothing serves must not decide for the others"
+    )
     assert "nothing" in report_html(view_of(home))
     targets_figure(compare(view_of(home))).to_json()
 
@@ -306,10 +322,11 @@ def test_the_report_and_the_picture_tell_measured_from_predicted(searched):
     assert bars["regret, measured"].marker.pattern.shape == "" and bars["regret, predicted"].marker.pattern.shape == "/"
     assert set(bars["regret, measured"].x) == {0} and set(bars["regret, predicted"].x) == {1, 2, 3}
     assert len(bars["regret, measured"].x) + len(bars["regret, predicted"].x) == 16
-    members = {t.name.split(" (")[0]: t for t in figure.data if t.mode == "markers"}
+    lines = [t for t in figure.data if t.type == "scatter"]
+    members = {t.name.split(" (")[0]: t for t in lines if t.mode == "markers"}
     assert not any("open" in s for s in members["local-cpu"].marker.symbol)
     assert all("open" in s for name in ("board", "server", "small") for s in members[name].marker.symbol)
-    dashes = [t.line.dash for t in figure.data if t.mode == "lines"]
+    dashes = [t.line.dash for t in lines if t.mode == "lines"]
     assert dashes == ["solid", "dot", "dot", "dot"]
 
 
@@ -326,7 +343,13 @@ class FakeLane:
     """Measures twice what is predicted; some visits are disturbed, one candidate is refused, the engine may be gone."""
 
     def __init__(self, disturbed=(), refused=(), gone_after=99, kept=()):
-        self.disturbed, self.refused, self.gone_after, self.kept_keys, self.visits = disturbed, refused, gone_after, kept, []
+        self.disturbed, self.refused, self.gone_after, self.kept_keys, self.visits = (
+            disturbed,
+            refused,
+            gone_after,
+            kept,
+            [],
+        )
 
     def row(self, candidate):
         found = predict(detected_profile(), candidate, SHAPE)

@@ -71,7 +71,8 @@ def _matrix(found: Comparison, regret: Regret) -> str:
             f"({escape(best.where)})."
         )
     title = f"<h3>Regret within {regret.limit:.0%} loss</h3>"
-    return f"{title}{table(['choice of \\ runs on', *regret.targets], rows)}<p>{told}</p>"
+    header = ["choice of \\ runs on", *regret.targets]
+    return f"{title}{table(header, rows)}<p>{told}</p>"
 
 
 def _choice(found: Comparison, regret: Regret, target: str) -> str:
@@ -109,8 +110,17 @@ def targets_table(view: StudyView) -> dict[str, Any] | None:
             m = None if there is None else there.measurements[latency]
             memory = None if there is None else there.measurements["peak_memory_bytes"].value
             values = (None, None, None) if m is None else (m.value, m.low, m.high)
-            rows.append(
-                [side.name, p.key, p.name, *values, side.provenance(p.key), memory, p.key in front, why]
-            )
-    columns = ["target", "key", "name", latency, "low", "high", "provenance", "peak_memory_bytes", "front", "infeasible"]
+            rows.append([side.name, p.key, p.name, *values, side.provenance(p.key), memory, p.key in front, why])
+    columns = [
+        "target",
+        "key",
+        "name",
+        latency,
+        "low",
+        "high",
+        "provenance",
+        "peak_memory_bytes",
+        "front",
+        "infeasible",
+    ]
     return {"columns": columns, "data": rows}

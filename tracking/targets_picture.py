@@ -189,7 +189,9 @@ def _told(found: Comparison, regret: Regret, row: int, column: int) -> str:
     a, b = regret.targets[row], regret.targets[column]
     key = regret.choices[a]
     name = "no candidate" if key is None else found.point(key).name
-    return f"{html.escape(name)}, the choice of {html.escape(a)},<br>on {html.escape(b)}: {cell_text(regret.matrix[a][b])}"
+    return (
+        f"{html.escape(name)}, the choice of {html.escape(a)},<br>on {html.escape(b)}: {cell_text(regret.matrix[a][b])}"
+    )
 
 
 def _colour(value: float | None) -> str:
