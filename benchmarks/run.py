@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 
-from benchmarks import joint, memory, overhead, speed, studies, table
+from benchmarks import joint, memory, overhead, speed, studies, table, targets
 from benchmarks.common import RESULTS, Benchmark, Figure
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
@@ -26,6 +26,7 @@ QUICK: tuple[Benchmark, ...] = (
     studies.latency_fit_error,
     memory.memory_mb,
     overhead.recommend_ms,
+    targets.second_target_cost,
     speed.quantize_seconds_per_100m_params,
     speed.prune_seconds_per_100m_params,
     speed.weights_fill_ms,

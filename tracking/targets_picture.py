@@ -28,7 +28,9 @@ COLOURS = (
     *("#d85fa8", "#6f7a86", "#9aa51f", "#17a5bf", "#5c6bc0", "#c0572b"),
 )
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
-FRONTS_PX, MARGINS_PX, ROW_PX = 430, 260, 34
+FRONTS_PX, MARGINS_PX, ROW_PX = 430, 230, 34
+# Names of so many targets fit beside each other.
+STRAIGHT = 4
 # Regret that has the darkest cell, and the colours from none to that.
 MOST_SHOWN = 0.5
 CELL_SCALE = ((0.0, "#d9efe7"), (0.25, "#f2e2a0"), (1.0, "#e0713f"))
@@ -52,7 +54,7 @@ def targets_figure(found: Comparison) -> Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY, "size": 13},
         height=height,
-        margin={"l": 150, "r": 16, "t": 30, "b": 110},
+        margin={"l": 150, "r": 16, "t": 30, "b": 70 if rows <= STRAIGHT else 110},
         barmode="overlay",
         bargap=0,
         hovermode="closest",
@@ -169,7 +171,13 @@ def _cells(found: Comparison, regret: Regret) -> list[Any]:
                 marker={
                     "color": [_colour(value) for _, _, value in cells],
                     "line": {"color": "#ffffff", "width": 2},
-                    "pattern": {"shape": shape, "fgcolor": "#ffffff", "size": 7, "solidity": 0.22},
+                    "pattern": {
+                        "shape": shape,
+                        "fillmode": "overlay",
+                        "fgcolor": "rgba(60,69,77,0.6)",
+                        "size": 7,
+                        "solidity": 0.2,
+                    },
                 },
                 text=[f"<b>{cell_text(value)}</b>" for _, _, value in cells],
                 textposition="inside",
@@ -211,15 +219,24 @@ def _dress_fronts(figure: Figure, found: Comparison) -> None:
     line = {"gridcolor": "rgba(128,136,144,0.22)", "zeroline": False, "linecolor": GREY, "showline": True}
     latencies = [_latency(p) for side in found.sides for p in side.view.front]
     label = label_of(found.view.figures.latency, found.view.figures)
+    ticks = _ticks(latencies)
     figure.update_xaxes(
-        row=1, col=1, type="log", title_text=f"{label}, logarithmic", dtick=_decades(latencies), ticks="outside", **line
+        row=1,
+        col=1,
+        type="log",
+        title_text=f"{label}, logarithmic",
+        tickvals=ticks,
+        ticktext=[f"{v:g}" for v in ticks],
+        ticks="outside",
+        **line,
     )
     figure.update_yaxes(row=1, col=1, title_text="loss against the fp32 teacher (%)", ticks="outside", **line)
 
 
-def _decades(values: Sequence[float]) -> str:
-    """Which ticks a logarithmic axis labels: all digits over one decade, else 1, 2, 5."""
-    return "D1" if values and math.log10(max(values) / min(values)) < 0.7 else "D2"
+def _ticks(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 of every decade that a logarithmic axis can show."""
+    low, high = (math.log10(f(values, default=1.0)) for f in (min, max))
+    return [digit * 10.0**e for e in range(math.floor(low) - 1, math.ceil(high) + 1) for digit in (1, 2, 5)]
 
 
 def _dress_matrix(figure: Figure, regret: Regret) -> None:
@@ -234,7 +251,7 @@ def _dress_matrix(figure: Figure, regret: Regret) -> None:
         range=[-0.5, count - 0.5],
         showgrid=False,
         zeroline=False,
-        tickangle=-25 if count > 4 else 0,
+        tickangle=0 if count <= STRAIGHT else -25,
         title_text=f"runs on (regret within {regret.limit:.0%} loss{told})",
         title_font={"color": ACCENT},
     )
