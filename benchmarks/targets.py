@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.common import HOME, Figure, figure, latest_study
 from paretune.hardware_profiles.profile import Profile, load_profile, profile_names
 from paretune.search.store import Store
-from paretune.search.target_profiles import Predict
+from paretune.search.target_profiles import Predict, is_at_hand
 from paretune.search.targets import add_targets
 from paretune.search.view import StudyView, load_view
 from paretune.tracking.report_targets import targets_section
@@ -45,11 +45,6 @@ def second_target_cost(predict: Predict | None = None) -> Iterator[Figure]:
         budget_s=view.meta["budget_s"],
         profiles=[p.name for p in profiles[:MOST_PROFILES]],
     )
-
-
-def is_at_hand(profile: Profile) -> bool:
-    """Such a target would be measured, not predicted."""
-    return bool(getattr(profile, "at_hand", False))
 
 
 def seconds_of(view: StudyView, profile: Profile, predict: Predict | None = None) -> float:

@@ -17,7 +17,7 @@ from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
-from paretune.search.target_profiles import further_profiles, reserved_share
+from paretune.search.target_profiles import further_profiles, require_predictions, reserved_share
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
@@ -100,6 +100,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         choices=spec.choices,
     )
     space = with_students(space, spec.student_configs)
+    require_predictions(targets, space.baselines()[0], teacher.shape)
     notes = []
     if spec.mixed_precision:
         tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)

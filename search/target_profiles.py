@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.errors import Infeasible, UsageError
 from paretune.hardware_profiles.profile import Profile, load_profile
 from paretune.objectives.measurement import Measurement
 from paretune.search.spec import Spec
@@ -38,6 +39,14 @@ def further_profiles(first: str, names: Iterable[str], teacher: str, home: Path)
     return tuple(found.values())
 
 
+def require_predictions(profiles: Iterable[Profile], candidate: Candidate, shape: Shape) -> None:
+    """Raises UsageError for a profile that lacks figures, before a search takes hours; one that is at hand can be measured."""
+    for profile in profiles:
+        with contextlib.suppress(Infeasible):
+            if not is_at_hand(profile):
+                roofline()(profile, candidate, shape)
+
+
 def reserved_share(profiles: Iterable[Profile]) -> float:
     """The share of the budget that is kept back to measure on further targets; predictions take none worth keeping."""
     return min(RESERVED_MOST, RESERVED_EACH * sum(can_measure(p) for p in profiles))
@@ -45,7 +54,12 @@ def reserved_share(profiles: Iterable[Profile]) -> float:
 
 def can_measure(profile: Profile) -> bool:
     """Whether this machine can measure the target: it is at hand, and its engine is installed."""
-    return bool(getattr(profile, "at_hand", False)) and missing_engine(profile) is None
+    return is_at_hand(profile) and missing_engine(profile) is None
+
+
+def is_at_hand(profile: Profile) -> bool:
+    """Whether the target is this machine."""
+    return bool(getattr(profile, "at_hand", False))
 
 
 def missing_engine(profile: Profile) -> str | None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from paretune.objectives.measurement import Measurement
 from paretune.search.records import now
 
+DECODE = "decode_ms_per_token"  # the latency of decoders; plug-ins have no further targets
+
 
 class Meta(Protocol):
     """The part of a store that is needed here."""
@@ -32,8 +34,8 @@ class TargetRow:
 
     @property
     def is_measured(self) -> bool:
-        """Whether something was taken by the lane; what the lane does not take stays predicted beside it."""
-        return any(m.provenance == "measured" for m in self.measurements.values())
+        """Whether the lane took its latency; what the lane does not take stays predicted beside it."""
+        return DECODE in self.measurements and self.measurements[DECODE].provenance == "measured"
 
     def to_dict(self) -> dict[str, Any]:
         return {"measurements": {n: m.to_dict() for n, m in self.measurements.items()}, "infeasible": self.infeasible}

@@ -12,12 +12,11 @@ from dataclasses import replace
 from statistics import median
 
 from paretune.objectives.measurement import Measurement
-from paretune.search.target_records import TargetRow
+from paretune.search.target_records import DECODE, TargetRow
 
 LEAST_RATIOS = 3
 # Quantities that no visit takes, but that follow from decode: multiplied by the power of its ratio.
 FOLLOWING = {"energy_j_per_token": 1, "usd_per_million_tokens": 1, "throughput_tokens_per_s": -1}
-DECODE = "decode_ms_per_token"
 Rows = Mapping[str, TargetRow]
 
 

@@ -17,7 +17,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible, Us
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.store import Store
 from paretune.search.target_lane import Measurer, TargetLane
-from paretune.search.target_profiles import Predict, can_measure, missing_engine, roofline, shape_of
+from paretune.search.target_profiles import Predict, can_measure, is_at_hand, missing_engine, roofline, shape_of
 from paretune.search.target_records import Target, TargetRow, keep_targets, load_targets
 from paretune.search.target_rows import combined
 from paretune.search.target_view import view_on
@@ -68,7 +68,7 @@ def add_targets(
         if can_measure(job.profile):
             opened = (open_measurer or _lane(view, home))(job.profile)
             _measure(store, job, opened, deadline)
-        elif getattr(job.profile, "at_hand", False):
+        elif is_at_hand(job.profile):
             job.notes.append(f"not measured: the engine {missing_engine(job.profile)} is not installed here")
     found = tuple(job.target() for job in jobs)
     keep_targets(store, found)
@@ -95,7 +95,7 @@ def _predicted(view: StudyView, profile: Profile, shape: Shape, predict: Predict
         except Infeasible as error:
             job.predicted[point.key] = TargetRow(infeasible=str(error))
         except UsageError as error:
-            if not can_measure(profile):
+            if not is_at_hand(profile):
                 raise
             job.notes.append(f"not predicted: {error.problem}")
             break

@@ -306,6 +306,15 @@ def test_a_study_without_confirmed_candidates(tmp_path, call):
     assert json.loads(call("targets", "new", "--json", home=tmp_path)[1])["targets"] == []
 
 
+def test_a_profile_without_the_figures_is_refused_before_the_search(searched, call, monkeypatch):
+    def lacks(profile, candidate, shape, **_):
+        raise UsageError(f"the profile {profile.name} lacks bandwidth_gb_per_s", "add it with its source")
+
+    monkeypatch.setattr(sys.modules["paretune.objectives.predict"], "predict", lacks)
+    code, _, err = call("search", "--profile", "local-cpu", "--profile", "board", "--dry-run", home=searched)
+    assert code == 2 and "board lacks bandwidth_gb_per_s" in err
+
+
 def test_settings_without_targets_are_the_settings_of_before():
     plain = Spec()
     assert plain.targets == () and plain.digest() == Spec(targets=()).digest()
