@@ -37,16 +37,18 @@ from paretune.tracking.mlflow_runs import _write_files
 from paretune.tracking.targets_picture import targets_figure
 
 SPEC = "budget: 5m\nfit_points: 30\nmax_candidates: 44\nfinalists: 2\n"
-MEMORY = {"board": 10**9, "server": 10**12, "small": 9_000_000, "nothing": 1000}
+MEMORY = {"board": 10**9, "server": 10**12, "small": 9_000_000, "nothing": 1_000_000}
 DECODE = "decode_ms_per_token"
 
 
 def write_profile(home, name, **changes):
     """A target that is not at hand, as a YAML file of the home."""
-    away = {"at_hand": False} if "at_hand" in Profile.model_fields else {}
-    made = detected_profile().model_copy(
-        update={"name": name, "memory_bytes": MEMORY.get(name, 10**9), **away, **changes}
-    )
+    figures = {"bandwidth_gb_per_s": 20.0, "peak_fp32_tflops": 0.1}
+    known = {k: v for k, v in {"at_hand": False, **figures}.items() if k in Profile.model_fields}
+    if "sources" in Profile.model_fields:
+        known["sources"] = dict.fromkeys(figures, "made up for a test")
+    wanted = {"name": name, "memory_bytes": MEMORY.get(name, 10**9), **known, **changes}
+    made = detected_profile().model_copy(update=wanted)
     (home / "profiles").mkdir(parents=True, exist_ok=True)
     (home / "profiles" / f"{name}.yaml").write_text(dump_model(made, name))
     return made
