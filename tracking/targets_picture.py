@@ -114,12 +114,18 @@ def _front(side: Side, number: int) -> list[Any]:
             "arrayminus": [m.value - m.low for m in kept],
             "thickness": 0.8,
             "width": 2,
-            "color": colour,
+            "color": _faint(colour),
         },
         hovertext=[_hover(side, p) for p in members],
         hoverinfo="text",
     )
     return [line, points]
+
+
+def _faint(colour: str) -> str:
+    """A colour for intervals, which overlap where there are many targets."""
+    red, green, blue = bytes.fromhex(colour[1:])
+    return f"rgba({red},{green},{blue},0.35)"
 
 
 def _latency(point: Point) -> float:

@@ -10,12 +10,13 @@ import typer
 from rich.markup import escape
 
 from paretune.cli_options import HOME, Home, Json, Study, opened_view, study_folder
-from paretune.console import print_json, show, talk
+from paretune.console import print_json, talk
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from paretune.objectives.measurement import Measurement
     from paretune.search.compare import Comparison
     from paretune.search.regret import Regret
     from paretune.search.view import StudyView
@@ -113,7 +114,7 @@ def _targets_table(found: Comparison, regret: Regret) -> Table:
 
     title = f"fastest within {regret.limit:.0%}"
     table = Table(title=f"{found.view.study}: targets", caption_justify="left")
-    for name in ("target", "measured", "predicted", "cannot run", "front", "recommended", title, "decode ms"):
+    for name in ("target", "measured", "predicted", "cannot run", "front", "recommended", title, "its decode ms"):
         table.add_column(name, justify="left" if name in ("target", "recommended", title) else "right")
     for side in found.sides:
         key, chosen, points = regret.choices[side.name], side.recommended(), side.view.confirmed
@@ -126,10 +127,16 @@ def _targets_table(found: Comparison, regret: Regret) -> Table:
             str(len(side.infeasible)),
             str(len(side.view.front) - len(side.view.ties)),
             "none" if chosen is None else chosen.chosen.name,
-            "none" if point is None else f"{point.name} {point.key[:8]}",
-            "-" if point is None else show(point.measurements[side.view.figures.latency]),
+            "none" if point is None else point.key[:8],
+            "-" if point is None else _cost(point.measurements[side.view.figures.latency]),
         )
     return table
+
+
+def _cost(m: Measurement) -> str:
+    """Value and interval, which is lopsided where it follows from priors."""
+    mark = "" if m.provenance == "measured" else f" {m.provenance}"
+    return f"{m.value:.3f} [{m.low:.3f} … {m.high:.3f}]{mark}"
 
 
 def _matrix_table(found: Comparison, regret: Regret) -> Table:
@@ -138,8 +145,9 @@ def _matrix_table(found: Comparison, regret: Regret) -> Table:
     caption = "more time per token than the target's own choice; p: predicted"
     table = Table(title=f"regret within {regret.limit:.0%} loss", caption=caption, caption_justify="left")
     table.add_column("choice of \\ runs on")
+    table.columns[0].overflow = "fold"
     for name in regret.targets:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for a in regret.targets:
         table.add_row(a, *(_cell(found, regret, a, b) for b in regret.targets))
     return table
