@@ -40,6 +40,7 @@ docs: install
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_models.py
 	-$(BIN)/python docs/make_joint_pictures.py
+	-$(BIN)/python docs/make_targets_picture.py
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_pictures.py
 

@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 
-from benchmarks import joint, lane, memory, overhead, speed, studies, table
+from benchmarks import joint, lane, memory, overhead, speed, studies, table, targets
 from benchmarks.common import RESULTS, Benchmark, Figure
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
@@ -27,6 +27,7 @@ QUICK: tuple[Benchmark, ...] = (
     memory.memory_mb,
     lane.measure_seconds,
     overhead.recommend_ms,
+    targets.second_target_cost,
     speed.quantize_seconds_per_100m_params,
     speed.prune_seconds_per_100m_params,
     speed.weights_fill_ms,

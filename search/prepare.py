@@ -20,6 +20,7 @@ from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
+from paretune.search.target_profiles import further_profiles, require_predictions, reserved_share
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
@@ -54,6 +55,12 @@ class Ready:
     text: str = ""
     plugin: PluginSetup | None = None
     findings: Findings | None = None
+    targets: tuple[Profile, ...] = ()
+
+    @property
+    def search_s(self) -> float:
+        """Seconds of the budget for the search itself; the rest is for measuring on further targets that are at hand."""
+        return self.spec.budget_s * (1 - reserved_share(self.targets))
 
     @property
     def identity(self) -> str:
@@ -75,10 +82,12 @@ def prepare(spec: Spec, home: Path) -> Ready:
     if is_plugin(spec.teacher):
         from paretune.search.plugin_prepare import prepare_plugin
 
+        further_profiles(spec.profile, spec.targets, spec.teacher, home)
         return prepare_plugin(spec, home)
     teacher = load_teacher(spec.teacher)
     profile = load_profile(spec.profile, home)
     check_figures(spec, profile)
+    targets = further_profiles(profile.name, spec.targets, spec.teacher, home)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     if missing := spec.choices.missing(profile.weight_formats):
@@ -96,6 +105,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         choices=spec.choices,
     )
     space = with_students(space, spec.student_configs)
+    require_predictions(targets, space.baselines()[0], teacher.shape)
     notes = []
     if spec.mixed_precision:
         tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)
@@ -133,7 +143,9 @@ def prepare(spec: Spec, home: Path) -> Ready:
         notes,
     )
     check_affordable(plan, spec, home)
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings)
+    return Ready(
+        spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings, targets=targets
+    )
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

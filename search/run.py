@@ -29,9 +29,7 @@ def run_study(
     """Run a created or reopened study to its end; returns the exit code (0, 3, 4, 130). Starting is recovering."""
     launches = int(store.meta("launches", 0)) + 1
     lost = store.recover(MAX_ATTEMPTS)
-    budget = Budget(
-        ready.spec.budget_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {}))
-    )
+    budget = Budget(ready.search_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {})))
     store.set_meta(launches=launches, state="running", pid=os.getpid())
     store.event(
         "launch", f"launch {launches}" + (f", {lost} evaluations of a dead process are due again" if lost else "")

@@ -127,6 +127,8 @@ class Spec(BaseModel):
     `limits` are upper bounds, of `throughput_tokens_per_s` the lower one. `energy_j_per_token` and `usd_per_million_tokens` need the
     profile's power and price.
     `student_configs` are sizes that are explored first, each unquantized and at the engine's integer precisions.
+    `targets` are further profiles (names or YAML files): the search is for `profile`, then every confirmed candidate gets its cost on
+    each of them, measured where that machine is at hand, else predicted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -135,6 +137,7 @@ class Spec(BaseModel):
     data: str | None = None
     field: str | None = None
     profile: str = "local-cpu"
+    targets: tuple[str, ...] = ()
     budget: str = "9m"
     sampler: Literal["tpe", "nsga2", "sequential"] = "tpe"
     seed: int = 0
@@ -219,8 +222,11 @@ class Spec(BaseModel):
         return 4 * self.finalists
 
     def digest(self) -> str:
-        """12 hex digits; two searches with the same settings have the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits; two searches with the same settings have the same. No further targets count as before there were any."""
+        settings = self.model_dump(mode="json")
+        if not self.targets:
+            del settings["targets"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 PRESETS: dict[str, dict[str, Any]] = {

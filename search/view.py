@@ -16,6 +16,7 @@ from paretune.search.database import is_taken
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
 from paretune.search.store import Store
+from paretune.search.target_records import Target, load_targets
 from paretune.spaces.candidate import ALGORITHM_NAMES, Format
 from paretune.spaces.kinds import AnyCandidate
 from paretune.spaces.module_candidate import ModuleCandidate
@@ -117,6 +118,7 @@ class StudyView:
     events: tuple[Event, ...]
     seconds_by_stage: dict[str, float]
     figures: Figures = DECODER
+    targets: tuple[Target, ...] = ()
 
     @property
     def baselines(self) -> tuple[Point, ...]:
@@ -184,6 +186,7 @@ def load_view(store: Store) -> StudyView:
         tuple(store.events()),
         store.meta("seconds_by_stage", {}),
         figures,
+        load_targets(store),
     )
 
 
@@ -206,11 +209,18 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
 
 
 def tied(a: Point, b: Point, objective: str) -> bool:
-    """Whether the difference of two points in an objective is within its interval (paired by document for the NLL)."""
+    """Whether the difference of two points in an objective is within its interval (paired by document for the NLL).
+
+    Two predictions for a target share its priors: they are a tie only if low, likely and high priors do not agree on the order.
+    """
     if objective == a.figures.quality and a.scores is not None and b.scores is not None:
         _, low, high = paired_difference(a.scores, b.scores)
         return low <= 0.0 <= high
-    return a.value(objective).overlaps(b.value(objective))
+    one, other = a.value(objective), b.value(objective)
+    if one.provenance == other.provenance == "predicted":
+        differences = (one.low - other.low, one.value - other.value, one.high - other.high)
+        return not (min(differences) > 0 or max(differences) < 0)
+    return one.overlaps(other)
 
 
 def failure_counts(view: StudyView) -> Counter[str]:

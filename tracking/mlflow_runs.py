@@ -21,6 +21,8 @@ from paretune.tracking.charts import figure_html
 from paretune.tracking.mlflow_texts import candidate_params, candidate_tags, metrics, note, rung0_table, study_params
 from paretune.tracking.picture import front_png
 from paretune.tracking.report import report_html
+from paretune.tracking.report_targets import targets_table
+from paretune.tracking.targets_picture import targets_html
 from paretune.tracking.wording import named, recommended
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ EXPERIMENT = "paretune"
 STATUS = {"complete": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 MAX_PARAM, MAX_TAG, MAX_PARAMS = 6000, 5000, 100
 ARTIFACT = "artifact"
+TARGETS = "targets.json"
 
 
 @dataclass
@@ -204,7 +207,8 @@ class StudyRuns:
         tags = {
             "mlflow.note.content": note(self.view, chosen),
             "state": state,
-            "mlflow.loggedArtifacts": json.dumps([{"path": "rung0.json", "type": "table"}]),
+            "targets": ", ".join(t.name for t in self.view.targets),
+            "mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"} for name in _tables(self.view)]),
         }
         self._log(self.parent, study_params(self.view), tags)
         self.client.set_tag(run_id, "paretune.digest", digest)
@@ -236,6 +240,15 @@ def _write_files(view: StudyView, folder: Path) -> None:
     (folder / "front.html").write_text(figure_html(view))
     (folder / "rung0.json").write_text(json.dumps(rung0_table(view)))
     front_png(view, folder / "front.png")
+    prices, picture = targets_table(view), targets_html(view)
+    if prices is not None and picture is not None:
+        (folder / TARGETS).write_text(json.dumps(prices))
+        (folder / "targets.html").write_text(picture)
+
+
+def _tables(view: StudyView) -> list[str]:
+    """What MLflow shows as tables."""
+    return ["rung0.json", *([TARGETS] if view.targets else [])]
 
 
 def _digest(view: StudyView, chosen: Recommendation | None) -> str:
@@ -249,6 +262,7 @@ def _digest(view: StudyView, chosen: Recommendation | None) -> str:
         [p.key for p in view.front],
         sorted(view.ties),
         None if chosen is None else chosen.chosen.key,
+        [t.to_dict() for t in view.targets],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

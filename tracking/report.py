@@ -17,6 +17,7 @@ from paretune.tracking.page import PAGE, POLICY, STYLE, THEME_SCRIPT, duration, 
 from paretune.tracking.picture import front_png
 from paretune.tracking.points import hidden_estimates
 from paretune.tracking.report_tables import baseline_table, disturbed_table, front_table
+from paretune.tracking.report_targets import targets_section
 from paretune.tracking.wording import named, recommended
 
 STATES = {
@@ -40,7 +41,15 @@ def report_html(view: StudyView) -> str:
 
     chosen = recommended(view)
     parts = [_head(view), _headline(view, chosen), _chart(view), front_table(view, chosen), baseline_table(view)]
-    parts += [disturbed_table(view), _effort(view), _failures(view), _trust(view), _events(view), _origin(view)]
+    parts += [
+        targets_section(view),
+        disturbed_table(view),
+        _effort(view),
+        _failures(view),
+        _trust(view),
+        _events(view),
+        _origin(view),
+    ]
     body, title = "\n".join(parts), escape(view.study)
     return PAGE.format(title=title, body=body, style=STYLE, plotly=get_plotlyjs(), theme=THEME_SCRIPT, policy=POLICY)
 

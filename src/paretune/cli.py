@@ -22,6 +22,7 @@ from paretune.cli_profile import profile
 from paretune.cli_score import score
 from paretune.cli_search import search
 from paretune.cli_study import front, recommend, status
+from paretune.cli_targets import targets
 from paretune.cli_tracking import report, sync, ui
 from paretune.console import print_text, talk
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
-COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure)
+COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, targets, report, generate, measure)
 COMMANDS += (profile, score, agent, ui, sync)
 for command in COMMANDS:
     app.command()(command)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from paretune.cli_options import HOME, Home, Json, fraction
 from paretune.cli_study import status_of
+from paretune.cli_targets import show_targets
 from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ def search(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Target machine: a name or a YAML file.")] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="Target machine: a name or a YAML file. Repeat it for further ones: they share the search for the first."),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.")] = None,
     max_loss: Annotated[
@@ -58,7 +63,8 @@ def search(
         "teacher": teacher,
         "data": data,
         "field": field,
-        "profile": profile,
+        "profile": profile[0] if profile else None,
+        "targets": tuple(profile[1:]) if profile and len(profile) > 1 else None,
         "budget": budget,
         "sampler": sampler,
         "max_loss": fraction(max_loss, "--max-loss"),
@@ -75,6 +81,7 @@ def search(
 
 def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
     from paretune.search.cluster import require_cluster
+    from paretune.search.finish_targets import finish_targets
     from paretune.search.run import run_study
     from paretune.search.store import Store
     from paretune.search.studies import create_study, find_study
@@ -88,7 +95,7 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
     store = Store.open_study(home / "studies" / name) if exists else create_study(ready, home, name, command)
     talk.print(
         f"study [bold]{name}[/bold]{' (continued)' if exists else ''}: {ready.teacher.name}, {ready.teacher.parameters / 1e6:.1f}M parameters, "
-        f"{ready.plan.space_size:,} candidates, profile {ready.profile.name}, budget {ready.spec.budget}"
+        f"{ready.plan.space_size:,} candidates, profile {', '.join(p.name for p in (ready.profile, *ready.targets))}, budget {ready.spec.budget}"
     )
     for note in store.meta("notes", []):
         talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
@@ -105,9 +112,14 @@ def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json
 
         try:
             code = run_study(store, ready, home, notify, address)
+            problem = finish_targets(store, ready, home) if code in (0, 3) else None
+            if problem:
+                talk.print(f"[yellow]note:[/yellow] {escape(problem)}", soft_wrap=True)
         finally:
             left = keeper.finish()
-    _show_end(load_view(store), home, code, left, json)
+    view = load_view(store)
+    show_targets(view)
+    _show_end(view, home, code, left, json)
     store.close()
     return code
 

@@ -62,10 +62,12 @@ def recommend(
     min_throughput: Annotated[float | None, typer.Option(help="Tokens per second of one stream, at least.")] = None,
     max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the profile's power.")] = None,
     max_cost: Annotated[float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")] = None,
+    profile: Annotated[str | None, typer.Option(help="For this target: its costs, kept or predicted on the fly.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
     """One candidate for your limits, with reasons and the runner-up's price."""
+    from paretune.search.answer import answer_on
     from paretune.search.recommend import Limits
     from paretune.search.recommend import recommend as decide
 
@@ -79,14 +81,17 @@ def recommend(
         positive(max_cost, "--max-cost", "US dollars such as 0.2"),
     )
     with opened_view(study, home) as view:
-        found = decide(view, limits)
+        answer = answer_on(view, profile, home.resolve())
+        found = decide(answer.view, limits)
         artifact = view.folder / "artifacts" / found.chosen.key
         if json:
-            print_json({**found.to_dict(), "study": view.study, "artifact": str(artifact)})
+            print_json({**found.to_dict(), "study": view.study, "profile": answer.name, "artifact": str(artifact)})
             return
         print_text(f"{found.chosen.name} ({found.chosen.key})\n{found.chosen.description}")
         for sentence in found.why:
             print_text(f"- {sentence}")
+        if told := answer.sentence(found.chosen):
+            print_text(f"- {told}")
         if found.runner_up is not None:
             print_text(f"- runner-up: {found.price}")
         print_text(f"artifact: {short(artifact)}")

@@ -1,0 +1,162 @@
+"""The command that adds further targets to a study, and the tables that hold targets side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from paretune.cli_options import HOME, Home, Json, Study, opened_view, study_folder
+from paretune.console import print_json, talk
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from paretune.objectives.measurement import Measurement
+    from paretune.search.compare import Comparison
+    from paretune.search.regret import Regret
+    from paretune.search.view import StudyView
+
+
+def targets(
+    study: Study = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="A target to add: a name or a YAML file. Repeat it for several.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time to measure on targets that are at hand; 0 predicts only.")
+    ] = 300.0,
+    home: Home = HOME,
+    json: Json = False,
+) -> None:
+    """A study on several targets: a front and a choice for each, and what it costs to take one target's choice on another.
+
+    Quality is not taken again. A target that is at hand is measured on the members of the fronts, others are predicted.
+    """
+    from paretune.search.compare import compare, comparison_dict
+
+    if profile:
+        _add(study_folder(study, home), home.resolve(), profile, seconds)
+    with opened_view(study, home) as view:
+        found = compare(view)
+        if json:
+            print_json({"study": view.study, "targets": [], "regret": []} if found is None else comparison_dict(found))
+        elif found is None:
+            talk.print(f"{view.study} has no further targets: add one with `paretune targets --profile NAME`")
+        else:
+            from rich.console import Console
+
+            print_comparison(found, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+
+
+def _add(folder: Path, home: Path, names: list[str], seconds: float) -> None:
+    """Add targets to a study that no search runs on, and bring report and MLflow up to date."""
+    from paretune.hardware_profiles.errors import NothingFeasible
+    from paretune.search.store import Store
+    from paretune.search.target_profiles import further_profiles
+    from paretune.search.targets import add_targets
+    from paretune.search.view import load_view
+    from paretune.tracking.housekeeper import Housekeeper
+
+    store = Store.open_study(folder)
+    try:
+        view = load_view(store)
+        if not view.confirmed:
+            raise NothingFeasible(
+                "the study has no confirmed candidate yet, so nothing can be priced", "wait for the first confirmation"
+            )
+        profiles = further_profiles(view.meta["profile"]["name"], names, view.meta["spec"]["teacher"], home)
+        add_targets(store, home, profiles, seconds)
+        left = Housekeeper(store, home).finish()
+        if left:
+            talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
+    finally:
+        store.close()
+
+
+def show_targets(view: StudyView) -> None:
+    """On stderr after a search; nothing for a study without further targets."""
+    from paretune.search.compare import compare
+
+    found = compare(view)
+    if found is not None:
+        print_comparison(found, talk)
+
+
+def print_comparison(found: Comparison, console: Console) -> None:
+    """The targets, the matrix at one loss limit, and the candidate that serves all."""
+    regret = found.shown
+    console.print(_targets_table(found, regret))
+    console.print(_matrix_table(found, regret))
+    console.print(robust_sentence(found, regret), soft_wrap=True)
+    for side in found.sides:
+        for note in side.notes:
+            talk.print(f"[yellow]note:[/yellow] {side.name}: {escape(note)}", soft_wrap=True)
+        for reason in sorted(set(side.infeasible.values()))[:3]:
+            talk.print(f"[yellow]note:[/yellow] {side.name}: {escape(reason)}", soft_wrap=True)
+
+
+def robust_sentence(found: Comparison, regret: Regret) -> str:
+    """Which candidate has the smallest worst regret."""
+    if regret.robust is None:
+        return f"no candidate within {regret.limit:.0%} loss has a known cost on every target"
+    best = regret.robust
+    name = found.point(best.key).name
+    return f"smallest worst regret: {name} ({best.key[:8]}), at most {best.worst:+.1%} ({best.where})"
+
+
+def _targets_table(found: Comparison, regret: Regret) -> Table:
+    from rich.table import Table
+
+    title = f"fastest within {regret.limit:.0%}"
+    table = Table(title=f"{found.view.study}: targets", caption_justify="left")
+    for name in ("target", "measured", "predicted", "cannot run", "front", "recommended", title, "its decode ms"):
+        table.add_column(name, justify="left" if name in ("target", "recommended", title) else "right")
+    for side in found.sides:
+        key, chosen, points = regret.choices[side.name], side.recommended(), side.view.confirmed
+        predicted = sum(side.provenance(p.key) == "predicted" for p in points)
+        point = None if key is None else side.view.point(key)
+        table.add_row(
+            side.name,
+            str(side.measured),
+            str(predicted),
+            str(len(side.infeasible)),
+            str(len(side.view.front) - len(side.view.ties)),
+            "none" if chosen is None else chosen.chosen.name,
+            "none" if point is None else point.key[:8],
+            "-" if point is None else _cost(point.measurements[side.view.figures.latency]),
+        )
+    return table
+
+
+def _cost(m: Measurement) -> str:
+    """Value and interval, which is lopsided where it follows from priors."""
+    mark = "" if m.provenance == "measured" else f" {m.provenance}"
+    return f"{m.value:.3f} [{m.low:.3f} … {m.high:.3f}]{mark}"
+
+
+def _matrix_table(found: Comparison, regret: Regret) -> Table:
+    from rich.table import Table
+
+    caption = "more time per token than the target's own choice; p: predicted"
+    table = Table(title=f"regret within {regret.limit:.0%} loss", caption=caption, caption_justify="left")
+    table.add_column("choice of \\ runs on")
+    table.columns[0].overflow = "fold"
+    for name in regret.targets:
+        table.add_column(name, justify="right", overflow="fold")
+    for a in regret.targets:
+        table.add_row(a, *(_cell(found, regret, a, b) for b in regret.targets))
+    return table
+
+
+def _cell(found: Comparison, regret: Regret, a: str, b: str) -> str:
+    value = regret.matrix[a][b]
+    if value is None:
+        return "?"
+    if value == float("inf"):
+        return "cannot run"
+    return f"{value:+.1%}" + (" p" if found.origin(regret, a, b) == "predicted" else "")
