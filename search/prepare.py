@@ -143,9 +143,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         notes,
     )
     check_affordable(plan, spec, home)
-    return Ready(
-        spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings, targets=targets
-    )
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings, targets=targets)
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paretune import cli
-from paretune.search import score as scoring
 from paretune.compression.ranks import run_ranks
 from paretune.compression.student import Network
 from paretune.hardware_profiles import EnvironmentProblem, Infeasible, UsageError
@@ -39,6 +38,7 @@ from paretune.objectives.parallel import (
     split_shape,
     tensor_parallel_degree,
 )
+from paretune.search import score as scoring
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
 from paretune.spaces.candidate import DENSE, FP32
 from paretune.teachers import Teacher, load_teacher
