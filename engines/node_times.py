@@ -29,7 +29,7 @@ def profile_nodes(request: Mapping[str, Any]) -> dict[str, Any]:
     prompt, tokens = int(request["prompt"]), int(request["tokens"])
     phases = [WARM_UP] * (1 + tokens)
     with tempfile.TemporaryDirectory(prefix="paretune-") as folder:
-        session = open_session(request["path"], request["threads"], str(Path(folder) / "trace"))
+        session = open_session(request["path"], request["threads"], trace=str(Path(folder) / "trace"))
         decoder = Decoder(request["path"], request["threads"], session)
         decoder.time_generation(prompt, tokens)
         for _ in range(int(request["repeats"])):

@@ -50,15 +50,15 @@ class Server:
         action = request["do"]
         if action == "memory":
             return {"peak_bytes": peak_bytes()}
+        if action == "profile":
+            from paretune.engines.node_times import profile_nodes  # late: what it imports is not the engine's memory
+
+            return profile_nodes(request)
         if action == "load":
             self.decoder = None
             start = time.perf_counter()
             self.decoder = open_model(request["path"], request["threads"])
             return {"load_ms": (time.perf_counter() - start) * 1e3}
-        if action == "profile":
-            from paretune.engines.node_times import profile_nodes  # late: what it imports is not the engine's memory
-
-            return profile_nodes(request)
         if self.decoder is None:
             raise ValueError("no model is loaded")
         if action == "time":

@@ -13,8 +13,6 @@ from paretune import __version__
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
-from paretune.objectives.places import Findings
-from paretune.search.findings import kept_findings
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
@@ -52,7 +50,6 @@ class Ready:
     plan: Plan
     text: str = ""
     plugin: PluginSetup | None = None
-    findings: Findings | None = None
 
     @property
     def identity(self) -> str:
@@ -118,9 +115,6 @@ def prepare(spec: Spec, home: Path) -> Ready:
             f"the library of Python {platform.python_version()} differs from the teacher's in {len(differing)} held-out modules; "
             f"figures carry the text's own fingerprint {corpus.fingerprint()}"
         )
-    findings = None if spec.sampler == "sequential" else kept_findings(home / "cache", teacher.digest, profile)
-    if findings is not None:
-        notes.append(f"seeded from the profile: {findings.text}")
     plan = make_plan(
         spec,
         teacher,
@@ -131,7 +125,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         notes,
     )
     check_affordable(plan, spec, home)
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings)
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

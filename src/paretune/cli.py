@@ -33,11 +33,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
-COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure)
-COMMANDS += (profile, ui, sync)
+COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, report, generate, measure, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")
+app.command()(profile)
 
 
 def main() -> None:
