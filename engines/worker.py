@@ -50,12 +50,12 @@ class Server:
         action = request["do"]
         if action == "memory":
             return {"peak_bytes": peak_bytes()}
-        if action == "load":
-            return self._load(request)
         if action == "profile":
             from paretune.engines.node_times import profile_nodes  # late: what it imports is not the engine's memory
 
             return profile_nodes(request)
+        if action == "load":
+            return self._load(request)
         if self.model is None:
             raise ValueError("no model is loaded")
         if action == "time":

@@ -8,6 +8,7 @@ import json
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 from paretune import __version__
 from paretune.hardware_profiles import (
@@ -19,6 +20,7 @@ from paretune.hardware_profiles import (
     package_version,
 )
 from paretune.hardware_profiles.files import write_atomically
+from paretune.search.findings import kept_findings
 from paretune.search.prepare import Ready
 from paretune.search.store import Store
 from paretune.teachers.plugin_name import is_plugin
@@ -70,12 +72,21 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
             },
             "command": command,
             "launches": 0,
-            "notes": list(ready.plan.notes),
-            **({} if ready.findings is None else {"findings": ready.findings.to_dict()}),
+            **_told(ready, home),
             **({} if ready.plugin is None else {"figures": ready.plugin.figures.to_dict()}),
         },
     )
     return store
+
+
+def _told(ready: Ready, home: Path) -> dict[str, Any]:
+    """The study's notes, and the findings of `paretune profile` that its first candidates come from, if there are any."""
+    notes = list(ready.plan.notes)
+    own = ready.plugin is None and ready.spec.sampler != "sequential"  # which has no first candidates
+    findings = kept_findings(home / "cache", ready.teacher.digest, ready.profile) if own else None
+    if findings is None:
+        return {"notes": notes}
+    return {"notes": [*notes, f"seeded from the profile: {findings.text}"], "findings": findings.to_dict()}
 
 
 def _write_setup(ready: Ready, folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from paretune.search.prepare import prepare
 from paretune.search.profile_model import Work, profile_model
 from paretune.search.profiled import Profiled
 from paretune.search.spec import Spec
+from paretune.search.store import Store
 from paretune.search.studies import create_study
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.spaces.mixed import stored_bits
@@ -298,23 +300,25 @@ def test_a_search_starts_from_the_findings_of_when_it_was_made(
 ) -> None:
     spec = Spec.model_validate({"teacher": str(tiny_teacher_dir), "data": str(tiny_text), "budget": "300s"})
     profile = load_profile("local-cpu", tmp_path)
-    before = prepare(spec, tmp_path)
-    keep_findings(tmp_path / "cache", tiny_teacher.digest, profile, FOUND)
-    after = prepare(spec, tmp_path)
-    sequential = prepare(spec.model_copy(update={"sampler": "sequential"}), tmp_path)
-    assert before.findings is None is sequential.findings and after.findings == FOUND
-    assert [n for n in after.plan.notes if n not in before.plan.notes] == [f"seeded from the profile: {FOUND.text}"]
-    assert after.identity == before.identity  # an unfinished search goes on
-    first = {}
-    for name, ready in (("before", before), ("after", after)):
-        store = create_study(ready, tmp_path, name, "paretune search")
+    ready = prepare(spec, tmp_path)
+    sequential = replace(ready, spec=spec.model_copy(update={"sampler": "sequential"}))
+    first, notes = {}, {}
+    for name, what in (("before", ready), ("after", ready), ("sequential", sequential)):
+        if name == "after":
+            keep_findings(tmp_path / "cache", tiny_teacher.digest, profile, FOUND)
+        store = create_study(what, tmp_path, name, "paretune search")
         first[name] = Director(store, spec, ready.space, Budget(300.0, 0.0, {})).seeds()
-        assert any("seeded" in note for note in store.meta("notes")) is (name == "after")
+        notes[name] = store.meta("notes")
         store.close()
-    expected = profiled_candidates(after.space, FOUND)
+    assert notes["after"] == [*notes["before"], f"seeded from the profile: {FOUND.text}"]
+    expected = profiled_candidates(ready.space, FOUND)
     assert first["after"][: len(expected)] == expected
     assert first["before"][0] not in expected[:3]  # negative control: without findings others come first
     assert set(first["before"]) <= set(first["after"])
+    assert notes["sequential"] == notes["before"] and first["sequential"] == first["before"]
+    store = Store.reader(tmp_path / "studies" / "before")  # what is found later changes nothing in it
+    assert store.meta("findings") is None
+    store.close()
 
 
 # the command

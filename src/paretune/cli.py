@@ -37,10 +37,11 @@ app = typer.Typer(
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, targets, report, generate, measure)
-COMMANDS += (profile, score, agent, ui, sync)
+COMMANDS += (score, agent, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")
+app.command()(profile)
 
 
 def main() -> None:
