@@ -496,3 +496,43 @@ def test_a_kept_target_that_misses_a_candidate_is_not_used(searched):
     assert answer_on(view, "board", searched).kept
     found = answer_on(cut, "board", searched, predict)
     assert not found.kept and len(found.view.confirmed) == len(view.confirmed)
+
+
+class OneVisit:
+    """A lane that answers at once."""
+
+    def __init__(self, stable):
+        self.stable = stable
+
+    def measure(self, _model):
+        from paretune.objectives.lane import LaneResult
+
+        values = {DECODE: 0.5, "ttft_ms": 4.0, "peak_memory_bytes": 3e7}
+        kind = "measured" if self.stable else "disturbed"
+        return LaneResult({n: Measurement(v, "x", v, v, kind, 9, "f") for n, v in values.items()}, self.stable)
+
+
+def test_visits_are_kept_per_threads_and_only_if_quiet(searched, tmp_path):
+    from paretune.compression.export.checksums import MODEL
+    from paretune.search.target_lane import TargetLane
+    from paretune.teachers import load_teacher
+
+    candidate = view_of(searched).front[0].candidate
+    profile, teacher = load_profile("board", searched), load_teacher("stdlib-coder")
+
+    def lane(threads, stable=True):
+        found = TargetLane(tmp_path, tmp_path, profile.model_copy(update={"threads": threads}), teacher)
+        found._visits._lane = OneVisit(stable)
+        return found
+
+    with pytest.raises(EnvironmentProblem, match="is gone"):
+        lane(2).measure(candidate, tmp_path)
+    (tmp_path / MODEL).parent.mkdir()
+    (tmp_path / MODEL).write_bytes(b"")
+    assert lane(2, stable=False).measure(candidate, tmp_path) is None and lane(2).kept(candidate) is None
+    row = lane(2).measure(candidate, tmp_path)
+    assert row.is_measured and row.measurements["peak_memory_bytes"].value == 3e7
+    kept = lane(2).kept(candidate)
+    assert kept.is_measured and set(kept.measurements) == {DECODE, "ttft_ms"}
+    assert kept.measurements[DECODE] == row.measurements[DECODE]
+    assert lane(1).kept(candidate) is None
