@@ -1,6 +1,6 @@
 """Pictures of a finished study for the documentation, taken in a real browser.
 
-    python docs/make_pictures.py [--home mlruns] [--study ID] [--out docs/pictures]
+    python docs/make_pictures.py [--home mlruns] [--study ID] [--out docs/pictures] [--report-only]
 
 front.png is the report's own picture; report.png and report-dark.png are the page in headless Chromium; mlflow-runs.png
 and mlflow-compare.png are MLflow's own pages over the home's database, served for as long as this runs. Nothing of the
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=Path("mlruns"), help="where the study lives")
     parser.add_argument("--study", help="id of the study; the latest complete one if left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "pictures", help="folder to fill")
+    parser.add_argument("--report-only", action="store_true", help="leave MLflow's pages out")
     parser.add_argument("--browser", default="/usr/bin/chromium", help="path of Chromium")
     arguments = parser.parse_args()
     try:
@@ -72,7 +73,8 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with open_browser(arguments.browser) as browser:
             picture_report(browser, study, arguments.out)
-            picture_mlflow(browser, arguments.home.resolve(), study.name, arguments.out)
+            if not arguments.report_only:
+                picture_mlflow(browser, arguments.home.resolve(), study.name, arguments.out)
     except ParetuneError as error:
         print(f"error: {error.problem}\nremedy: {error.remedy}", file=sys.stderr)
         return error.exit_code

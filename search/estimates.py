@@ -11,7 +11,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.escalation import Stakes
-from paretune.search.finalists import Explored
+from paretune.search.finalists import Explored, perceived
 from paretune.search.front import Vector
 from paretune.search.ledger import Ledger
 from paretune.search.records import Evaluation
@@ -101,6 +101,10 @@ class Estimates:
     def confirmed_vector(self, e: Evaluation) -> Vector:
         """Objectives of a confirmed candidate."""
         return tuple(float(e.measurements[name].value) for name in self.spec.objectives)
+
+    def perceived(self, vector: Vector) -> Vector:
+        """Objectives on the scales that finalists are spread over."""
+        return perceived(vector, self.spec.objectives.index(self.figures.quality), self._teacher_nll()[1])
 
     def stakes(self, key: str) -> Stakes | None:
         """What decides whether training under the rounding is worth it for an explored candidate."""

@@ -8,12 +8,16 @@ every other stratum is visited once, so that the calibration learns what recover
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from paretune.search.front import Vector, ranks
+
+LEAST_INCREASE = 0.005  # below half a per cent two students are as good as each other
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,20 @@ class Explored:
     vector: Vector
 
 
-def next_finalist(explored: list[Explored], chosen: list[str], confirmed: list[Vector]) -> str | None:
-    """Key of the next finalist, or None if all were chosen. `confirmed` vectors (baselines too) compete for the front."""
+def next_finalist(
+    explored: list[Explored], chosen: list[str], confirmed: list[Vector], scale: Callable[[Vector], Vector] = tuple
+) -> str | None:
+    """Key of the next finalist, or None if all were chosen. `confirmed` vectors (baselines too) compete for the front;
+    distances are taken between scaled vectors."""
     taken = set(chosen)
     open_ones = [e for e in explored if e.key not in taken]
     if not open_ones:
         return None
     points = [e.vector for e in open_ones]
-    rank, distance = ranks([*points, *confirmed])[: len(points)], gaps(points, confirmed)
+    rank, distance = (
+        ranks([*points, *confirmed])[: len(points)],
+        gaps([scale(v) for v in points], [scale(v) for v in confirmed]),
+    )
     visits = Counter(e.stratum for e in explored if e.key in taken)
     best: dict[str, int] = {}
     for i, e in enumerate(open_ones):
@@ -54,18 +64,23 @@ def next_finalist(explored: list[Explored], chosen: list[str], confirmed: list[V
 
 
 def gaps(points: Sequence[Vector], confirmed: Sequence[Vector]) -> list[float]:
-    """Distance of every point to the nearest confirmed one, summed over the objectives; infinite if none is confirmed.
+    """Distance of every point to the nearest confirmed one, summed over the objectives, each in units of its whole range;
+    infinite if none is confirmed."""
+    if not points or not confirmed:
+        return [math.inf] * len(points)
+    mine, taken = np.array(points, dtype=float), np.array(confirmed, dtype=float)
+    scale = np.ptp(np.vstack([mine, taken]), axis=0)
+    scale[scale == 0] = 1.0
+    return [float(np.abs((taken - point) / scale).sum(axis=1).min()) for point in mine]
 
-    An objective's unit is the share of all points between two values, so that a few bad students do not stretch its scale.
+
+def perceived(vector: Vector, quality: int, teacher: float) -> Vector:
+    """An objective vector on the scales on which people compare: the quality (the vector's entry of that number) as the
+    logarithm of its relative increase over the teacher's value, from LEAST_INCREASE on; all others as their own logarithm.
+
+    So 0.5 and 2 % are as far apart as 5 and 20 %, and half the latency as a quarter from half.
     """
-    ordered = [sorted(column) for column in zip(*points, *confirmed, strict=True)]
-
-    def place(vector: Vector) -> list[float]:
-        among = zip(vector, ordered, strict=True)
-        return [(bisect_left(column, x) + bisect_right(column, x)) / (2 * len(column)) for x, column in among]
-
-    taken = [place(vector) for vector in confirmed]
-    return [
-        min((sum(abs(a - b) for a, b in zip(place(vector), other, strict=True)) for other in taken), default=math.inf)
-        for vector in points
-    ]
+    found = [math.log(max(value, TINY)) for value in vector]
+    increase = (vector[quality] - teacher) / (abs(teacher) or 1.0)
+    found[quality] = math.log(max(increase, LEAST_INCREASE))
+    return tuple(found)

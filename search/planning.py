@@ -145,7 +145,7 @@ class Planning:
             return None
         again = next((key for key in chosen if self.ledger.is_open(key, "recovered")), None)
         confirmed = [self.estimates.confirmed_vector(e) for e in self.ledger.complete("confirmed")]
-        return again or next_finalist(self.estimates.explored(), chosen, confirmed)
+        return again or next_finalist(self.estimates.explored(), chosen, confirmed, self.estimates.perceived)
 
     def _design(self) -> list[dict[str, Any]]:
         points = design(self.space, self.spec.fit_points, self.spec.seed)

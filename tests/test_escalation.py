@@ -167,12 +167,12 @@ def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tu
 
 
 def test_max_loss_is_the_classical_rule(tmp_path: Path) -> None:
-    seen, _ = searched(tmp_path, max_loss="8%")
+    seen, _ = searched(tmp_path, max_loss="3%")
     decided = []
     for work, outcome in seen:
         if work.kind == "recover" and work.candidate is not None and may_escalate(work.candidate):
             loss = recovered_loss(work.candidate, work.candidate) / TEACHER_NLL["search"]
-            assert outcome.facts["qat"] is (loss > 0.08), outcome.facts["qat_reason"]
+            assert outcome.facts["qat"] is (loss > 0.03), outcome.facts["qat_reason"]
             assert "--max-loss" in outcome.facts["qat_reason"]
             decided.append(outcome.facts["qat"])
     assert True in decided and False in decided

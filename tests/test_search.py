@@ -16,7 +16,7 @@ from paretune.search.budget import Budget
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
 from paretune.search.execute import run_inline
-from paretune.search.finalists import Explored, gaps, next_finalist
+from paretune.search.finalists import Explored, gaps, next_finalist, perceived
 from paretune.search.front import dominates
 from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
@@ -303,13 +303,32 @@ def test_the_next_finalist_is_far_from_what_is_confirmed():
     assert next_finalist(line, ["e5"], [*confirmed, (5.01, 5.01)]) in {"e2", "e3", "e7", "e8"}
 
 
-def test_gaps_measure_in_shares_of_the_candidates():
-    points = [(0.0,), (1.0,), (2.0,), (1000.0,)]
-    assert gaps(points, []) == [math.inf] * 4
-    found = gaps(points, [(0.0,)])
-    assert found[0] == 0.0 and found == sorted(found)
-    assert found[3] - found[2] == pytest.approx(found[2] - found[1]), "an outlier does not stretch the scale"
+def test_gaps_are_distances_to_the_nearest_in_units_of_the_range():
+    points = [(0.0, 5.0), (1.0, 5.0), (4.0, 5.0)]
+    assert gaps(points, []) == [math.inf] * 3
+    assert gaps(points, [(0.0, 5.0)]) == [0.0, 0.25, 1.0]
+    assert gaps(points, [(0.0, 5.0), (4.0, 6.0)]) == [0.0, 0.25, 1.0], (
+        "the second objective counts as much as the first"
+    )
     assert gaps([(1.0, 7.0)], [(1.0, 7.0)]) == [0.0] and gaps([], [(1.0,)]) == []
+
+
+def test_finalists_are_spread_over_what_people_perceive():
+    """On a linear scale nothing below 5 % would ever be far from the teacher."""
+    assert perceived((2.0, 8.0), 0, 2.0) == perceived((2.001, 8.0), 0, 2.0), "below half a per cent all are equal"
+    a, b, c, d = (perceived((2.0 * (1 + x), 8.0), 0, 2.0)[0] for x in (0.005, 0.02, 0.05, 0.2))
+    assert b - a == pytest.approx(d - c)
+    assert perceived((0.2, -1.0), 1, -1.0)[1] == pytest.approx(math.log(0.005)), (
+        "a quality that is maximized is negative"
+    )
+    losses = [0.006, 0.02, 0.06, 0.1, 0.14, 0.18, 0.25]
+    line = [Explored(str(x), "dense/int4", (2.0 * (1 + x), 1 / (1 + x))) for x in losses]
+    done = [(2.0, 1.0), (2.0 * 1.25, 1 / 1.25)]
+
+    def nearest(scale):
+        return next_finalist(line, [], done, scale)
+
+    assert float(nearest(lambda v: perceived(v, 0, 2.0))) < float(nearest(tuple))
 
 
 def test_calibration_is_the_identity_without_pairs_and_finds_a_law():
