@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 
-from benchmarks import joint, memory, overhead, speed, studies, table
+from benchmarks import joint, lane, memory, overhead, speed, studies, table
 from benchmarks.common import RESULTS, Benchmark, Figure
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
@@ -25,12 +25,18 @@ QUICK: tuple[Benchmark, ...] = (
     studies.elastic_rank_agreement,
     studies.latency_fit_error,
     memory.memory_mb,
+    lane.measure_seconds,
     overhead.recommend_ms,
     speed.quantize_seconds_per_100m_params,
     speed.prune_seconds_per_100m_params,
     speed.weights_fill_ms,
 )
-LONG: tuple[Benchmark, ...] = (table.method_table, joint.joint_vs_sequential, memory.peak_rss_gb_135m)
+LONG: tuple[Benchmark, ...] = (
+    lane.remeasure_error,
+    table.method_table,
+    joint.joint_vs_sequential,
+    memory.peak_rss_gb_135m,
+)
 BENCHMARKS: dict[str, Benchmark] = {f.__name__: f for f in (*QUICK, *LONG)}
 
 

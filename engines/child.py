@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import selectors
 import subprocess
 import sys
@@ -12,21 +13,36 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from paretune.engines.diagnosis import place_of
-from paretune.hardware_profiles.errors import Infeasible
+from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible, ParetuneError, UsageError
+
+RAISED: dict[str, type[ParetuneError]] = {e.__name__: e for e in (EnvironmentProblem, UsageError)}
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "bad_alloc",
+    "bad allocation",
+    "Failed to allocate",
+    "not enough memory",
+    "t allocate memory",
+)
 
 
 class EngineChild:
-    """Talks to `paretune.engines.worker`. Every request has a timeout, after which the child is killed.
+    """Talks to `paretune.engines.worker`, which runs `engine`. Every request has a timeout, after which the child is killed.
 
     `pinned` is for timing: the child stays on the last `threads` cores and its memory is asked for in huge pages (glibc's
     malloc.hugetlb), because where small pages happen to lie made one process up to 15 % slower than the next.
-    Raises Infeasible with the engine's own words when it refuses, crashes or hangs.
+    `memory_bytes` limits what the child may allocate (Linux, RLIMIT_DATA: weights and buffers, not the code of libraries nor mapped
+    files), so that a model too large for the target fails here and not by the kernel's choice of a process to kill.
+    Raises Infeasible with the engine's own words when it refuses, crashes, hangs or runs out of memory; EnvironmentProblem if the
+    engine or its execution provider is not installed, with what to install; UsageError for names that are none.
     """
 
-    def __init__(self, threads: int, pinned: bool = False) -> None:
+    def __init__(
+        self, threads: int, pinned: bool = False, engine: str = "onnxruntime", memory_bytes: int | None = None
+    ) -> None:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
@@ -37,7 +53,7 @@ class EngineChild:
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "paretune.engines.worker"],
+            [sys.executable, "-m", "paretune.engines.worker", engine],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -45,6 +61,9 @@ class EngineChild:
         )
         self._pending = b""
         self._model: Path | None = None
+        self._memory_bytes = memory_bytes
+        if memory_bytes is not None and hasattr(resource, "prlimit"):
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
         if pinned and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self._process.pid, sorted(os.sched_getaffinity(0))[-threads:])
 
@@ -72,9 +91,7 @@ class EngineChild:
             self._model = Path(request["path"])
         answer: dict[str, Any] = json.loads(self._line(timeout_s))
         if not answer.pop("ok"):
-            place = place_of(answer["error"], self._model)
-            named = f", at {place}" if place else ""
-            raise Infeasible(f"the engine refused to {request['do']}{named}: {answer['error']}", "")
+            self._refuse(request["do"], answer)
         return answer
 
     def close(self) -> None:
@@ -90,6 +107,20 @@ class EngineChild:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()
+
+    def _refuse(self, action: str, answer: dict[str, Any]) -> NoReturn:
+        error = answer["error"]
+        if answer.get("kind") in RAISED:
+            raise RAISED[answer["kind"]](error, answer["remedy"])
+        place = place_of(error, self._model)
+        named = f", at {place}" if place else ""
+        raise Infeasible(f"the engine refused to {action}{named}: {error}{self._limit(error)}", "")
+
+    def _limit(self, words: str) -> str:
+        """The limit, if there is one and the engine's words are about memory."""
+        if self._memory_bytes is None or not any(sign in words for sign in OUT_OF_MEMORY):
+            return ""
+        return f" (its memory is limited to {self._memory_bytes / 2**20:,.0f} MiB)"
 
     def _line(self, timeout_s: float) -> bytes:
         assert self._process.stdout is not None
@@ -112,4 +143,4 @@ class EngineChild:
         code = self._process.wait(5)
         self._errors.seek(0)
         text = self._errors.read()[-400:].decode("utf8", "replace").strip()
-        return f"exit status {code}{': ' + text if text else ''}"
+        return f"exit status {code}{': ' + text if text else ''}{self._limit(text)}"

@@ -10,16 +10,29 @@ import time
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
+from paretune.engines.decoder import CPU, EngineDecoder, Ids, Logits
+from paretune.engines.onnxruntime_module import KIND, Forward
+from paretune.engines.onnxruntime_providers import memory_of, require_in_use, require_provider
 
-def open_session(path: str, threads: int) -> Any:
+
+def open_model(path: str, threads: int, provider: str = CPU) -> Decoder | Forward:
+    """What the graph says it is: a module of a plug-in, or a decoder."""
+    session = open_session(path, threads, provider)
+    if KIND in session.get_modelmeta().custom_metadata_map:
+        return Forward(session)
+    return Decoder(path, threads, session, provider)
+
+
+def open_session(path: str, threads: int, provider: str = CPU) -> Any:
     """A session with explicit threads; spinning is off, because it doubles the spread on shared machines.
 
     Where ONNX Runtime makes a MatMulNBits of a DequantizeLinear and a MatMul itself, activations stay float (its own choice
-    would round them to 8 bits); nodes that are MatMulNBits already say what they want.
+    would round them to 8 bits); nodes that are MatMulNBits already say what they want. What `provider` has no kernel for
+    runs on the CPU. Raises EnvironmentProblem if the provider is not there, or cannot start.
     """
+    require_provider(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -29,14 +42,17 @@ def open_session(path: str, threads: int) -> Any:
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, options, providers=list(dict.fromkeys([provider, CPU])))
+    require_in_use(session, provider)
+    return session
 
 
-class Decoder:
+class Decoder(EngineDecoder):
     """A decoder in a session of its own, or in the one that is given."""
 
-    def __init__(self, path: str, threads: int, session: Any = None) -> None:
-        self.session = open_session(path, threads) if session is None else session
+    def __init__(self, path: str, threads: int, session: Any = None, provider: str = CPU) -> None:
+        self.session = open_session(path, threads, provider) if session is None else session
+        self.memory = memory_of(provider)
         self.caches = [
             (i.name, [int(i.shape[1]), int(i.shape[3])])
             for i in self.session.get_inputs()
@@ -44,40 +60,45 @@ class Decoder:
         ]
         self.vocab = int(self.session.get_outputs()[0].shape[2])
 
-    def logits(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits [batch, length, vocab] of token ids [batch, length] without a past."""
+    def logits(self, ids: Ids) -> Logits:
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         for name, (heads, size) in self.caches:
             feeds[name] = np.zeros((ids.shape[0], heads, 0, size), np.float32)
-        found: npt.NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
+        found: Logits = self.session.run(["logits"], feeds)[0]
         return found
 
-    def time_generation(self, prompt: int, new_tokens: int) -> tuple[float, list[float]]:
-        """Milliseconds of one prefill of `prompt` tokens, and of each of `new_tokens` decode steps after it (batch 1)."""
-        binding = self.session.io_binding()
-        self._bind_caches(binding, prompt + new_tokens)
-        mask = np.ones((1, prompt + new_tokens), np.int64)
-        ids = np.arange(1, prompt + 1, dtype=np.int64)[None] % self.vocab
-        logits = ort.OrtValue.ortvalue_from_shape_and_type([1, prompt, self.vocab], np.float32)
-        ttft = self._step(binding, ids, mask[:, :prompt], logits)
-        step_logits = ort.OrtValue.ortvalue_from_shape_and_type([1, 1, self.vocab], np.float32)
-        token = ids[:, -1:]
-        steps = []
-        for i in range(new_tokens):
-            steps.append(self._step(binding, token, np.ascontiguousarray(mask[:, : prompt + i + 1]), step_logits))
-            token = (token * 31 + 7) % self.vocab
-        return ttft, steps
+    def begin(self, batch: int, length: int) -> Shared:
+        return Shared(self, batch, length)
 
-    def _step(self, binding: Any, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], logits: Any) -> float:
-        binding.bind_ortvalue_input("input_ids", ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids)))
-        binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
-        binding.bind_ortvalue_output("logits", logits)
+
+class Shared:
+    """A generation whose past and present share one buffer per layer."""
+
+    def __init__(self, decoder: Decoder, batch: int, length: int) -> None:
+        self.session, self.memory, self.vocab = decoder.session, decoder.memory, decoder.vocab
+        self.binding = self.session.io_binding()
+        self.mask, self.done = np.ones((batch, length), np.int64), 0
+        self.outputs: dict[int, Any] = {}
+        for name, (heads, size) in decoder.caches:
+            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, length, size), np.float32), self.memory, 0)
+            self.binding.bind_ortvalue_input(name, cache)
+            self.binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+
+    def step(self, ids: Ids) -> float:
+        batch, length = ids.shape
+        self.done += length
+        if length not in self.outputs:
+            shape = [batch, length, self.vocab]
+            self.outputs[length] = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.memory, 0)
+        self.last = self.outputs[length]
+        mask = np.ascontiguousarray(self.mask[:, : self.done])
+        self.binding.bind_ortvalue_input("input_ids", ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids)))
+        self.binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
+        self.binding.bind_ortvalue_output("logits", self.last)
         start = time.perf_counter()
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(self.binding)
         return (time.perf_counter() - start) * 1e3
 
-    def _bind_caches(self, binding: Any, length: int) -> None:
-        for name, (heads, size) in self.caches:
-            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, size), np.float32))
-            binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+    def logits(self) -> Logits:
+        found: Logits = self.last.numpy().copy()
+        return found

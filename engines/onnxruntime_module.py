@@ -38,8 +38,10 @@ class Forward:
         found: list[npt.NDArray[Any]] = self.session.run(None, dict(zip(self.names, inputs, strict=True)))
         return found
 
-    def time_generation(self, _prompt: int, count: int) -> tuple[float, list[float]]:
+    def time_generation(self, _prompt: int, count: int, batch: int = 1) -> tuple[float, list[float]]:
         """Milliseconds of a first forward and of up to `count` more, fewer once half a second has passed."""
+        if batch != 1:
+            raise ValueError(f"a module of a plug-in runs in the batch of its graph, but was asked for {batch} of them")
         first, steps, end = self._once(), [], time.perf_counter() + MOST_SECONDS
         for _ in range(count):
             steps.append(self._once())

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from paretune.engines.onnxruntime_decoder import Decoder
+    from paretune.engines.decoder import EngineDecoder
 
 LOGIT_BYTES_PER_BATCH = 64 * 2**20
 
@@ -21,7 +21,7 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return shifted
 
 
-def score_windows(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
+def score_windows(decoder: EngineDecoder, request: dict[str, Any]) -> dict[str, Any]:
     """Score the rows of `request["ids"]` (npy [n, length]) with `request["targets"]` (npy [n]) valid targets each.
 
     Writes npy files: `nll` [n] summed nats per window; with `reference` also `kl` [m] and `agree` [m] summed over the

@@ -69,6 +69,12 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def last_level_cache_bytes() -> int | None:
+    """The largest cache that the first processor reports; None where the system does not say."""
+    sizes = [_read(str(path)).strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=None)
+
+
 def fingerprint() -> str:
     """12 hex digits over what a latency depends on: processor, cores, instruction sets, kernel release, engine version."""
     machine = detect_local()

@@ -40,3 +40,25 @@ ONNXRUNTIME_CPU: dict[Kernel, str] = {
     "int8/static": "QDQ, fused into MatMulIntegerToFloat, one calibrated scale per matrix",
     "int2/int8": "MatMulNBits, experimental",
 }
+
+# Where a target has no kernel for a pair, what it computes instead: never with coarser weights or activations, so that quality is
+# at least that of the pair itself. The first that it has; fp32/fp32 is always there.
+INSTEAD: dict[Kernel, tuple[Kernel, ...]] = {
+    "int2/int8": ("int2/fp32", "int4/int8", "int4/fp32", "int8/int8", "int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int2/fp32": ("int4/fp32", "int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int4/int8": ("int4/fp32", "int8/int8", "int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int4/fp32": ("int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int8/static": ("int8/dynamic", "int8/int8", "int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int8/dynamic": ("int8/int8", "int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int8/int8": ("int8/fp32", "fp16/fp32", "bf16/fp32"),
+    "int8/fp32": ("fp16/fp32", "bf16/fp32"),
+    "fp16/fp32": (),
+    "bf16/fp32": (),
+    "fp32/fp32": (),
+}
+WEIGHT_BITS = {"int2": 2, "int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
+
+
+def weight_bits(kernel: str) -> int:
+    """Bits of a weight that this kernel reads."""
+    return WEIGHT_BITS[kernel.split("/")[0]]

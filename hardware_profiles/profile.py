@@ -1,54 +1,19 @@
-"""A target machine as a YAML file that a user can read and edit. Units are in the keys."""
+"""Finding a profile by name: this machine's, those in `<home>/profiles`, and the shipped ones."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from paretune.hardware_profiles.detect import detect_local
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
-from paretune.hardware_profiles.kernels import ONNXRUNTIME_CPU, Kernel
+from paretune.hardware_profiles.library import library_names, library_profile
+from paretune.hardware_profiles.schema import Profile
 from paretune.hardware_profiles.yaml_file import dump_model, load_model
 
+__all__ = ["LOCAL", "Profile", "detected_profile", "load_profile", "local_profile", "profile_names"]
+
 LOCAL = "local-cpu"
-
-
-class Profile(BaseModel):
-    """What a target is and what it executes.
-
-    `weight_formats` lists `<weights>/<activations>` pairs that its engine has a kernel for (kernels.py says what each does); a
-    pair that is missing is not proposed, and of the others only those of the precisions that a search asks for.
-    `sparse_patterns` lists the patterns that a kernel exploits: any other gains bytes, never time.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    description: str
-    engine: Literal["onnxruntime"] = "onnxruntime"
-    engine_version: str
-    threads: int = Field(ge=1, le=1024)
-    cores: int = Field(ge=1)
-    cpu: str
-    isa: tuple[str, ...] = ()
-    memory_bytes: int = Field(gt=0)
-    weight_formats: tuple[Kernel, ...] = tuple(ONNXRUNTIME_CPU)
-    sparse_patterns: tuple[Literal["2:4", "unstructured"], ...] = ()
-    # URL of the `paretune agent` that measures this target; never with credentials, those are in PARETUNE_AGENT_TOKEN.
-    agent: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.-]+:[0-9]{1,5}/?$")
-    source: str
-
-    @field_validator("weight_formats")
-    @classmethod
-    def _has_the_teachers_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "fp32/fp32" not in value:
-            raise ValueError(
-                "fp32/fp32 must be among the weight formats, because the fp32 teacher is what all is compared with"
-            )
-        return value
 
 
 def local_profile(home: Path) -> Profile:
@@ -90,7 +55,8 @@ def detected_profile() -> Profile:
 
 
 def load_profile(name_or_path: str, home: Path) -> Profile:
-    """A profile by name (in `<home>/profiles`) or by the path of a YAML file. Raises UsageError with the nearest name."""
+    """A profile by the path of a YAML file, or by name: in `<home>/profiles`, else a shipped one. Raises UsageError with the
+    nearest name."""
     if name_or_path == LOCAL:
         return local_profile(home)
     path = Path(name_or_path)
@@ -99,6 +65,9 @@ def load_profile(name_or_path: str, home: Path) -> Profile:
     kept = home / "profiles" / f"{path.name}.yaml"
     if path.name == name_or_path and kept.exists():
         return load_model(kept, Profile)
+    shipped = library_profile(name_or_path, lambda: local_profile(home))
+    if shipped is not None:
+        return shipped
     known = profile_names(home)
     near = difflib.get_close_matches(name_or_path, known, 1, 0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
@@ -106,5 +75,24 @@ def load_profile(name_or_path: str, home: Path) -> Profile:
 
 
 def profile_names(home: Path) -> list[str]:
-    """Names that `load_profile` accepts."""
-    return sorted({LOCAL, *(path.stem for path in (home / "profiles").glob("*.yaml"))})
+    """Names that `load_profile` accepts on this machine."""
+    kept = (path.stem for path in (home / "profiles").glob("*.yaml"))
+    return sorted({LOCAL, *kept, *library_names(detect_local().cores)})
+
+
+def all_profiles(home: Path) -> dict[str, Profile | UsageError]:
+    """Every profile by name, or what is wrong with its file. Writes nothing."""
+    kept = home / "profiles" / f"{LOCAL}.yaml"
+
+    def local() -> Profile:
+        return load_model(kept, Profile) if kept.exists() else detected_profile()
+
+    found: dict[str, Profile | UsageError] = {}
+    for name in profile_names(home):
+        path = home / "profiles" / f"{name}.yaml"
+        try:
+            shipped = None if path.exists() or name == LOCAL else library_profile(name, local)
+            found[name] = shipped or (local() if name == LOCAL else load_model(path, Profile))
+        except UsageError as error:
+            found[name] = error
+    return found

@@ -13,7 +13,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import write_atomically
 
 MAX_BYTES = 1_000_000
 MAX_ALIASES = 20
@@ -38,10 +39,35 @@ def load_model(path: Path, model: type[Model]) -> Model:
 
 
 def dump_model(model: BaseModel, header: str) -> str:
-    """The model as YAML text with `header` as a comment above it."""
+    """The model as YAML text with `header` as a comment above it; what is None is left out."""
     buffer = io.StringIO()
-    YAML().dump(model.model_dump(mode="json"), buffer)
+    YAML().dump(model.model_dump(mode="json", exclude_none=True), buffer)
     return "".join(f"# {line}\n" for line in header.splitlines()) + buffer.getvalue()
+
+
+def set_keys(path: Path, changes: dict[str, Any], model: type[BaseModel]) -> None:
+    """Change keys of a YAML file whose mapping is a `model`; mappings are merged, comments and other keys stay.
+
+    Raises UsageError if what comes out is no valid `model`, EnvironmentProblem if it cannot be written; the file is as it was then.
+    """
+    tree = _parse(path)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), CommentedMap):
+            tree[key].update(value)
+        else:
+            tree[key] = value
+    buffer = io.StringIO()
+    YAML(typ="rt").dump(tree, buffer)
+    try:
+        model.model_validate(_plain(YAML(typ="rt").load(buffer.getvalue())))
+    except ValidationError as error:
+        raise UsageError(_explain(path, tree, model, error), "mend that line, or detect the machine anew") from None
+    try:
+        write_atomically(path, buffer.getvalue().encode())
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path} cannot be written: {error.strerror}", "choose a writable folder with --home"
+        ) from None
 
 
 def _parse(path: Path) -> Any:
@@ -101,6 +127,8 @@ def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: Vali
         near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"{path}:{line}:{column}: unknown key {name!r}; {hint}"
+    if not name:  # a rule over several keys says itself what it got
+        return f"{path}:{line}:{column}: {first['msg']}"
     return f"{path}:{line}:{column}: {name}: {first['msg']}, but got {first.get('input')!r}"
 
 

@@ -11,7 +11,7 @@ from paretune.objectives.measurement import Measurement
 # Milliseconds of one forward of a plug-in's module at the plug-in's batch shape.
 FORWARD = "forward_ms"
 RENAMED = {"decode_ms_per_token": FORWARD, "decode_p90_ms": "forward_p90_ms"}
-LEFT_OUT = ("ttft_ms",)
+LEFT_OUT = ("ttft_ms", "throughput_tokens_per_s", "energy_j_per_token")
 
 
 @dataclass(frozen=True)

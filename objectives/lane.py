@@ -10,25 +10,39 @@ and the interval comes from the spread between visits, pooled with the spread th
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import numpy as np
 
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.lock import MachineLock
+from paretune.objectives.energy import ENERGY, THROUGHPUT, throughput
+from paretune.objectives.energy_pass import SAMPLES, joules_per_token
+from paretune.objectives.intervals import PRIOR_DF, half_width, moderated_interval, robust_spread
 from paretune.objectives.measurement import Measurement, Provenance
-from paretune.objectives.turns import Visit, load_and_warm, take_turns
+from paretune.objectives.power import EnergyCounter
+from paretune.objectives.turns import (
+    MOST_FOREIGN_CORES,
+    STANDARD,
+    Turn,
+    Visit,
+    Watch,
+    load_and_warm,
+    take_turn,
+    take_turns,
+)
 
 VISITS, RETRIES = 3, 2
-NOMINAL_VISITS = 5
+MOST_VISITS, MOST_DISTURBED = 12, 4  # where an interval is asked for
+NOMINAL_VISITS = PRIOR_DF + 1
 LEAST_SPREAD = 0.008
 MOST_DRIFT = 1.35
+LATENCIES = ("decode_ms_per_token", "ttft_ms")
 
 
 @dataclass(frozen=True)
@@ -44,10 +58,19 @@ class Nominal:
 
 @dataclass(frozen=True)
 class LaneResult:
-    """What the lane found. `stable` is False when the machine was disturbed in too many attempts."""
+    """What the lane found. `stable` is False when the machine was disturbed in too many attempts, or the interval that was
+    asked for was not reached. Of `visits` attempts `flagged` were disturbed. `half_width` is that of the widest latency's
+    95 % interval, as a fraction of its value."""
 
     measurements: dict[str, Measurement]
     stable: bool
+    visits: int = 1
+    flagged: int = 0
+
+    @property
+    def half_width(self) -> float:
+        found = [self.measurements[name] for name in LATENCIES if name in self.measurements]
+        return max((half_width(m.low, m.value, m.high) for m in found), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,8 @@ class Pair:
 
 
 class Lane:
-    """`nominal` reads or (given values) keeps the reference's figures of this machine."""
+    """`nominal` reads or (given values) keeps the reference's figures of this machine. The candidate runs in `engine` with
+    `provider`; the reference always in ONNX Runtime. `counter` opens the machine's counter of energy, if it has one."""
 
     def __init__(
         self,
@@ -68,6 +92,9 @@ class Lane:
         fingerprint: str,
         lock: MachineLock,
         nominal: Callable[[Nominal | None], Nominal | None],
+        engine: str = "onnxruntime",
+        provider: str = "CPUExecutionProvider",
+        counter: Callable[[], EnergyCounter | None] = lambda: None,
     ) -> None:
         self.reference, self.threads, self.fingerprint, self.lock, self.nominal = (
             reference,
@@ -76,39 +103,69 @@ class Lane:
             lock,
             nominal,
         )
+        self.engine, self.provider, self.counter = engine, provider, counter
 
     @contextlib.contextmanager
     def pair(self) -> Iterator[Pair]:
         """Two fresh children, both started before either is waited for."""
-        with EngineChild(self.threads, pinned=True) as reference, EngineChild(self.threads, pinned=True) as candidate:
+        with EngineChild(self.threads, pinned=True) as reference, self._candidate(pinned=True) as candidate:
             load_and_warm(reference, self.reference, self.threads)
             yield Pair(reference, candidate)
 
-    def measure(self, model: Path) -> LaneResult:
-        """Decode (ms/token after 128 tokens, batch 1) and TTFT (128 tokens) over VISITS fresh pairs; load time, peak memory.
+    def _candidate(self, pinned: bool) -> EngineChild:
+        return EngineChild(self.threads, pinned=pinned, engine=self.engine)
 
-        Raises Infeasible if the engine refuses the model.
+    def load(self, child: EngineChild, model: Path) -> float:
+        """Load the candidate's model in the candidate's engine; milliseconds. Raises Infeasible if the engine refuses it."""
+        return load_and_warm(child, model, self.threads, self.engine, self.provider)
+
+    def measure(self, model: Path, within: float | None = None) -> LaneResult:
+        """Latencies as `latencies` takes them; load time, peak memory, and energy where a counter can be read."""
+        found = self.latencies(model, within)
+        return replace(found, measurements=found.measurements | self._memory(model) | self._energy(model))
+
+    def latencies(self, model: Path, within: float | None = None) -> LaneResult:
+        """Decode (ms/token after 128 tokens, batch 1), TTFT (128 tokens) and throughput over VISITS fresh pairs.
+
+        With `within` (half-width of the 95 % intervals, a fraction) there are more of them, MOST_VISITS at most, until it is
+        reached; where it is not, the result is not stable. Raises Infeasible if the engine refuses the model.
         """
         visits: list[Visit] = []
-        while sum(self._stable(v) for v in visits) < VISITS and len(visits) < VISITS + RETRIES:
+        while self._wants_more(visits, within):
             if visits and not self._stable(visits[-1]):
                 time.sleep(0.5)
             with self.pair() as pair:
-                load_and_warm(pair.candidate, model, self.threads)
-                visits.append(self._visit(pair))
+                self.load(pair.candidate, model)
+                visits.append(self.visit(pair))
             if not visits[-1].alone:  # waiting as long again for every visit would stop the search instead
                 break
+        found = self.result(visits)
+        if within is None or not found.stable or found.half_width <= within:
+            return found
+        wide = f"; ±{within:.1%} was not reached in {len(visits)} visits"
+        told = {n: replace(m, provenance="disturbed", note=m.note + wide) for n, m in found.measurements.items()}
+        return replace(found, measurements=told, stable=False)
+
+    def _wants_more(self, visits: list[Visit], within: float | None) -> bool:
+        quiet = sum(self._stable(v) for v in visits)
+        if within is None:
+            return quiet < VISITS and len(visits) < VISITS + RETRIES
+        if len(visits) >= MOST_VISITS or len(visits) - quiet >= MOST_DISTURBED:
+            return False
+        return quiet < VISITS or self.result(visits).half_width > within
+
+    def result(self, visits: list[Visit]) -> LaneResult:
+        """The quiet ones of `visits` as latencies; all of them, called disturbed, where fewer than two were quiet."""
         quiet = [v for v in visits if self._stable(v)]
         stable = len(quiet) >= 2
         found = self._latencies(quiet if stable else visits, "measured" if stable else "disturbed")
-        found |= self._memory(model)
-        return LaneResult(found, stable)
+        return LaneResult(found, stable, len(visits), len(visits) - len(quiet))
 
     def _memory(self, model: Path) -> dict[str, Measurement]:
         """Load time and peak memory in a child with ordinary pages, as a user's process would have."""
-        with EngineChild(self.threads) as child:
+        with self._candidate(pinned=False) as child:
             empty = float(child.ask(do="memory")["peak_bytes"])
-            load = load_and_warm(child, model, self.threads)
+            load = self.load(child, model)
             peak = float(child.ask(do="memory")["peak_bytes"]) - empty
         return {
             "peak_memory_bytes": Measurement.exact(
@@ -119,22 +176,43 @@ class Lane:
             ),
         }
 
+    def _energy(self, model: Path) -> dict[str, Measurement]:
+        """Joules per token by the machine's counter, under the machine lock; nothing where there is none."""
+        counter = self.counter()
+        if counter is None:
+            return {}
+        with contextlib.ExitStack() as stack:
+            stack.callback(counter.close)
+            child = stack.enter_context(self._candidate(pinned=True))
+            self.load(child, model)
+            try:
+                stack.enter_context(self.lock.exclusive())
+            except EnvironmentProblem:
+                return {}
+            watch = Watch([child])
+            value, low, high = joules_per_token(child, counter)
+            quiet = watch.foreign_cores() <= MOST_FOREIGN_CORES
+        provenance: Provenance = "measured" if quiet else "disturbed"
+        return {ENERGY: Measurement(value, "J/token", low, high, provenance, SAMPLES, self.fingerprint, counter.source)}
+
     def quick(self, model: Path, pair: Pair) -> LaneResult:
         """One visit with children that are already there: for the latency fit, where many candidates average out."""
-        load_and_warm(pair.candidate, model, self.threads)
-        visit = self._visit(pair)
+        self.load(pair.candidate, model)
+        visit = self.visit(pair)
         stable = self._stable(visit)
         return LaneResult(self._latencies([visit], "measured" if stable else "disturbed"), stable)
 
-    def _visit(self, pair: Pair) -> Visit:
+    def visit(self, pair: Pair, turn: Turn = STANDARD) -> Visit:
         """One visit under the machine lock. If other work of ours keeps the machine, it is made all the same and not called quiet."""
+        if turn != STANDARD:  # buffers grow with the first run of a shape
+            take_turn(pair.candidate, turn)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self.lock.exclusive())
             except EnvironmentProblem:
-                return take_turns(pair.reference, pair.candidate, alone=False)
+                return take_turns(pair.reference, pair.candidate, alone=False, turn=turn)
             self._learn_nominal()
-            return take_turns(pair.reference, pair.candidate)
+            return take_turns(pair.reference, pair.candidate, turn=turn)
 
     def _learn_nominal(self) -> None:
         """Once per machine: the reference against itself in fresh pairs of processes. Kept only if the machine was quiet."""
@@ -142,9 +220,10 @@ class Lane:
             return
         found = []
         for _ in range(NOMINAL_VISITS):
-            with self.pair() as pair:
-                load_and_warm(pair.candidate, self.reference, self.threads)
-                found.append(take_turns(pair.reference, pair.candidate))
+            with EngineChild(self.threads, pinned=True) as first, EngineChild(self.threads, pinned=True) as second:
+                load_and_warm(first, self.reference, self.threads)
+                load_and_warm(second, self.reference, self.threads)
+                found.append(take_turns(first, second))
         if all(visit.quiet for visit in found):
             self.nominal(
                 Nominal(
@@ -188,28 +267,10 @@ class Lane:
             found[name] = Measurement(
                 value * scale, unit, low * scale, high * scale, provenance, rounds, self.fingerprint, note
             )
+        found[THROUGHPUT] = throughput(found["decode_ms_per_token"])
         steps = [ms for v in visits for ms in v.candidate_steps]
         p90 = float(np.quantile(steps, 0.9))
         found["decode_p90_ms"] = Measurement(
             p90, "ms/token", p90, p90, provenance, len(steps), self.fingerprint, "not corrected for drift"
         )
         return found
-
-
-def robust_spread(values: list[float]) -> float:
-    """Standard deviation by the median absolute deviation: one odd process in five must not widen every interval for ever."""
-    center = median(values)
-    return 1.4826 * median(abs(v - center) for v in values)
-
-
-def moderated_interval(
-    values: list[float], spread: float, prior_df: int = NOMINAL_VISITS - 1
-) -> tuple[float, float, float]:
-    """Mean of the visits and its 95 % interval; their variance is pooled with (spread × mean)² seen on `prior_df` degrees of freedom."""
-    from scipy.stats import t
-
-    center, n = mean(values), len(values)
-    squares = prior_df * (spread * center) ** 2 + sum((v - center) ** 2 for v in values)
-    df = prior_df + n - 1
-    half = float(t.ppf(0.975, df)) * math.sqrt(squares / df / n)
-    return center, center - half, center + half

@@ -1,7 +1,10 @@
 """The latency fit: decode and prefill milliseconds as a non-negative sum of what a decoder's engine ops cost.
 
-Terms: a constant, the number of layers, the layers' weights per kernel, the head's weights per kernel, the KV cache. Fitted
-by relative least squares to measurements of this machine; predictions say "predicted" and carry the fit's held-out error.
+Terms: a constant, the number of layers, the layers' weights per kernel, the head's weights per kernel, the KV cache; and the
+quantization groups, each of which costs a scale, and what of the weights is more than a CPU's cache holds. Each is a sum over
+layers, so per-layer widths and precisions need no terms of their own; terms per matrix, tried on three studies, only made the
+held-out error larger. Fitted by relative least squares to measurements of this machine; predictions say "predicted" and carry
+the fit's held-out error.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy.typing as npt
 
 from paretune.hardware_profiles.kernels import STORAGE_ONLY
 from paretune.objectives.measurement import Measurement
-from paretune.spaces.candidate import Candidate, Format, Shape
+from paretune.spaces.candidate import Candidate, Format, Shape, group_for
 from paretune.spaces.kinds import AnyCandidate, AnyShape, AnySpace
 from paretune.spaces.module_candidate import ModuleCandidate, ModuleShape
 
@@ -30,6 +33,9 @@ KERNEL_BITS = {
     "int2/int8": 2,
     "int2/fp32": 2,
 }
+# Weights beyond so many megabytes are read from memory in every step. Half of the L3 that the machine of docs/log.md reports;
+# where all models are smaller, or all larger, the term adds nothing to the others.
+CACHE_MEGABYTES = 16.0
 MIN_POINTS = 2
 FOLDS = 5
 Array = npt.NDArray[np.float64]
@@ -85,7 +91,21 @@ def terms(candidate: AnyCandidate, shape: AnyShape) -> Array:
         assert isinstance(candidate, ModuleCandidate)
         return _module_terms(candidate, shape)
     assert isinstance(candidate, Candidate)
-    return features(candidate, shape)
+    beyond = max(0.0, params_times_bits(candidate, shape) / 8 - CACHE_MEGABYTES)
+    return np.array([*features(candidate, shape), quantization_groups(candidate, shape), beyond])
+
+
+def quantization_groups(candidate: Candidate, shape: Shape) -> float:
+    """Millions of groups that have a scale, in layers and head; those of the embedding are looked up, not multiplied by."""
+    hidden = candidate.width(shape)
+    matrices = [(candidate.head_format, shape.vocab, hidden)]
+    for layer in candidate.layers:
+        heads = layer.kv_groups * shape.head_dim
+        inner = heads * shape.heads_per_group
+        matrices += [(layer.attention_format, inner + 2 * heads, hidden), (layer.attention_format, hidden, inner)]
+        up = (shape.ffn_matrices - 1) * layer.ffn
+        matrices += [(layer.ffn_format, up, hidden), (layer.ffn_format, hidden, layer.ffn)]
+    return sum(n * k / group_for(form.group_size, k) for form, n, k in matrices if form.is_integer) / 1e6
 
 
 def proxy(candidate: AnyCandidate, shape: AnyShape) -> float:

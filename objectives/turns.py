@@ -19,6 +19,22 @@ MOST_FOREIGN_CORES = 0.35
 STAT = Path("/proc/stat")
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a child does in one turn: a prefill of `prompt` tokens, then `tokens` decode steps, of `batch` sequences at once."""
+
+    prompt: int = PROMPT
+    tokens: int = NEW_TOKENS
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.prompt, self.tokens, self.batch) < 1:
+            raise ValueError(f"prompt, tokens and batch must be 1 or more, but got {self}")
+
+
+STANDARD = Turn()
+
+
 @dataclass
 class Visit:
     """What `rounds` R C C R turns gave: ratios candidate/reference, the reference's own milliseconds, the candidate's steps.
@@ -40,14 +56,18 @@ class Visit:
         return self.alone and self.foreign_cores <= MOST_FOREIGN_CORES
 
 
-def take_turns(reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True) -> Visit:
-    """Both children have a model loaded and are warm; `alone`: the machine lock is held.
+def take_turns(
+    reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True, turn: Turn = STANDARD
+) -> Visit:
+    """Both children have a model loaded and are warm; `alone`: the machine lock is held. `turn` is the candidate's; the
+    reference always does the standard one.
 
     A disturbed visit ends after half of its rounds: it will be repeated.
     """
-    visit, watch = Visit(alone=alone), _Watch([reference, candidate])
+    visit, watch = Visit(alone=alone), Watch([reference, candidate])
     for number in range(rounds):
-        turns = [_turn(child) for child in (reference, candidate, candidate, reference)]
+        order = ((reference, STANDARD), (candidate, turn), (candidate, turn), (reference, STANDARD))
+        turns = [take_turn(child, what) for child, what in order]
         r = median(turns[0]["step_ms"] + turns[3]["step_ms"])
         c = median(turns[1]["step_ms"] + turns[2]["step_ms"])
         reference_ttft = (turns[0]["ttft_ms"] + turns[3]["ttft_ms"]) / 2
@@ -62,18 +82,21 @@ def take_turns(reference: EngineChild, candidate: EngineChild, rounds: int = ROU
     return visit
 
 
-def load_and_warm(child: EngineChild, model: Path, threads: int) -> float:
-    """Load a model and run it once; returns milliseconds of the load."""
-    loaded = child.ask(do="load", path=str(model), threads=threads)
-    _turn(child)
+def load_and_warm(
+    child: EngineChild, model: Path, threads: int, engine: str = "onnxruntime", provider: str = "CPUExecutionProvider"
+) -> float:
+    """Load a model in an engine and run it once; returns milliseconds of the load. Raises Infeasible if the engine refuses."""
+    loaded = child.ask(do="load", path=str(model), threads=threads, engine=engine, provider=provider)
+    take_turn(child, STANDARD)
     return float(loaded["load_ms"])
 
 
-def _turn(child: EngineChild) -> dict[str, Any]:
-    return child.ask(do="time", prompt=PROMPT, tokens=NEW_TOKENS)
+def take_turn(child: EngineChild, turn: Turn) -> dict[str, Any]:
+    """`ttft_ms` of the prefill and `step_ms` of each decode step. Raises Infeasible if the engine refuses, crashes or hangs."""
+    return child.ask(do="time", prompt=turn.prompt, tokens=turn.tokens, batch=turn.batch)
 
 
-class _Watch:
+class Watch:
     """How many cores others took from the children since it was made: on the CPUs that the children may run on (steal
     included), and as time that the children waited for a CPU. What runs on other CPUs does not disturb by itself; what it
     does to shared caches and memory shows in the reference."""

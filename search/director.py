@@ -228,7 +228,7 @@ class Director:
         fidelity = FIDELITY[work.kind]
         measurements = dict(outcome.measurements)
         if fidelity == "rung0" and outcome.status == "complete":
-            measurements |= self.estimates.predictions(candidate)
+            measurements = self.estimates.completed(candidate, measurements)
         status: Any = "lost" if outcome.status == "fatal" else outcome.status
         artifact = (
             None if outcome.artifact is None else (self.store.folder / "artifacts" / candidate.key, outcome.artifact[1])

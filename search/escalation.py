@@ -12,10 +12,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from paretune.objectives.directions import minimized
 from paretune.search.front import Vector, dominates, non_dominated
 from paretune.spaces.candidate import FP32, Candidate
 
-UNITS = {"nll": "nats/token", "decode_ms_per_token": "ms/token", "ttft_ms": "ms to the first token"}
+UNITS = {
+    "nll": "nats/token",
+    "decode_ms_per_token": "ms/token",
+    "ttft_ms": "ms to the first token",
+    "throughput_tokens_per_s": "tokens/s",
+    "energy_j_per_token": "J/token",
+    "usd_per_million_tokens": "USD per million tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,6 @@ def _optimistic(tried: Tried, stakes: Stakes) -> Vector:
 
 def _told(objectives: tuple[str, ...], vector: Vector) -> str:
     return ", ".join(
-        f"{value / 1e6:.2f} MB" if name.endswith("bytes") else f"{value:.3f} {UNITS[name]}"
+        f"{value / 1e6:.2f} MB" if name.endswith("bytes") else f"{minimized(name, value):.3f} {UNITS[name]}"
         for name, value in zip(objectives, vector, strict=True)
     )

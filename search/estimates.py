@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from paretune.objectives.directions import excess, minimized
 from paretune.objectives.figures import Figures
 from paretune.objectives.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.memory_fit import MemoryFit, resident_bytes
 from paretune.objectives.quality import Scores
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.escalation import Stakes
 from paretune.search.finalists import Explored, perceived
+from paretune.search.follow import MEMORY, followed, memory_fit, profile_of
 from paretune.search.front import Vector
 from paretune.search.ledger import Ledger
 from paretune.search.records import Evaluation
@@ -26,6 +30,8 @@ class Estimates:
     def __init__(self, store: Store, spec: Spec, space: AnySpace, ledger: Ledger) -> None:
         self.store, self.spec, self.space, self.ledger = store, spec, space, ledger
         self.figures = Figures.of(store.meta("figures"))
+        self._profile = profile_of(store.meta("profile"))
+        self._memory: MemoryFit | None = None
         self.version = 0
         self.fits: dict[str, LatencyFit] = {}
         self._calibration = Calibration(space.shape, [])
@@ -35,8 +41,17 @@ class Estimates:
         self.calibrate()
 
     def predictions(self, candidate: AnyCandidate) -> dict[str, Measurement]:
-        """Latencies by the fit."""
-        return {name: fit.predict(candidate) for name, fit in self.fits.items()}
+        """Latencies by the fit, and what follows from them."""
+        fitted = {name: fit.predict(candidate) for name, fit in self.fits.items()}
+        return followed(fitted, self._profile, self.figures)
+
+    def completed(self, candidate: AnyCandidate, found: Mapping[str, Measurement]) -> dict[str, Measurement]:
+        """What rung 0 found, with latencies, what follows from them, and peak memory."""
+        completed = {**found, **self.predictions(candidate)}
+        if self._memory is not None and "bytes" in found:
+            resident = resident_bytes(candidate, self.space.shape, found["bytes"].value)
+            completed[MEMORY] = self._memory.predict(resident)
+        return completed
 
     def vector(self, key: str) -> Vector | None:
         """Estimated objectives of an explored candidate, or None if it failed or waits."""
@@ -48,8 +63,7 @@ class Estimates:
             return None
         candidate = self.ledger.rows[key].candidate
         estimate = {self.figures.quality: self.estimated_nll(candidate, e.scores)}
-        values = {**e.measurements, **self.predictions(candidate), **estimate}
-        vector = tuple(float(values[name].value) for name in self.spec.objectives)
+        vector = self._minimized({**self.completed(candidate, e.measurements), **estimate})
         self._vectors[key] = (self.version, vector)
         return vector
 
@@ -58,12 +72,12 @@ class Estimates:
         e = self.ledger.latest[key, "rung0"]
         assert e.scores is not None
         candidate = self.ledger.rows[key].candidate
-        known = {**e.measurements, **self.predictions(candidate)}
+        known = self.completed(candidate, e.measurements)
         teacher = self._teacher_nll()[1]
         loss = (self.estimated_nll(candidate, e.scores).value - teacher) / abs(teacher)
         found = {"loss": loss / self.spec.loss_of_interest - 1}
         for name, limit in sorted(self.spec.limits.items()):
-            found[name] = known[name].value / limit - 1
+            found[name] = excess(name, known[name].value, limit)
         return found
 
     def estimated_nll(self, candidate: AnyCandidate, scores: Scores) -> Measurement:
@@ -100,7 +114,10 @@ class Estimates:
 
     def confirmed_vector(self, e: Evaluation) -> Vector:
         """Objectives of a confirmed candidate."""
-        return tuple(float(e.measurements[name].value) for name in self.spec.objectives)
+        return self._minimized(e.measurements)
+
+    def _minimized(self, found: Mapping[str, Measurement]) -> Vector:
+        return tuple(minimized(name, float(found[name].value)) for name in self.spec.objectives)
 
     def perceived(self, vector: Vector) -> Vector:
         """Objectives on the scales that finalists are spread over."""
@@ -165,6 +182,8 @@ class Estimates:
                 scale = self._scale
                 pairs.append(Pair(self.ledger.rows[e.key].candidate, before / scale, after / scale))
         self._calibration = Calibration(self.space.shape, pairs)
+        confirmed = self.ledger.complete("confirmed")
+        self._memory = memory_fit(((self.ledger.rows[e.key].candidate, e) for e in confirmed), self.space.shape)
         if pairs:
             self.store.set_meta(calibration=self._calibration.to_dict())
         self.version += 1
@@ -177,8 +196,7 @@ class Estimates:
             if e is not None and e.status == "complete" and e.scores is not None:
                 candidate = self.ledger.rows[key].candidate
                 fresh[key] = {
-                    **e.measurements,
-                    **self.predictions(candidate),
+                    **self.completed(candidate, e.measurements),
                     self.figures.estimate: self.estimated_nll(candidate, e.scores),
                 }
         self.store.update_measurements("rung0", fresh)

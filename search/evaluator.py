@@ -18,6 +18,7 @@ from paretune.compression.student import EMBEDDING, Codes, quantized_weights
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.objectives.energy import following
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
 from paretune.search.measuring import Measuring
@@ -162,6 +163,7 @@ class Evaluator:
         )
         measurements = {
             **quality,
+            **following(lane.measurements["decode_ms_per_token"], self.space.profile),
             **lane.measurements,
             "bytes": Measurement.exact(sizes.bytes, "bytes", "onnx/model.onnx"),
             "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "onnx/model.onnx, zstd level 3"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune import slice_weights
+from paretune.search.measurement_key import target_key, timed_pattern
 from paretune.search.visits import Visits
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate, Format, Layer
@@ -36,19 +37,22 @@ class Measuring(Visits):
         self.space.forget_sorted_teacher()
 
     def kept_file(self, candidate: Candidate) -> Path:
-        """Where a candidate's latency is kept: a changed weight value, pattern or quantizer hits, a changed shape, engine version,
-        thread count or machine misses."""
+        """Where a candidate's latency is kept: a changed weight value, quantizer or (without a kernel for it) pattern hits, a
+        changed shape, precision, profile, engine version, thread count or machine misses."""
+        profile = self.space.profile
         layers = tuple(
-            Layer(x.ffn, x.kv_groups, _plain(x.attention_format), _plain(x.ffn_format)) for x in candidate.layers
+            Layer(
+                x.ffn, x.kv_groups, _plain(x.attention_format), _plain(x.ffn_format), timed_pattern(x.pattern, profile)
+            )
+            for x in candidate.layers
         )
         plain = Candidate(layers, _plain(candidate.head_format), candidate.embedding_format, candidate.hidden)
         return self._folder() / f"{plain.key}.json"
 
     def _folder(self) -> Path:
-        s, p = self.space.teacher.shape, self.space.profile
-        engine = f"{self.space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
+        s = self.space.teacher.shape
         sizes = f"{s.family}-h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
-        return self.space.cache / "measurements" / engine / sizes
+        return self.space.cache / "measurements" / target_key(self.space.profile, self.space.fingerprint) / sizes
 
 
 def _plain(form: Format) -> Format:

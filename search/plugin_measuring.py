@@ -9,9 +9,9 @@ from pathlib import Path
 from paretune.compression.export.graph import save_model
 from paretune.objectives.figures import FORWARD, forward_measurements
 from paretune.objectives.measurement import Measurement
+from paretune.search.measurement_key import target_key, timed_pattern
 from paretune.search.plugin_workspace import PluginWorkspace
 from paretune.search.visits import Visits
-from paretune.spaces.candidate import DENSE
 from paretune.spaces.module_candidate import ModuleCandidate
 
 
@@ -32,13 +32,14 @@ class PluginMeasuring(Visits):
         save_model(self.space.graph(candidate).fill(weights, self.space.forms(candidate)), model)
 
     def kept_file(self, candidate: ModuleCandidate) -> Path:
-        """Where a candidate's latency is kept: other weight values and patterns hit, other widths, formats, machines miss."""
-        plain = ModuleCandidate(tuple(replace(g, pattern=DENSE) for g in candidate.groups), candidate.widths)
-        return self._folder() / f"{plain.key}.json"
+        """Where a candidate's latency is kept: other weight values and (without a kernel for them) patterns hit, other widths,
+        formats, profiles, engines, machines miss."""
+        groups = tuple(replace(g, pattern=timed_pattern(g.pattern, self.space.profile)) for g in candidate.groups)
+        return self._folder() / f"{ModuleCandidate(groups, candidate.widths).key}.json"
 
     def _folder(self) -> Path:
-        space, p = self.space, self.space.profile
-        engine = f"{space.fingerprint}-{p.engine}-{p.engine_version}-t{p.threads}"
+        space = self.space
         inputs = [(tuple(x.shape), str(x.dtype)) for x in space.batch.inputs]
         structure = hashlib.sha256(f"{space.teacher.digest}{inputs}".encode()).hexdigest()[:12]
-        return space.cache / "measurements" / engine / f"plugin-{space.teacher.name}-{structure}"
+        target = target_key(space.profile, space.fingerprint)
+        return space.cache / "measurements" / target / f"plugin-{space.teacher.name}-{structure}"

@@ -55,7 +55,7 @@ def settle(spec: Spec, figures: Figures) -> Spec:
     rung 0, so its loss there says little: with less than ten times the teacher's no smaller size would ever be recovered.
     """
     given = spec.model_fields_set
-    allowed = (figures.quality, FORWARD, "compressed_bytes", "bytes")
+    allowed = (figures.quality, FORWARD, "compressed_bytes", "bytes", "peak_memory_bytes")
     if "objectives" in given and (figures.quality not in spec.objectives or not set(spec.objectives) <= set(allowed)):
         raise UsageError(
             f"the objectives of this plug-in are {figures.quality} and others of {', '.join(allowed[1:])}, but got "

@@ -13,6 +13,7 @@ from paretune import __version__
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
+from paretune.search.follow import check_figures
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
@@ -74,6 +75,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         return prepare_plugin(spec, home)
     teacher = load_teacher(spec.teacher)
     profile = load_profile(spec.profile, home)
+    check_figures(spec, profile)
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     if missing := spec.choices.missing(profile.weight_formats):

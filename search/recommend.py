@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from paretune.hardware_profiles.errors import NothingFeasible, UsageError
+from paretune.objectives.directions import excess
+from paretune.objectives.energy import COST, ENERGY, NEEDED, THROUGHPUT
 from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.search.view import LABELS, Point, StudyView, label_of, tied
 
-NEAR = 0.9
+UNITS = {THROUGHPUT: "tokens/s", ENERGY: "J/token", COST: "USD per million tokens"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds; None leaves a quantity free. `loss` is the NLL increase over the fp32 teacher as a fraction."""
+    """Upper bounds, and the least throughput; None leaves a quantity free. `loss` is the NLL increase over the fp32 teacher as
+    a fraction, `energy_j` is per token, `cost_usd` per million tokens."""
 
     latency_ms: float | None = None
     compressed_bytes: float | None = None
     memory_bytes: float | None = None
     loss: float | None = None
+    throughput: float | None = None
+    energy_j: float | None = None
+    cost_usd: float | None = None
 
     def active(self, figures: Figures = DECODER) -> dict[str, float]:
         """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not a positive number."""
@@ -31,6 +37,9 @@ class Limits:
             "compressed_bytes": self.compressed_bytes,
             "peak_memory_bytes": self.memory_bytes,
             "relative_loss": self.loss,
+            THROUGHPUT: self.throughput,
+            ENERGY: self.energy_j,
+            COST: self.cost_usd,
         }
         found = {name: value for name, value in named.items() if value is not None}
         for name, value in found.items():
@@ -76,7 +85,8 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
         **{n: v for n, v in spec_limits.items() if n in LABELS or n == view.figures.latency},
         **limits.active(view.figures),
     }
-    feasible = [p for p in view.front if all(p.measurements[name].value <= bound for name, bound in bounds.items())]
+    _require_known(view, bounds)
+    feasible = [p for p in view.front if all(_excess(p, name, bound) <= 0 for name, bound in bounds.items())]
     if not feasible:
         raise _nearest(view, bounds)
     order, rule = _ordering(view, bounds)
@@ -85,7 +95,7 @@ def recommend(view: StudyView, limits: Limits) -> Recommendation:
     binding = _binding(chosen, bounds)
     why = [f"{rule} {_among(view, feasible, bounds)}", *_sentences(view, chosen)]
     if binding is not None:
-        room = 1 - chosen.measurements[binding].value / bounds[binding]
+        room = -_excess(chosen, binding, bounds[binding])
         why.append(
             f"the tightest limit is {binding}: {_show(binding, chosen.measurements[binding])} "
             f"of {_plain(binding, bounds[binding])} ({room:.0%} room)"
@@ -121,6 +131,21 @@ def point_dict(point: Point) -> dict[str, Any]:
     }
 
 
+def _excess(point: Point, name: str, bound: float) -> float:
+    return excess(name, point.measurements[name].value, bound)
+
+
+def _require_known(view: StudyView, bounds: dict[str, float]) -> None:
+    """Raises UsageError for a limit on what this study has not measured: its profile has no power or price, or it is older."""
+    for name in bounds:
+        if any(name not in p.measurements for p in view.front):
+            needed = f": its profile has no {NEEDED[name]}" if name in NEEDED else ""
+            raise UsageError(
+                f"a limit needs its measurement, but the front of {view.study} has no {name}{needed}",
+                "leave that limit out, or search again with a profile that has it",
+            )
+
+
 def _among(view: StudyView, feasible: Sequence[Point], bounds: dict[str, float]) -> str:
     if not bounds:
         return f"of the {len(view.front)} front members"
@@ -134,7 +159,7 @@ def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
         return (lambda p: p.measurements[view.figures.latency].value), "the fastest"
     if bounds:
         return (lambda p: p.measurements[view.figures.quality].value), "the lowest loss"
-    best = [min(p.value(name).value for p in view.front) for name in view.objectives]
+    best = [min(values) for values in zip(*(p.vector(view.objectives) for p in view.front), strict=True)]
 
     def balance(point: Point) -> float:
         values = zip(view.objectives, point.vector(view.objectives), best, strict=True)
@@ -165,7 +190,7 @@ def _sentences(view: StudyView, chosen: Point) -> Sequence[str]:
 
 
 def _binding(chosen: Point, bounds: dict[str, float]) -> str | None:
-    return max(bounds, key=lambda name: chosen.measurements[name].value / bounds[name]) if bounds else None
+    return max(bounds, key=lambda name: _excess(chosen, name, bounds[name])) if bounds else None
 
 
 def _price(view: StudyView, chosen: Point, other: Point) -> str:
@@ -183,13 +208,13 @@ def _price(view: StudyView, chosen: Point, other: Point) -> str:
 
 def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
     def excess(point: Point) -> float:
-        return sum(max(0.0, point.measurements[name].value / bound - 1) for name, bound in bounds.items())
+        return sum(max(0.0, _excess(point, name, bound)) for name, bound in bounds.items())
 
     near = min(view.front, key=excess)
     missed = [
         f"{name} is {_show(name, near.measurements[name])}, the limit {_plain(name, bound)}"
         for name, bound in bounds.items()
-        if near.measurements[name].value > bound
+        if _excess(near, name, bound) > 0
     ]
     return NothingFeasible(
         f"no front member keeps all limits; the nearest is {near.name} ({near.key[:8]}): {'; '.join(missed)}",
@@ -202,6 +227,8 @@ def _show(name: str, m: Measurement) -> str:
 
 
 def _plain(name: str, value: float) -> str:
+    if name in UNITS:
+        return f"{value:.3g} {UNITS[name]}"
     if name.endswith("bytes"):
         return f"{value / 1e6:.2f} MB"
     if name == "relative_loss":

@@ -6,21 +6,22 @@ every ratio wander. The int4 graph fits (docs/log.md has the figures).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles.detect import fingerprint
-from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.lane import Lane, Nominal
+from paretune.objectives.lane import Lane
+from paretune.objectives.nominal import kept_in
+from paretune.objectives.power import energy_counter
+from paretune.search.measurement_key import engine_fingerprint
 from paretune.spaces.candidate import Candidate, Format, Layer
 from paretune.teachers import EMBEDDED, load_teacher
 
 
 def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
-    """The lane with its fixed reference: the embedded teacher's int4 graph in the profile's engine."""
+    """The lane of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads."""
     embedded = load_teacher(EMBEDDED)
     machine, folder = fingerprint(), cache / "lane"
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,19 +35,13 @@ def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
         temporary.replace(reference)
     kept = folder / f"nominal-int4-{machine}-t{profile.threads}.json"
 
-    def nominal(value: Nominal | None) -> Nominal | None:
-        if value is not None:
-            write_atomically(kept, json.dumps(value.__dict__).encode())
-        return _nominal(kept)
-
-    return Lane(reference, profile.threads, machine, lock, nominal)
-
-
-def _nominal(path: Path) -> Nominal | None:
-    """The kept figures; None if they are not there or damaged."""
-    found = read_kept(path)
-    try:
-        return None if found is None else Nominal(**{name: float(value) for name, value in found.items()})
-    except (AttributeError, TypeError, ValueError) as error:
-        warn_damaged(path, error)
-        return None
+    return Lane(
+        reference,
+        profile.threads,
+        engine_fingerprint(profile, machine),
+        lock,
+        kept_in(kept),
+        profile.engine,
+        profile.execution_provider,
+        lambda: energy_counter(profile.kind),
+    )

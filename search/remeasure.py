@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from paretune.compression.export.checksums import MODEL, check_artifact
-from paretune.hardware_profiles.profile import load_profile
+from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.profile import Profile, load_profile
+from paretune.objectives.energy import COST, ENERGY, THROUGHPUT, following
 from paretune.objectives.figures import FORWARD, forward_measurements
+from paretune.objectives.lane import LaneResult
 from paretune.objectives.measurement import Measurement
 
 COMPARED = ("decode_ms_per_token", "ttft_ms")
 CLOSE = 0.03
+TOLD = {THROUGHPUT: "throughput, one stream", ENERGY: "energy", COST: "cost, one stream"}
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,23 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Remeasured:
-    """All quantities of one visit to the lane."""
+    """All quantities of one visit to the lane. `lane` is what the lane itself said; `within` the half-width it was asked for."""
 
     artifact: Path
+    profile: str
+    within: float
+    lane: LaneResult
     agreements: tuple[Agreement, ...]
     others: dict[str, Measurement]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "artifact": str(self.artifact),
+            "profile": self.profile,
+            "measured": self.lane.stable,
+            "half_width": self.lane.half_width,
+            "visits": self.lane.visits,
+            "disturbed_visits": self.lane.flagged,
             "others": {n: m.to_dict() for n, m in self.others.items()},
             "compared": {
                 a.name: {
@@ -87,26 +99,65 @@ class Remeasured:
         memory = self.others["peak_memory_bytes"]
         return [
             *found,
+            *(
+                f"{title}: {m.value:.4g} [{m.low:.4g} … {m.high:.4g}] {m.unit} ({m.provenance})"
+                for name, title in TOLD.items()
+                if (m := self.others.get(name)) is not None
+            ),
             f"peak memory: {memory.value / 1e6:.1f} MB ({memory.note})",
             f"load: {self.others['load_ms'].value:.1f} ms",
         ]
 
+    def problem(self) -> EnvironmentProblem | None:
+        """Why the values may not be called measured; None if they may."""
+        lane = self.lane
+        if lane.stable:
+            return None
+        if lane.visits - lane.flagged < 2:
+            found = f"{lane.flagged} of {lane.visits} visits to the lane were disturbed by other work"
+        else:
+            found = f"the intervals should be ±{self.within:.1%}, but the widest is ±{lane.half_width:.1%} after {lane.visits} visits"
+        return EnvironmentProblem(
+            f"nothing was measured: {found}",
+            "end the other work on this machine and repeat, or ask for less with --within",
+        )
 
-def remeasure(artifact: Path, profile_name: str, home: Path, agent: str | None = None) -> Remeasured:
-    """Run the lane on an artifact, here or at an `agent` (URL). Raises UsageError if it is damaged, Infeasible if the engine refuses it."""
+
+def remeasure(
+    artifact: Path, profile_name: str, home: Path, within: float = CLOSE, agent: str | None = None
+) -> Remeasured:
+    """Run the lane on an artifact, in the engine and with the threads of a profile, until the 95 % intervals are `within`.
+
+    `agent`: URL of the agent that does it; without one, the profile's, or this machine. Raises UsageError if the artifact is
+    damaged or nothing measures the profile, Infeasible if the engine refuses it.
+    """
     from paretune.search.elsewhere import lane_at
 
     facts = check_artifact(artifact)
     is_module = facts.get("kind") == "module"
     compared = (FORWARD,) if is_module else COMPARED
     profile = load_profile(profile_name, home)
-    found = lane_at(profile, home, agent).measure((artifact / MODEL).resolve()).measurements
+    if agent is None and profile.agent is None:
+        require_at_hand(profile)
+    lane = lane_at(profile, home, agent).measure((artifact / MODEL).resolve(), within)
     if is_module:
-        found = forward_measurements(found)
+        found = forward_measurements(lane.measurements)
+    else:
+        found = following(lane.measurements["decode_ms_per_token"], profile) | lane.measurements
     kept = (
         {name: Measurement.from_dict(data) for name, data in facts.get("measurements", {}).items()}
         if facts.get("profile") == profile.name
         else {}
     )
     agreements = tuple(Agreement(name, found[name], kept.get(name)) for name in compared)
-    return Remeasured(artifact, agreements, {name: m for name, m in found.items() if name not in compared})
+    others = {name: m for name, m in found.items() if name not in compared}
+    return Remeasured(artifact, profile.name, within, lane, agreements, others)
+
+
+def require_at_hand(profile: Profile) -> None:
+    """Raises UsageError for a target that this machine can only predict."""
+    if not profile.at_hand:
+        raise UsageError(
+            f"a profile must be at hand to be measured, but {profile.name} is only predicted here",
+            "measure on that machine, or name a profile of this one",
+        )

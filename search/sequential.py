@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from paretune.objectives.directions import minimized
 from paretune.search.estimates import Estimates
 from paretune.search.front import Vector
 from paretune.search.volume import in_teacher_units, volume
@@ -102,7 +103,8 @@ class SequentialPlan:
     def _latency(self, candidate: Candidate) -> float:
         predicted = self.estimates.predictions(candidate)
         wanted = [name for name in self.spec.objectives if name in predicted]
-        return predicted[wanted[0] if wanted else "decode_ms_per_token"].value
+        name = wanted[0] if wanted else "decode_ms_per_token"
+        return minimized(name, predicted[name].value)
 
     # masks
 

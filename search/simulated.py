@@ -16,6 +16,7 @@ from typing import Any
 
 from paretune.compression.export.checksums import CHECKSUMS, sha256, write_checksums
 from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.energy import following
 from paretune.objectives.latency_fit import KERNEL_BITS, features
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements
@@ -59,9 +60,10 @@ class SimulatedEvaluator:
         setup = json.loads((folder / "setup.json").read_text())
         self.folder, self.home, self.clock = folder, home, clock
         self.spec = Spec.model_validate(setup["spec"])
+        self.profile = Profile.model_validate(setup["profile"])
         self.space = Space.of(
             SHAPE,
-            Profile.model_validate(setup["profile"]).weight_formats,
+            self.profile.weight_formats,
             second_order=self.spec.second_order,
             choices=self.spec.choices,
             hidden=self.spec.hidden,
@@ -131,6 +133,7 @@ class SimulatedEvaluator:
             name: Measurement(value, unit, value * 0.99, value * 1.01, "measured", 12, "simulated")
             for name, value, unit in (("decode_ms_per_token", decode, "ms/token"), ("ttft_ms", 10 * decode, "ms"))
         }
+        lane |= following(lane["decode_ms_per_token"], self.profile)
         exact = {name: Measurement.exact(size, "bytes") for name in ("bytes", "compressed_bytes", "peak_memory_bytes")}
         folder = self.folder / "artifacts" / candidate.key
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,29 @@ from paretune.spaces.candidate import PER_CHANNEL, Algorithm
 from paretune.spaces.precision import DEFAULT_PRECISIONS, Precision, PrecisionChoices
 from paretune.teachers.plugin_name import is_plugin
 
-OBJECTIVES = ("nll", "decode_ms_per_token", "ttft_ms", "compressed_bytes", "bytes")  # of decoders
+# Of decoders; the throughput is maximized, and a limit to it is the least that will do.
+OBJECTIVES = (
+    "nll",
+    "decode_ms_per_token",
+    "ttft_ms",
+    "throughput_tokens_per_s",
+    "compressed_bytes",
+    "bytes",
+    "peak_memory_bytes",
+    "energy_j_per_token",
+    "usd_per_million_tokens",
+)
+Limited = Literal[
+    "decode_ms_per_token",
+    "ttft_ms",
+    "throughput_tokens_per_s",
+    "forward_ms",
+    "compressed_bytes",
+    "bytes",
+    "peak_memory_bytes",
+    "energy_j_per_token",
+    "usd_per_million_tokens",
+]
 Positive = Annotated[float, Field(gt=0)]
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
 PERCENTAGE = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
@@ -102,6 +124,8 @@ class Spec(BaseModel):
     (size, mask, precision) instead of jointly, for comparison; `reference` is what fronts are compared by.
     `max_loss` is the NLL increase that post-training quantization may cost before a 4-bit finalist is trained under its
     rounding (QAT): a fraction or `1%`; without it QAT goes to those who would be on the front if rounding cost nothing.
+    `limits` are upper bounds, of `throughput_tokens_per_s` the lower one. `energy_j_per_token` and `usd_per_million_tokens` need the
+    profile's power and price.
     `student_configs` are sizes that are explored first, each unquantized and at the engine's integer precisions.
     """
 
@@ -115,9 +139,7 @@ class Spec(BaseModel):
     sampler: Literal["tpe", "nsga2", "sequential"] = "tpe"
     seed: int = 0
     objectives: tuple[str, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
-    limits: dict[Literal["decode_ms_per_token", "ttft_ms", "forward_ms", "compressed_bytes", "bytes"], Positive] = (
-        Field(default_factory=dict)
-    )
+    limits: dict[Limited, Positive] = Field(default_factory=dict)
     second_order: bool = False
     precisions: tuple[Precision, ...] = DEFAULT_PRECISIONS
     group_sizes: tuple[Literal[32, 64, 128, 256, "channel"], ...] = (32, 64, 128)

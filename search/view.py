@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from paretune.objectives.directions import minimized
 from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
@@ -24,6 +25,9 @@ LABELS = {
     "estimated_nll": "estimated NLL (nats/token)",
     "decode_ms_per_token": "decode (ms/token)",
     "ttft_ms": "TTFT, 128 tokens (ms)",
+    "throughput_tokens_per_s": "throughput, one stream (tokens/s)",
+    "energy_j_per_token": "energy (J/token)",
+    "usd_per_million_tokens": "cost, one stream (USD/million tokens)",
     "compressed_bytes": "compressed artifact (bytes)",
     "bytes": "artifact (bytes)",
     "peak_memory_bytes": "peak memory (bytes)",
@@ -93,7 +97,8 @@ class Point:
         )
 
     def vector(self, objectives: Sequence[str]) -> Vector:
-        return tuple(self.value(name).value for name in objectives)
+        """The objectives as the search minimizes them (directions.py)."""
+        return tuple(minimized(name, self.value(name).value) for name in objectives)
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def test_closing_ends_the_child_even_if_it_is_stuck() -> None:
 
 
 def test_the_worker_loads_no_training_library() -> None:
-    program = "import sys, paretune.engines.worker; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    program = "import sys, paretune.engines.worker as w; w.engine_module(w.DEFAULT); print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = set(
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     )

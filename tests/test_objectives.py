@@ -24,8 +24,9 @@ from paretune.hardware_profiles import EnvironmentProblem, Infeasible, MachineLo
 from paretune.objectives import LatencyFit, Measurement, Scores, design, paired_difference, quality_measurements
 from paretune.objectives import lane as lane_module
 from paretune.objectives import turns as turns_module
-from paretune.objectives.lane import Lane, Nominal, moderated_interval
-from paretune.objectives.latency_fit import MIN_POINTS, features, params_times_bits
+from paretune.objectives.intervals import moderated_interval
+from paretune.objectives.lane import LATENCIES, Lane, Nominal
+from paretune.objectives.latency_fit import MIN_POINTS, features, params_times_bits, terms
 from paretune.objectives.quality import sum_by_document
 from paretune.spaces import Candidate, Format, Layer, Shape, Space
 from paretune.teachers import Teacher
@@ -33,6 +34,7 @@ from paretune.teachers import Teacher
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
 SHAPE = Shape(6, 256, 768, 8, 4, 32, 4096)
 SPACE = Space.of(SHAPE, KERNELS)
+LARGE = replace(SHAPE, vocab=16_000)  # its head alone is as large in fp32 as a cache
 
 
 def scores(seed: int, shift: float = 0.0, documents: int = 20, noise: float = 0.3) -> Scores:
@@ -171,15 +173,43 @@ def test_features_are_counted_by_hand() -> None:
     assert params_times_bits(candidate, SHAPE) == pytest.approx(8 * expected[3] + 4 * expected[6] + 4 * expected[14])
 
 
+def test_scales_and_what_a_cache_does_not_hold_are_terms() -> None:
+    form = Format(4, 64, "int8")
+    candidate = Candidate((Layer(320, 2, form, Format()), Layer(64, 1, Format(8, 0, "int8"), form)), form, form)
+    found = terms(candidate, SHAPE)
+    assert found[:-2].tolist() == features(candidate, SHAPE).tolist()
+    first = (2 * 2 * 32 + 2 * 2 * 32) * (256 // 64) + 256 * (128 // 64)  # q, k, v; o
+    second = (2 * 32 + 2 * 32) + 256 + 2 * 64 * (256 // 64) + 256 * (64 // 64)  # per channel; gate and up, down
+    assert found[-2] == pytest.approx((first + second + 4096 * (256 // 64)) / 1e6)
+    assert found[-1] == 0
+    large = replace(SHAPE, vocab=20_000)
+    assert terms(candidate, large)[-1] == 0
+    plain = Candidate(candidate.layers, Format(), form)
+    megabytes = (20_000 * 256 * 32 + 98_304 * 4 + 245_760 * 32 + 49_152 * 8 + 49_152 * 4) / 8e6
+    assert terms(plain, large)[-1] == pytest.approx(megabytes - 16)
+
+
+def test_the_fit_learns_that_a_cache_ends() -> None:
+    """Models of which some are larger than the cache: the sum without that term misses them, the fit does not."""
+
+    def beyond(candidate: Candidate) -> float:
+        return law(candidate) + 0.4 * float(terms(candidate, LARGE)[-1])
+
+    designed = design(Space.of(LARGE, KERNELS), 60)
+    assert 10 < sum(terms(c, LARGE)[-1] > 0 for c in designed) < 50
+    fit = LatencyFit("decode_ms_per_token", "ms/token", LARGE, [(c, beyond(c)) for c in designed])
+    assert fit.error.median < 1e-3 and fit.coefficients[-1] == pytest.approx(0.4, rel=1e-2)
+
+
 def test_weights_stored_in_16_bits_cost_what_fp32_does_and_every_kernel_has_a_term() -> None:
-    def terms(form: Format) -> list[float]:
+    def counted(form: Format) -> list[float]:
         return list(features(Candidate((Layer(320, 2, form, form),) * 3, form, form), SHAPE))
 
     for half in (Format(16), Format(16, half="bf16")):
-        assert terms(half) == terms(Format())
+        assert counted(half) == counted(Format())
     every = [Format(8, 0, a) for a in ("int8", "fp32", "dynamic", "static")]  # type: ignore[arg-type]
     every += [Format(b, 32, a) for b in (2, 4) for a in ("int8", "fp32")]  # type: ignore[arg-type]
-    assert len({tuple(terms(form)) for form in (*every, Format())}) == len(every) + 1
+    assert len({tuple(counted(form)) for form in (*every, Format())}) == len(every) + 1
 
 
 def test_the_fit_recovers_a_linear_law_and_says_predicted() -> None:
@@ -238,8 +268,8 @@ class FakeChild:
     speed = staticmethod(itertools.repeat(1.0).__next__)
     table: ClassVar = {"reference.onnx": (2.0, 30.0), "x.onnx": (1.0, 15.0)}
 
-    def __init__(self, _threads: int, pinned: bool = False) -> None:
-        self.pinned, self.loaded = pinned, ""
+    def __init__(self, _threads: int, pinned: bool = False, engine: str = "onnxruntime") -> None:
+        self.pinned, self.loaded, self.engine = pinned, "", engine
 
     def ask(self, **request: Any) -> dict[str, Any]:
         if request["do"] == "load":
@@ -380,7 +410,7 @@ def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
     """Whether it is called measured depends on what else this machine does just now; that both words agree does not."""
     result = lane.measure(model)
     found = result.measurements
-    assert found.keys() == {"decode_ms_per_token", "ttft_ms", "decode_p90_ms", "peak_memory_bytes", "load_ms"}
+    assert found.keys() == {*LATENCIES, "throughput_tokens_per_s", "decode_p90_ms", "peak_memory_bytes", "load_ms"}
     for name in ("decode_ms_per_token", "ttft_ms", "decode_p90_ms"):
         assert found[name].provenance == ("measured" if result.stable else "disturbed")
         assert 0 < found[name].low <= found[name].value <= found[name].high
@@ -473,7 +503,7 @@ def test_only_what_runs_on_the_lanes_own_cpus_disturbs(
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(turns_module, "with_siblings", lambda cpus: cpus)
     monkeypatch.setattr(turns_module.os, "sched_getaffinity", lambda _pid: {3})
-    watch = turns_module._Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
+    watch = turns_module.Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
     stat.work(*busy, column=column)
     assert turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet == quiet
 
@@ -482,7 +512,7 @@ def test_a_child_that_had_to_wait_is_disturbed(tmp_path: Path, monkeypatch: pyte
     waited = itertools.count(0.0, 100.0)
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: next(waited))
-    watch = turns_module._Watch([FakeChild(1)])  # type: ignore[list-item]
+    watch = turns_module.Watch([FakeChild(1)])  # type: ignore[list-item]
     assert not turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet
 
 

@@ -76,7 +76,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ("threads: 2", "threads: [2]", ":4:1:", "threads"),
         ("  - int8/int8", "  - int9/int8", ":11:5:", "int9/int8"),
         ("name: my-board", "name: My Board", ":1:1:", "pattern"),
-        ("engine_version", "engine: tensorrt\nengine_version", ":3:1:", "tensorrt"),
+        ("engine_version", "engine: tensorflow\nengine_version", ":3:1:", "tensorflow"),
         ("cores: 4", "cores: 4\nthreads: 3", ":6:1:", "duplicate key"),
         ("threads: 2", "\tthreads: 2", ":4:1:", "\\t"),
         ("threads: 2", "threads: {2", ":", "expected"),
@@ -182,12 +182,12 @@ def test_an_unknown_profile_name_gets_a_suggestion(tmp_path: Path) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "my-board.yaml").write_text(GOOD)
     assert load_profile("my-board", tmp_path).threads == 2
-    assert profile_names(tmp_path) == ["local-cpu", "my-board"]
+    assert {"local-cpu", "my-board", "nvidia-a100"} < set(profile_names(tmp_path))
     with pytest.raises(UsageError, match="did you mean 'local-cpu'"):
         load_profile("local-cpi", tmp_path)
     with pytest.raises(UsageError, match="did you mean 'my-board'"):
         load_profile("myboard", tmp_path)
-    with pytest.raises(UsageError, match="known: local-cpu, my-board"):
+    with pytest.raises(UsageError, match=r"known: alveo-u55c, .*local-cpu, .*my-board"):
         load_profile("qqqq", tmp_path)
     with pytest.raises(UsageError, match="no profile is called"):
         load_profile("../profiles/my-board", tmp_path)

@@ -12,9 +12,9 @@ from paretune.tracking.points import (
     GREY,
     SIZE_SCALE,
     Group,
-    axes_of,
     bounds,
     column,
+    menu_axes,
     scaled,
     size_ticks,
     staircase,
@@ -65,7 +65,7 @@ def axis_menu(view: StudyView, drawn: Sequence[Group], chosen: Recommendation | 
             "method": "update",
             "args": [_restyle(view, drawn, chosen, x, y), axis_layout(view, x, y)],
         }
-        for x, y in axes_of(view.figures)
+        for x, y in menu_axes(view)
     ]
     return {
         "buttons": buttons,

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from paretune.objectives.directions import minimized
+from paretune.objectives.energy import COST, ENERGY, THROUGHPUT
 from paretune.objectives.figures import DECODER, Figures
 from paretune.search.front import non_dominated
 from paretune.search.recommend import Recommendation
@@ -66,6 +68,16 @@ def axes_of(figures: Figures) -> tuple[tuple[str, str], ...]:
     return (x, y), ("compressed_bytes", y), ("peak_memory_bytes", y), (x, "compressed_bytes")
 
 
+def menu_axes(view: StudyView) -> tuple[tuple[str, str], ...]:
+    """The pairs of axes of a study's menu: with energy and cost where they are known, and every objective."""
+    pairs = axes_of(view.figures)
+    known = {name for p in view.confirmed for name in p.measurements}
+    wanted = [
+        name for name in (ENERGY, COST, THROUGHPUT) if name in known and (name != THROUGHPUT or name in view.objectives)
+    ]
+    return *pairs, *((name, view.figures.quality) for name in wanted)
+
+
 def first_axes(shown: StudyView | Point | Group | Recommendation | None) -> tuple[str, str]:
     """The pair of axes that a picture starts with."""
     if isinstance(shown, Group):
@@ -94,10 +106,12 @@ def _group_name(view: StudyView, point: Point) -> GroupName:
 
 
 def staircase(view: StudyView, x: str, y: str) -> list[tuple[float, float]]:
-    """Corners of what the front reaches in two axes, in drawing units: the members that no other beats in both."""
+    """Corners of what the front reaches in two axes, in drawing units, best x first: the members that no other beats in both."""
     pairs = [(scaled(p, x), scaled(p, y)) for p in view.front]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return sorted({known[i] for i in non_dominated(known)})
+    turned = [(minimized(x, a), minimized(y, b)) for a, b in known]
+    corners = {known[i] for i in non_dominated(turned)}
+    return sorted(corners, key=lambda corner: minimized(x, corner[0]))
 
 
 def window(view: StudyView, y: str) -> tuple[float, float] | None:

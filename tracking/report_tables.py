@@ -23,8 +23,14 @@ COLUMNS = (
 )
 
 
-def columns_of(figures: Figures) -> tuple[tuple[str, str], ...]:
-    """Measurements of a table with their titles."""
+def columns_of(figures: Figures, objectives: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
+    """Measurements of a table with their titles; every one of the objectives is among them."""
+    columns = _usual_columns(figures)
+    shown = {name for name, _ in columns}
+    return *columns, *((name, label_of(name, figures)) for name in objectives if name not in shown)
+
+
+def _usual_columns(figures: Figures) -> tuple[tuple[str, str], ...]:
     if figures.is_decoder:
         return COLUMNS
     titles = {
@@ -79,7 +85,7 @@ def _row(view: StudyView, point: Point, star: str | None, artifact: str | None) 
         name += f' <span class="quiet">tied with <code>{escape(tie[:8])}</code></span>'
     return [
         name + _training(point),
-        *(_value(point, column) for column, _ in columns_of(view.figures)),
+        *(_value(point, column) for column, _ in columns_of(view.figures, view.objectives)),
         _provenance(point),
         f"<code>{escape(artifact)}</code>" if artifact else "–",
     ]
@@ -95,7 +101,8 @@ def _training(point: Point) -> str:
 
 
 def _point_table(view: StudyView, rows: Sequence[Sequence[str]]) -> str:
-    return table(["candidate", *(title for _, title in columns_of(view.figures)), "provenance", "artifact"], rows)
+    titles = (title for _, title in columns_of(view.figures, view.objectives))
+    return table(["candidate", *titles, "provenance", "artifact"], rows)
 
 
 def _value(point: Point, name: str) -> str:

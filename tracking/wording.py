@@ -7,7 +7,7 @@ from typing import Any
 from paretune.hardware_profiles.errors import NothingFeasible
 from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
-from paretune.search.recommend import Limits, Recommendation, recommend
+from paretune.search.recommend import UNITS, Limits, Recommendation, recommend
 from paretune.search.view import LABELS, Point, StudyView
 
 SHORT = {
@@ -15,6 +15,9 @@ SHORT = {
     "relative_loss": "loss vs teacher",
     "decode_ms_per_token": "decode",
     "ttft_ms": "TTFT",
+    "throughput_tokens_per_s": "throughput",
+    "energy_j_per_token": "energy",
+    "usd_per_million_tokens": "cost",
     "compressed_bytes": "compressed",
     "bytes": "uncompressed",
     "peak_memory_bytes": "peak memory",
@@ -64,6 +67,8 @@ def measurement(point: Point, name: str) -> Measurement | None:
 
 def plain(name: str, value: float) -> str:
     """A value with its unit, bytes in MB."""
+    if name in UNITS:
+        return f"{value:.4g} {UNITS[name]}"
     if name.endswith("bytes"):
         return f"{value / 1e6:.2f} MB"
     if name == "relative_loss":

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json
+from paretune.cli_options import HOME, Home, Json, fraction, numbers
 from paretune.console import print_json, print_text, talk
+from paretune.hardware_profiles.errors import UsageError
+
+if TYPE_CHECKING:
+    from paretune.search.remeasure import Remeasured
+    from paretune.search.sweeping import Swept
 
 
 def generate(
@@ -50,15 +55,38 @@ def measure(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
     profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
     agent: Annotated[str | None, typer.Option(help="URL of a `paretune agent` that measures it on its machine.")] = None,
+    within: Annotated[str, typer.Option(help="Half-width of the 95 % intervals to reach.")] = "3%",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Several prompt and context lengths and batch sizes instead.")] = False,
+    prompts: Annotated[str | None, typer.Option(help="Prompt lengths of the sweep such as 32,128.")] = None,
+    contexts: Annotated[str | None, typer.Option(help="Context lengths of the sweep's decode such as 128,512.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes of the sweep's decode such as 1,8.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """Measure an artifact again by the lane and say whether it agrees with its study."""
+    """Measure an artifact again by the lane and say whether it agrees with its study.
+
+    On a machine too busy for that the values are printed as disturbed, and the exit code is 5.
+    """
+    if sweep and agent is not None:
+        raise UsageError("a sweep is made on this machine, but got --agent", "leave one of the two out")
+    if sweep:
+        from paretune.search.sweeping import sweep_artifact
+
+        lengths = (numbers(prompts, "--prompts"), numbers(contexts, "--contexts"), numbers(batches, "--batches"))
+        _tell(sweep_artifact(artifact, profile, home.resolve(), *lengths), json)
+        return
+    if prompts or contexts or batches:
+        raise UsageError("--prompts, --contexts and --batches belong to a sweep", "add --sweep")
     from paretune.search.remeasure import remeasure
 
-    found = remeasure(artifact, profile, home.resolve(), agent)
+    _tell(remeasure(artifact, profile, home.resolve(), fraction(within, "--within") or 0.0, agent), json)
+
+
+def _tell(found: Remeasured | Swept, json: bool) -> None:
     if json:
         print_json(found.to_dict())
     else:
         for line in found.lines():
             print_text(line)
+    if (problem := found.problem()) is not None:
+        raise problem

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paretune.cli_options import HOME, Home, Json
 from paretune.console import print_json, print_text
+from paretune.hardware_profiles.errors import UsageError
+
+if TYPE_CHECKING:
+    from paretune.hardware_profiles.profile import Profile
 
 hardware = typer.Typer(no_args_is_help=True, help="Target machines.")
 
 
 @hardware.command("list")
 def hardware_list(home: Home = HOME, json: Json = False) -> None:
-    """Names of the profiles at hand."""
-    from paretune.hardware_profiles.profile import profile_names
+    """Profiles by name: those this machine can measure, and those it can only predict."""
+    from paretune.hardware_profiles.profile import all_profiles, profile_names
 
-    names = profile_names(home.resolve())
-    print_json(names) if json else print_text("\n".join(names))
+    if json:
+        print_json(profile_names(home.resolve()))
+        return
+    rows = [_row(name, found) for name, found in all_profiles(home.resolve()).items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print_text("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
 
 
 @hardware.command("show")
@@ -27,12 +37,8 @@ def hardware_show(
 ) -> None:
     """A profile as YAML."""
     from paretune.hardware_profiles.profile import load_profile
-    from paretune.hardware_profiles.yaml_file import dump_model
 
-    found = load_profile(name, home.resolve())
-    print_json(found.model_dump(mode="json")) if json else print_text(
-        dump_model(found, f"profile {found.name}").rstrip()
-    )
+    _show(load_profile(name, home.resolve()), json)
 
 
 @hardware.command("detect")
@@ -43,3 +49,67 @@ def hardware_detect(home: Home = HOME, json: Json = False) -> None:
     (home.resolve() / "profiles" / f"{LOCAL}.yaml").unlink(missing_ok=True)
     found = local_profile(home.resolve())
     print_json(found.model_dump(mode="json")) if json else print_text(str(home / "profiles" / f"{LOCAL}.yaml"))
+
+
+@hardware.command("calibrate")
+def hardware_calibrate(
+    seconds: Annotated[float, typer.Option(min=0.1, max=600.0, help="How long to measure, about.")] = 3.0,
+    home: Home = HOME,
+    json: Json = False,
+) -> None:
+    """Measure this machine's bandwidth and peaks and write them into its profile, so that it can be predicted too."""
+    from paretune.hardware_profiles.calibrate import calibrate, write_peaks
+    from paretune.hardware_profiles.profile import local_profile
+
+    peaks = calibrate(local_profile(home.resolve()).threads, seconds)
+    profile = write_peaks(peaks, home.resolve())
+    if json:
+        print_json(peaks.__dict__)
+        return
+    print_text(f"{profile.bandwidth_gb_per_s:g} GB/s, {peaks.fp32_gflop_per_s:.4g} GFLOP/s in fp32")
+    if peaks.int8_gop_per_s is not None:
+        print_text(f"{peaks.int8_gop_per_s:.4g} GOP/s in int8")
+    print_text(f"{peaks.threads} thread(s); written to {home / 'profiles' / 'local-cpu.yaml'}")
+
+
+@hardware.command("check")
+def hardware_check(file: Annotated[Path, typer.Argument(help="A profile's YAML file.")], json: Json = False) -> None:
+    """Whether a YAML file is a valid profile: keys and their units, figures and their sources. Exit code 2 if not."""
+    from paretune.hardware_profiles.profile import Profile
+    from paretune.hardware_profiles.yaml_file import load_model
+
+    found = load_model(file, Profile)
+    if json:
+        print_json(
+            {
+                "name": found.name,
+                "at_hand": found.at_hand,
+                "can_predict": found.can_predict,
+                "from_memory": found.from_memory,
+            }
+        )
+        return
+    print_text(f"{file}: {found.name} is valid; {_use_of(found)}")
+    if found.from_memory:
+        print_text(f"from memory, so check before you rely on them: {', '.join(found.from_memory)}")
+
+
+def _show(profile: Profile, json: bool) -> None:
+    from paretune.hardware_profiles.yaml_file import dump_model
+
+    if json:
+        print_json(profile.model_dump(mode="json"))
+    else:
+        print_text(dump_model(profile, f"profile {profile.name}").rstrip())
+
+
+def _row(name: str, found: Profile | UsageError) -> list[str]:
+    if isinstance(found, UsageError):
+        return [name, "-", "invalid", found.problem]
+    return [name, found.engine, "measured" if found.at_hand else "predicted", found.description]
+
+
+def _use_of(profile: Profile) -> str:
+    if not profile.at_hand:
+        return "it is predicted"
+    return "it is measured" + (" or predicted" if profile.can_predict else "; to predict it takes bandwidth and peaks")

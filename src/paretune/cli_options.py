@@ -65,7 +65,23 @@ def size_in_bytes(text: str | None, option: str) -> float | None:
 
 def milliseconds(value: float | None, option: str) -> float | None:
     """A limit in milliseconds. Raises UsageError."""
-    return None if value is None else _positive(value, f"{value:g}", option, "milliseconds such as 0.5")
+    return positive(value, option, "milliseconds such as 0.5")
+
+
+def positive(value: float | None, option: str, example: str) -> float | None:
+    """A limit in the unit that `example` names. Raises UsageError."""
+    return None if value is None else _positive(value, f"{value:g}", option, example)
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Positive whole numbers such as 32,128. Raises UsageError."""
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        found = tuple(int(part) for part in text.split(","))
+        if min(found) > 0:
+            return found
+    raise UsageError(f"{option} must be positive whole numbers such as 32,128, but got {text!r}", "separate them by commas")
 
 
 def fraction(text: str | None, option: str) -> float | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, size_in_bytes
+from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, positive, size_in_bytes
 from paretune.console import front_table, print_json, print_text, short, talk
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ def recommend(
     max_size: Annotated[str | None, typer.Option(help="Compressed artifact size such as 3MB.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory of the engine such as 40MB.")] = None,
     max_loss: Annotated[str | None, typer.Option(help="Increase of the NLL (or a plug-in's quality) over the fp32 teacher such as 1%.")] = None,
+    min_throughput: Annotated[float | None, typer.Option(help="Tokens per second of one stream, at least.")] = None,
+    max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the profile's power.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
@@ -71,6 +74,9 @@ def recommend(
         size_in_bytes(max_size, "--max-size"),
         size_in_bytes(max_memory, "--max-memory"),
         fraction(max_loss, "--max-loss"),
+        positive(min_throughput, "--min-throughput", "tokens per second such as 200"),
+        positive(max_energy, "--max-energy", "joules per token such as 0.05"),
+        positive(max_cost, "--max-cost", "US dollars such as 0.2"),
     )
     with opened_view(study, home) as view:
         found = decide(view, limits)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from paretune.search.view import Point, StudyView
 
 talk = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
+# Columns of the front for what is an objective only where the settings say so.
+FURTHER = {
+    "throughput_tokens_per_s": "tokens/s",
+    "energy_j_per_token": "J/token",
+    "usd_per_million_tokens": "USD/M tokens",
+}
 STAGES = {
     "baselines": "confirming the baselines",
     "fit": "measuring for the latency fit",
@@ -47,6 +53,8 @@ def show(m: Measurement | None, kind: str = "") -> str:
         return f"{m.value / 1e6:.2f}{mark}"
     if kind == "%":
         return f"{m.value:+.1%} ±{(m.high - m.low) / 2:.1%}{mark}"
+    if kind == "g":
+        return f"{m.value:.4g} ±{(m.high - m.low) / 2:.2g}{mark}"
     half = (m.high - m.low) / 2
     return f"{m.value:.3f}" + (f" ±{half:.3f}" if half else "") + mark
 
@@ -61,7 +69,9 @@ def front_table(view: StudyView, title: str = "") -> Table:
     figures = view.figures
     quality = "NLL" if figures.is_decoder else figures.quality.replace("_", " ")
     times = ["decode ms", "TTFT ms"] if figures.is_decoder else ["forward ms"]
-    for name in ("candidate", "key", quality, "loss", *times, "MB zstd", "peak MB", ""):
+    further = [name for name in view.objectives if name in FURTHER]
+    titles = [FURTHER[name] for name in further]
+    for name in ("candidate", "key", quality, "loss", *times, *titles, "MB zstd", "peak MB", ""):
         justify: Literal["left", "right"] = "left" if name in ("candidate", "key", "") else "right"
         table.add_column(name, justify=justify, no_wrap=name in ("key", times[0]))
     for point in view.front:
@@ -73,6 +83,7 @@ def front_table(view: StudyView, title: str = "") -> Table:
             f"{m[figures.quality].value:.{3 if figures.is_decoder else 5}f}",
             show(m.get("relative_loss"), "%"),
             *(show(m.get(time)) for time, _ in figures.latencies),
+            *(show(m.get(name), "g") for name in further),
             show(m.get("compressed_bytes"), "MB"),
             show(m.get("peak_memory_bytes"), "MB"),
             tie,
