@@ -141,8 +141,8 @@ class AgentLane:
         """The agent makes its own pairs."""
         yield self
 
-    def measure(self, model: Path) -> LaneResult:
-        return self.client.measure(model, self.reference, self._order("full"))
+    def measure(self, model: Path, within: float | None = None) -> LaneResult:
+        return self.client.measure(model, self.reference, replace(self._order("full"), within=within))
 
     def quick(self, model: Path, _pair: Any) -> LaneResult:
         return self.client.measure(model, self.reference, self._order("one"))
@@ -168,7 +168,7 @@ def _result(told: dict[str, Any], url: str) -> LaneResult:
         raise EnvironmentProblem(f"the agent at {url} could not measure: {problem}", remedy or "look at that machine")
     try:
         found = {str(name): _measurement(data) for name, data in told["measurements"].items()}
-        return LaneResult(found, bool(told["stable"]))
+        return LaneResult(found, bool(told["stable"]), int(told.get("visits", 1)), int(told.get("flagged", 0)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EnvironmentProblem(
             f"the agent at {url} answers with figures that are none: {error}", "run the same version of paretune there"

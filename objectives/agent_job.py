@@ -6,6 +6,7 @@ A process of its own, so that a job can be cancelled, a hostile file costs one j
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import signal
@@ -13,15 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paretune.hardware_profiles.detect import fingerprint
+from paretune.hardware_profiles.detect import fingerprint, package_version
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.agent_graph import external_locations
 from paretune.objectives.agent_order import Order
 from paretune.objectives.lane import Lane, LaneResult
 from paretune.objectives.nominal import kept_in
+from paretune.objectives.power import energy_counter
 
 MODEL, REFERENCE = "model.onnx", "reference.onnx"
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 def require_own_files(model: Path, allowed: set[str]) -> None:
@@ -37,15 +40,34 @@ def require_own_files(model: Path, allowed: set[str]) -> None:
         )
 
 
+def fingerprint_of(order: Order) -> str:
+    """12 hex digits over this machine and the order's engine; that of the machine alone for ONNX Runtime on the CPU, as everywhere."""
+    machine = fingerprint()
+    if (order.engine, order.provider) == ("onnxruntime", CPU_PROVIDER):
+        return machine
+    parts = (machine, order.engine, package_version(order.engine), order.provider)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
 def measure(order: Order, folder: Path, kept: Path) -> LaneResult:
     """Run the lane on the files in `folder`; the reference's own figures are kept in the folder `kept`."""
     require_own_files(folder / MODEL, {order.data_name} - {""})
     require_own_files(folder / REFERENCE, set())
-    machine = fingerprint()
-    nominal = kept / f"nominal-{order.reference[:16]}-{machine}-t{order.threads}.json"
-    lane = Lane(folder / REFERENCE, order.threads, machine, MachineLock(), kept_in(nominal))
+    machine = fingerprint_of(order)
+    nominal = kept / f"nominal-{order.reference[:16]}-{fingerprint()}-t{order.threads}.json"
+    on_cpu = order.provider == CPU_PROVIDER
+    lane = Lane(
+        folder / REFERENCE,
+        order.threads,
+        machine,
+        MachineLock(),
+        kept_in(nominal),
+        order.engine,
+        order.provider,
+        lambda: energy_counter("cpu" if on_cpu else "gpu"),
+    )
     if order.visits == "full":
-        return lane.measure(folder / MODEL)
+        return lane.measure(folder / MODEL, order.within)
     with lane.pair() as pair:
         return lane.quick(folder / MODEL, pair)
 
@@ -60,6 +82,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "ok": True,
         "stable": found.stable,
+        "visits": found.visits,
+        "flagged": found.flagged,
         "measurements": {name: m.to_dict() for name, m in found.measurements.items()},
     }
 

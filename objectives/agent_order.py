@@ -20,7 +20,8 @@ ENGINES = ("onnxruntime", "openvino", "torch")
 class Order:
     """`key`: chosen by the client, the same in every repetition of one order, which then makes one job. `model`, `reference`
     and `data` are SHA-256 digests; `data` (with the name that the model gives it) is of weights outside the model, or empty.
-    `visits`: "full" (several fresh pairs of processes, memory, load time) or "one" (one pair, latencies only)."""
+    `visits`: "full" (several fresh pairs of processes, memory, load time) or "one" (one pair, latencies only).
+    `within`: half-width of the 95 % intervals to reach, as a fraction; None is content with what the usual visits give."""
 
     key: str
     model: str
@@ -31,6 +32,7 @@ class Order:
     data_name: str = ""
     engine: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
+    within: float | None = None
 
     def __post_init__(self) -> None:
         for name, pattern, optional in (
@@ -50,6 +52,8 @@ class Order:
             raise ValueError(f"visits must be full or one, but got {self.visits!r:.100}")
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, but got {self.engine!r:.100}")
+        if self.within is not None and not (type(self.within) in (int, float) and 0 < self.within < 1):
+            raise ValueError(f"within must be between 0 and 1, but got {self.within!r:.100}")
         if bool(self.data) != bool(self.data_name):
             raise ValueError("data and data_name must be given together, but one of them is empty")
 

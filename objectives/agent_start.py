@@ -16,6 +16,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.agent_access import given_token, is_loopback, new_token
 from paretune.objectives.agent_jobs import Jobs
+from paretune.objectives.agent_order import ENGINES
 from paretune.objectives.agent_server import Agent, AgentServer, bind
 from paretune.objectives.agent_store import ContentStore
 
@@ -42,7 +43,7 @@ def token_for(host: str, home: Path) -> tuple[str, bool]:
 def facts(profile: Profile) -> dict[str, Any]:
     """What health tells of this machine: figures that decide a latency, and the engines that are installed."""
     machine = detect_local()
-    engines = [name for name, module in (("onnxruntime", "onnxruntime"),) if find_spec(module) is not None]
+    engines = [name for name in ENGINES if find_spec(name) is not None]
     return {
         "version": __version__,
         "fingerprint": fingerprint(),

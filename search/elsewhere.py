@@ -20,8 +20,10 @@ from paretune.objectives.figures import FORWARD
 from paretune.objectives.lane import Lane
 from paretune.objectives.latency_fit import LatencyFit
 from paretune.objectives.measurement import LEFT_PREDICTED, Measurement
+from paretune.objectives.predict import predict
 from paretune.objectives.turns import load_and_warm
 from paretune.search.reference import open_lane
+from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.kinds import AnyCandidate, AnyShape, candidate_from_dict
 
 LEAST_POINTS = 5
@@ -53,7 +55,7 @@ def lane_at(profile: Profile, home: Path, url: str | None = None) -> Lane | Agen
     threads = profile.threads
     if profile.name == LOCAL:
         threads = int(client.health().get("profile", {}).get("threads", 1))
-    return AgentLane(client, here.reference, threads, profile.engine)
+    return AgentLane(client, here.reference, threads, profile.engine, profile.execution_provider)
 
 
 def machine_of(lane: AgentLane, folder: Path) -> str:
@@ -82,6 +84,7 @@ def machine_of(lane: AgentLane, folder: Path) -> str:
 
 
 def predicted_instead(
+    profile: Profile,
     candidate: AnyCandidate,
     model: Path,
     shape: AnyShape,
@@ -91,12 +94,16 @@ def predicted_instead(
 ) -> dict[str, Measurement]:
     """Latencies by a fit to what the agent had measured before it went, and the memory that the model takes here, marked so.
 
-    `points`: {"candidate", and milliseconds by name}. Raises `reason` where they are fewer than LEAST_POINTS.
+    `points`: {"candidate", and milliseconds by name}. Where they are fewer than LEAST_POINTS, the roofline of a profile that
+    has the figures; without them `reason` is raised.
     """
-    if len(points) < LEAST_POINTS:
-        raise reason
-    known = [(candidate_from_dict(p["candidate"]), p) for p in points]
     note = f"{LEFT_PREDICTED}{reason.problem}"
+    if len(points) < LEAST_POINTS:
+        if not (profile.can_predict and isinstance(candidate, Candidate) and isinstance(shape, Shape)):
+            raise reason
+        roofline = predict(profile, candidate, shape)
+        return {name: replace(m, note=f"{note}; {m.note}") for name, m in roofline.items()}
+    known = [(candidate_from_dict(p["candidate"]), p) for p in points]
     found = {}
     for name in names:
         fit = LatencyFit(name, UNITS[name], shape, [(c, float(p[name])) for c, p in known])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from paretune.search.processes import descendants, end_survivors
 from paretune.search.work import Outcome, Work
 
 TEMP_PREFIX = "pt-"
+TIMED = ("fit", "confirm")
 OBJECT_STORE_BYTES = 100 * 2**20
 RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -92,7 +94,7 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
         )
         director.store.set_meta(ray={"temp": str(temp), "processes": descendants(os.getpid())})
         tuner = tune.Tuner(
-            tune.with_resources(StudyWorker, {"cpu": cores}),
+            tune.with_resources(StudyWorker, placement(cores, folder, ray.cluster_resources())),
             tune_config=tune.TuneConfig(
                 search_alg=JointSearch(director),
                 num_samples=-1,
@@ -117,6 +119,23 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
         shutil.rmtree(folder / "ray", ignore_errors=True)
         if director.store.is_there:
             director.store.set_meta(ray=None)
+
+
+def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
+    """What a trial asks of Ray: CPUs; and where a node was started with the study's profile as a resource
+    (`ray start --resources='{"profile:NAME": 1}'`), what is timed goes there. Weights and artifacts stay in the study folder, which
+    all nodes must share."""
+    name = f"profile:{json.loads((folder / 'setup.json').read_text())['profile']['name']}"
+    if name not in cluster:
+        return {"cpu": cores}
+
+    def of(config: dict[str, Any]) -> Any:
+        from ray.tune import PlacementGroupFactory
+
+        timed = Work.from_json(config["work"]).kind in TIMED
+        return PlacementGroupFactory([{"CPU": cores, **({name: 1} if timed else {})}])
+
+    return of
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:

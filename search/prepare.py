@@ -13,12 +13,7 @@ from paretune import __version__
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
-<<<<<<< HEAD
-from paretune.objectives.places import Findings
-from paretune.search.findings import kept_findings
 from paretune.search.follow import check_figures
-=======
->>>>>>> 15f57d8be9f9a0974a45ddb898e51d8c934b43af
 from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
@@ -57,16 +52,12 @@ class Ready:
     plan: Plan
     text: str = ""
     plugin: PluginSetup | None = None
-<<<<<<< HEAD
-    findings: Findings | None = None
     targets: tuple[Profile, ...] = ()
 
     @property
     def search_s(self) -> float:
         """Seconds of the budget for the search itself; the rest is for measuring on further targets that are at hand."""
         return self.spec.budget_s * (1 - reserved_share(self.targets))
-=======
->>>>>>> 15f57d8be9f9a0974a45ddb898e51d8c934b43af
 
     @property
     def identity(self) -> str:
@@ -146,11 +137,7 @@ def prepare(spec: Spec, home: Path) -> Ready:
         notes,
     )
     check_affordable(plan, spec, home)
-<<<<<<< HEAD
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), findings=findings, targets=targets)
-=======
-    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint())
->>>>>>> 15f57d8be9f9a0974a45ddb898e51d8c934b43af
+    return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), targets=targets)
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

@@ -6,15 +6,14 @@ every ratio wander. The int4 graph fits (docs/log.md has the figures).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles.detect import fingerprint
-from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.lane import Lane, Nominal
+from paretune.objectives.lane import Lane
+from paretune.objectives.nominal import kept_in
 from paretune.objectives.power import energy_counter
 from paretune.search.measurement_key import engine_fingerprint
 from paretune.spaces.candidate import Candidate, Format, Layer
@@ -36,28 +35,13 @@ def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
         temporary.replace(reference)
     kept = folder / f"nominal-int4-{machine}-t{profile.threads}.json"
 
-    def nominal(value: Nominal | None) -> Nominal | None:
-        if value is not None:
-            write_atomically(kept, json.dumps(value.__dict__).encode())
-        return _nominal(kept)
-
     return Lane(
         reference,
         profile.threads,
         engine_fingerprint(profile, machine),
         lock,
-        nominal,
+        kept_in(kept),
         profile.engine,
         profile.execution_provider,
         lambda: energy_counter(profile.kind),
     )
-
-
-def _nominal(path: Path) -> Nominal | None:
-    """The kept figures; None if they are not there or damaged."""
-    found = read_kept(path)
-    try:
-        return None if found is None else Nominal(**{name: float(value) for name, value in found.items()})
-    except (AttributeError, TypeError, ValueError) as error:
-        warn_damaged(path, error)
-        return None

@@ -11,7 +11,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.profile import Profile, load_profile
 from paretune.objectives.energy import COST, ENERGY, THROUGHPUT, following
 from paretune.objectives.figures import FORWARD, forward_measurements
-from paretune.objectives.lane import Lane, LaneResult
+from paretune.objectives.lane import LaneResult
 from paretune.objectives.measurement import Measurement
 
 COMPARED = ("decode_ms_per_token", "ttft_ms")
@@ -126,11 +126,10 @@ class Remeasured:
 def remeasure(
     artifact: Path, profile_name: str, home: Path, within: float = CLOSE, agent: str | None = None
 ) -> Remeasured:
-    """Run the lane on an artifact, in the engine and with the threads of a profile, until the 95 % intervals are `within`;
-    or, as many visits as a search makes, at an `agent` (URL).
+    """Run the lane on an artifact, in the engine and with the threads of a profile, until the 95 % intervals are `within`.
 
-    Raises UsageError if the artifact is damaged or the profile's machine is neither this one nor an agent's, Infeasible if
-    the engine refuses it, AgentGone if nobody answers there.
+    `agent`: URL of the agent that does it; without one, the profile's, or this machine. Raises UsageError if the artifact is
+    damaged or nothing measures the profile, Infeasible if the engine refuses it.
     """
     from paretune.search.elsewhere import lane_at
 
@@ -140,8 +139,7 @@ def remeasure(
     profile = load_profile(profile_name, home)
     if agent is None and profile.agent is None:
         require_at_hand(profile)
-    place, model = lane_at(profile, home, agent), (artifact / MODEL).resolve()
-    lane = place.measure(model, within) if isinstance(place, Lane) else place.measure(model)
+    lane = lane_at(profile, home, agent).measure((artifact / MODEL).resolve(), within)
     if is_module:
         found = forward_measurements(lane.measurements)
     else:

@@ -89,7 +89,9 @@ class Visits(ABC):
                 raise
             points = self.all_kept()
             shape = self._host.space.shape
-            return LaneResult(predicted_instead(candidate, model, shape, points, self.latency, gone), False)
+            return LaneResult(
+                predicted_instead(self._host.profile, candidate, model, shape, points, self.latency, gone), False
+            )
         result = LaneResult(self.named(result.measurements), result.stable)
         if result.stable:
             found = {name: result.measurements[name].to_dict() for name in self.latency}

@@ -411,6 +411,8 @@ def test_only_json_is_an_order(server: AgentServer, body: bytes, kind: str | Non
         {"data": "0" * 64},
         {"data": "0" * 64, "data_name": "../x.onnx.data"},
         {"data_name": "x.onnx.data"},
+        {"within": 0},
+        {"within": "1"},
         {"path": "/etc/passwd"},
     ],
     ids=str,
@@ -710,7 +712,7 @@ def test_an_agent_tells_what_it_is_and_there_is_one_per_home(tmp_path: Path) -> 
             pass
         first.shutdown()
     assert told.items() >= facts(profile).items() and told["busy"] is False
-    assert told["profile"]["name"] == "local-cpu" and told["engines"] == ["onnxruntime"]
+    assert told["profile"]["name"] == "local-cpu" and "onnxruntime" in told["engines"]
     with serving(tmp_path, profile, SECRET, port=0):
         """Its lock is free again."""
 
@@ -720,7 +722,7 @@ PROGRAM = """
 import sys, threading
 before = set(sys.modules)
 from pathlib import Path
-import paretune.cli, paretune.cli_agent, paretune.engines.worker
+import paretune.cli, paretune.cli_agent, paretune.engines.worker, paretune.engines.onnxruntime_decoder
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.agent_client import AgentClient
 from paretune.objectives.agent_job import answer

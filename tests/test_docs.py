@@ -192,7 +192,7 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
 @pytest.mark.parametrize("page", LIVING, ids=name)
 def test_options_exist(page: Path) -> None:
     text = text_of(page)
-    own = {"--check", "--seconds", "--browser", "--out", "--no-deps"}  # of the scripts beside the program, and of pip
+    own = {"--check", "--seconds", "--browser", "--out", "--no-deps", "--resources"}  # of other programs
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", without_comments(text))):
         assert option in options_of_program() | own, f"{name(page)} names {option}"
 

@@ -28,6 +28,7 @@ from paretune.objectives.agent_wire import AgentGone, Timeouts
 from paretune.objectives.lane import LaneResult
 from paretune.objectives.latency_fit import design
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.predict import predict
 from paretune.search import elsewhere, visits
 from paretune.search.elsewhere import connect, machine_of
 from paretune.search.simulated import SHAPE, decode_ms
@@ -262,6 +263,20 @@ def test_without_measurements_of_the_agent_nothing_is_predicted(tmp_path: Path, 
     measuring.build(designed[0], tmp_path / "model")
     with pytest.raises(AgentGone):
         measuring.measure(designed[0], tmp_path / "model")
+
+
+def test_without_measurements_the_roofline_of_a_profile_with_figures_stands_in(tmp_path: Path, board: StandIn) -> None:
+    figures = {"bandwidth_gb_per_s": 20.0, "peak_fp32_tflops": 0.1}
+    measuring = ByKey(Host(tmp_path, **figures))  # type: ignore[arg-type]
+    measuring.lane()
+    assert measuring._kept_at(tmp_path / "x")
+    board.away = True
+    candidate = SPACE.baselines()[0]
+    found = measuring.measure(candidate, tmp_path / "model").measurements
+    wanted = predict(measuring._host.profile, candidate, SHAPE)
+    assert found.keys() == wanted.keys()
+    for name, m in found.items():
+        assert m.is_left_predicted and m.value == wanted[name].value and m.note.endswith(wanted[name].note)
 
 
 def test_another_machine_behind_the_url_is_refused(tmp_path: Path, board: StandIn) -> None:

@@ -68,7 +68,7 @@ def measure(
     On a machine too busy for that the values are printed as disturbed, and the exit code is 5.
     """
     if sweep and agent is not None:
-        raise UsageError("a sweep runs on this machine only", "leave --agent or --sweep out")
+        raise UsageError("a sweep is made on this machine, but got --agent", "leave one of the two out")
     if sweep:
         from paretune.search.sweeping import sweep_artifact
 
