@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paretune import cli
-from paretune.search import score as scoring
 from paretune.compression.ranks import run_ranks
 from paretune.compression.student import Network
 from paretune.hardware_profiles import EnvironmentProblem, Infeasible, UsageError
@@ -39,6 +38,7 @@ from paretune.objectives.parallel import (
     split_shape,
     tensor_parallel_degree,
 )
+from paretune.search import score as scoring
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
 from paretune.spaces.candidate import DENSE, FP32
 from paretune.teachers import Teacher, load_teacher
@@ -354,19 +354,24 @@ def program(folder: Path, body: str) -> list[str]:
     file = folder.parent / f"{folder.name}.py"
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     file.write_text(
-        f"{AS_RANK}def work(folder, rank, ranks):\n    (folder / f'pid{{rank}}').write_text(str(os.getpid()))\n{lines}as_rank(work)\n"
+        f"{AS_RANK}def work(folder, rank, ranks):\n"
+        "    (folder / f'own{rank}').write_text(str(os.getpid()))\n"
+        "    os.replace(folder / f'own{rank}', folder / f'pid{rank}')\n"
+        f"{lines}as_rank(work)\n"
     )
     return [str(file)]
 
 
 def living(folder: Path) -> list[int]:
     """Ranks that still run; one that is dead and only not yet collected does not."""
-    files = (Path("/proc", file.read_text(), "stat") for file in folder.glob("pid*"))
-    return [
-        int(file.parent.name)
-        for file in files
-        if file.exists() and file.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    ]
+    return [pid for file in folder.glob("pid*") if runs(pid := int(file.read_text()))]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(
