@@ -354,19 +354,24 @@ def program(folder: Path, body: str) -> list[str]:
     file = folder.parent / f"{folder.name}.py"
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     file.write_text(
-        f"{AS_RANK}def work(folder, rank, ranks):\n    (folder / f'pid{{rank}}').write_text(str(os.getpid()))\n{lines}as_rank(work)\n"
+        f"{AS_RANK}def work(folder, rank, ranks):\n"
+        "    (folder / f'own{rank}').write_text(str(os.getpid()))\n"
+        "    os.replace(folder / f'own{rank}', folder / f'pid{rank}')\n"
+        f"{lines}as_rank(work)\n"
     )
     return [str(file)]
 
 
 def living(folder: Path) -> list[int]:
     """Ranks that still run; one that is dead and only not yet collected does not."""
-    files = (Path("/proc", file.read_text(), "stat") for file in folder.glob("pid*"))
-    return [
-        int(file.parent.name)
-        for file in files
-        if file.exists() and file.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    ]
+    return [pid for file in folder.glob("pid*") if runs(pid := int(file.read_text()))]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(
