@@ -19,18 +19,19 @@ from paretune.engines.onnxruntime_providers import memory_of, require_in_use, re
 
 def open_model(path: str, threads: int, provider: str = CPU) -> Decoder | Forward:
     """What the graph says it is: a module of a plug-in, or a decoder."""
-    session = open_session(path, threads, provider)
+    session = open_session(path, threads, provider=provider)
     if KIND in session.get_modelmeta().custom_metadata_map:
         return Forward(session)
     return Decoder(path, threads, session, provider)
 
 
-def open_session(path: str, threads: int, provider: str = CPU) -> Any:
+def open_session(path: str, threads: int, trace: str = "", provider: str = CPU) -> Any:
     """A session with explicit threads; spinning is off, because it doubles the spread on shared machines.
 
     Where ONNX Runtime makes a MatMulNBits of a DequantizeLinear and a MatMul itself, activations stay float (its own choice
     would round them to 8 bits); nodes that are MatMulNBits already say what they want. What `provider` has no kernel for
-    runs on the CPU. Raises EnvironmentProblem if the provider is not there, or cannot start.
+    runs on the CPU. `trace`: where the engine's own profile goes, if any.
+    Raises EnvironmentProblem if the provider is not there, or cannot start.
     """
     require_provider(provider)
     options = ort.SessionOptions()
@@ -38,6 +39,8 @@ def open_session(path: str, threads: int, provider: str = CPU) -> Any:
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    if trace:
+        options.enable_profiling, options.profile_file_prefix = True, trace
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
@@ -51,7 +54,7 @@ class Decoder(EngineDecoder):
     """A decoder in a session of its own, or in the one that is given."""
 
     def __init__(self, path: str, threads: int, session: Any = None, provider: str = CPU) -> None:
-        self.session = open_session(path, threads, provider) if session is None else session
+        self.session = open_session(path, threads, provider=provider) if session is None else session
         self.memory = memory_of(provider)
         self.caches = [
             (i.name, [int(i.shape[1]), int(i.shape[3])])

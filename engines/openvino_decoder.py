@@ -154,4 +154,4 @@ def _gather_quantized(node: Any) -> list[Any]:
     factors = ops.gather(scales, ids, zero)
     size = ops.constant(np.array([0, 0, -1, int(node.get_attribute("block_size"))]))
     blocks = ops.multiply(ops.reshape(centred, size, True), ops.unsqueeze(factors, ops.constant(np.int64(-1))))
-    return ops.reshape(blocks, ops.constant(np.array([0, 0, -1])), True).outputs()
+    return list(ops.reshape(blocks, ops.constant(np.array([0, 0, -1])), True).outputs())

@@ -30,7 +30,7 @@ def group_query_attention(
     heads, kv_heads, total = a["num_heads"], a["kv_num_heads"], int(total_length)
     if key is None or value is None:
         size = query.shape[-1] // (heads + 2 * kv_heads)
-        query, key, value = query.split([heads * size, kv_heads * size, kv_heads * size], -1)
+        query, key, value = torch.split(query, [heads * size, kv_heads * size, kv_heads * size], -1)
     q, k, v = _by_head(query, heads), _by_head(key, kv_heads), _by_head(value, kv_heads)
     length = q.shape[2]
     past = total - length
@@ -55,7 +55,7 @@ def group_query_attention(
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """[batch, length, heads * head_dim] -> [batch, heads, length, head_dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

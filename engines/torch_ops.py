@@ -44,7 +44,7 @@ def _reduce_sum(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
 
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-    return x.split(sizes.tolist(), a.get("axis", 0))
+    return tuple(torch.split(x, sizes.tolist(), a.get("axis", 0)))
 
 
 def _rms_norm(a: Attributes, x: Tensor, weight: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def matmul_nbits(a: Attributes, x: Tensor, weight: Tensor) -> Tensor:
 
 def _rounded(x: Tensor, block: int) -> Tensor:
     """To int8 per `block` of the last dimension, symmetric. ONNX Runtime has no such kernel for 2 bits in blocks of 16."""
-    blocks = x.unflatten(-1, (-1, block))
+    blocks = x.reshape(*x.shape[:-1], -1, block)
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(min=1e-30)
     return (torch.round(blocks / scale) * scale).flatten(-2)
 
