@@ -224,15 +224,16 @@ class Lane:
                 load_and_warm(first, self.reference, self.threads)
                 load_and_warm(second, self.reference, self.threads)
                 found.append(take_turns(first, second))
-        if all(visit.quiet for visit in found):
-            self.nominal(
-                Nominal(
-                    median(ms for v in found for ms in v.reference_decode),
-                    median(ms for v in found for ms in v.reference_ttft),
-                    max(LEAST_SPREAD, robust_spread([median(v.decode_ratios) for v in found])),
-                    max(LEAST_SPREAD, robust_spread([median(v.ttft_ratios) for v in found])),
-                )
+            if not found[-1].quiet:
+                return
+        self.nominal(
+            Nominal(
+                median(ms for v in found for ms in v.reference_decode),
+                median(ms for v in found for ms in v.reference_ttft),
+                max(LEAST_SPREAD, robust_spread([median(v.decode_ratios) for v in found])),
+                max(LEAST_SPREAD, robust_spread([median(v.ttft_ratios) for v in found])),
             )
+        )
 
     def _stable(self, visit: Visit) -> bool:
         known = self.nominal(None)

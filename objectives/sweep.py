@@ -60,13 +60,14 @@ def sweep_points(
 def sweep(lane: Lane, model: Path, points: Sequence[SweepPoint]) -> list[SweepRow]:
     """A row per point, over VISITS fresh pairs of processes and up to RETRIES more while any point lacks quiet visits.
 
-    A point that the engine refuses is said and left out of further visits. Raises Infeasible if it refuses the model itself.
+    It is given up when RETRIES passes had no quiet visit at all. A point that the engine refuses is said and left out of further visits. Raises Infeasible if it refuses the model itself.
     """
     visits: dict[SweepPoint, list[Visit]] = {point: [] for point in points}
     refused: dict[SweepPoint, str] = {}
-    for _ in range(VISITS + RETRIES):
+    for number in range(VISITS + RETRIES):
         wanted = [p for p in points if p not in refused and _quiet(lane, visits[p]) < VISITS]
-        if not wanted or not _one_pass(lane, model, wanted, visits, refused):
+        hopeless = number >= RETRIES and not any(_quiet(lane, visits[p]) for p in wanted)
+        if not wanted or hopeless or not _one_pass(lane, model, wanted, visits, refused):
             break
     for point in points:
         if not visits[point]:

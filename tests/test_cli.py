@@ -188,6 +188,43 @@ def test_limits_that_are_no_limits(run, tmp_path, option, value):
     assert code == 2 and f"{option} must be" in err and f"but got '{value}'" in err and "remedy:" in err
 
 
+@pytest.mark.parametrize("option", ["--min-throughput", "--max-energy", "--max-cost"])
+def test_limits_on_rate_energy_and_cost(run, tmp_path, option):
+    Store.create(tmp_path / "home" / "studies" / "mine", {"state": "new", "spec": {}}).close()
+    code, _, err = run("recommend", f"{option}=-1")
+    assert code == 2 and f"{option} must be more than 0" in err
+    assert run("recommend", f"{option}=1")[0] == 4, "a study without candidates"
+
+
+def test_options_of_measure(run, tmp_path):
+    code, _, err = run("measure", tmp_path, "--batches", "2")
+    assert code == 2 and "belong to a sweep" in err and "--sweep" in err
+    for text in ("0", "two", "1,,2", "-4"):
+        code, _, err = run("measure", tmp_path, "--sweep", f"--prompts={text}")
+        assert code == 2 and "--prompts must be positive whole numbers" in err and repr(text) in err
+    code, _, err = run("measure", tmp_path, "--within=0%")
+    assert code == 2 and "--within must be" in err
+
+
+def test_a_measurement_that_was_disturbed_is_printed_and_ends_with_5(run, monkeypatch):
+    from types import SimpleNamespace
+
+    from paretune.hardware_profiles import EnvironmentProblem
+
+    found = SimpleNamespace(
+        lines=lambda: ["decode: 1 (disturbed)"],
+        to_dict=lambda: {"measured": False},
+        problem=lambda: EnvironmentProblem("nothing was measured", "end the other work"),
+    )
+    monkeypatch.setattr("paretune.search.remeasure.remeasure", lambda *_: found)
+    code, out, err = run("measure", "somewhere")
+    assert code == 5 and "(disturbed)" in out and "nothing was measured" in err and "end the other work" in err
+    code, out, _ = run("measure", "somewhere", "--json")
+    assert code == 5 and json.loads(out) == {"measured": False}
+    found.problem = lambda: None
+    assert run("measure", "somewhere")[0] == 0
+
+
 def test_artifact_that_is_none(run, tmp_path):
     for command in (("generate", tmp_path, "--prompt", "x"), ("measure", tmp_path)):
         code, _, err = run(*command, home=None)

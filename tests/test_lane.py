@@ -194,6 +194,7 @@ def test_what_the_engine_refuses_is_a_row_with_its_reason_and_costs_no_other(
 def test_a_busy_machine_disturbs_every_row(quiet_lane: Callable[..., Lane], busy: None) -> None:
     rows = sweep.sweep(quiet_lane(), X, [SweepPoint("ttft", 32), SweepPoint("decode", 128)])
     assert [row.time.provenance for row in rows if row.time is not None] == ["disturbed"] * 2 and not is_quiet(rows)
+    assert len(FakeChild.made) == 2 * lane.RETRIES, "two passes without one quiet visit are enough"
 
 
 def test_a_lock_that_others_keep_ends_the_sweep_at_once(
