@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel.py run: all cases in one launch, because starting torch is what takes the time."""
+"""What the ranks of test_tensor_parallel.py run: all cases in one launch, because starting torch is what takes the time."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ class HalfForgetful(ShardedNetwork):
         return super()._sum_output(module, inputs, output) if any(module is m for m in attention) else output
 
 
+def own_addresses() -> list[str]:
+    """Local addresses (hexadecimal) of this process's TCP sockets."""
+    sockets = {str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+    rows = [
+        line.split() for name in ("tcp", "tcp6") for line in Path("/proc/self/net", name).read_text().splitlines()[1:]
+    ]
+    return [row[1].split(":")[0] for row in rows if f"socket:[{row[9]}]" in sockets]
+
+
 def work(folder: Path, rank: int, degree: int) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(folder, rank, degree)
@@ -56,6 +65,7 @@ def work(folder: Path, rank: int, degree: int) -> None:
             if variant == "right":
                 found[f"{name}/{variant}/logits"] = sharded.logits(ids).numpy()
         found[f"{name}/numbers"] = np.array(sum(value.numel() for value in shard.values()))
+    found["addresses"] = np.array(own_addresses())
     np.savez(folder / f"found{rank}.npz", **found)
     stray = [name for name in sys.modules if name.startswith(("ray", "mlflow"))]
     assert not stray, stray
