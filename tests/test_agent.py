@@ -589,6 +589,19 @@ def test_a_measurement_comes_back_as_the_lane_gave_it(client: AgentClient, tmp_p
     assert found.measurements["decode_ms_per_token"].note == "fit.onnx.data model.onnx reference.onnx"
 
 
+def test_the_interval_and_the_engine_that_are_asked_for_reach_the_job(
+    client: AgentClient, jobs: Jobs, tmp_path: Path, files: Any
+) -> None:
+    AgentLane(client, tmp_path / "reference", 2, "onnxruntime", "OtherProvider").measure(files(b"model"), 0.02)
+    (job,) = jobs._jobs.values()
+    assert (job.order.within, job.order.threads, job.order.visits, job.order.provider) == (
+        0.02,
+        2,
+        "full",
+        "OtherProvider",
+    )
+
+
 def test_the_lanes_reasons_come_back_too(client: AgentClient, tmp_path: Path, files: Any) -> None:
     lane = AgentLane(client, tmp_path / "reference", 1)
     with pytest.raises(Infeasible, match="op X is unknown"):
