@@ -49,7 +49,8 @@ class TargetRow:
 class Target:
     """A further target of a study: the profile as it was, rows by candidate key, and what a reader must know (`notes`).
 
-    `seconds` is the wall time that its rows took, over all calls; a candidate without a row has no known cost there.
+    `machine` is the fingerprint of the machine that measured; `seconds` is the wall time that its rows took, over all calls.
+    A candidate without a row has no known cost there.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Target:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     at: str = field(default_factory=now)
+    machine: str = ""
 
     @property
     def measured(self) -> int:
@@ -74,7 +76,9 @@ class Target:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Target:
         rows = {key: TargetRow.from_dict(row) for key, row in data["rows"].items()}
-        return cls(data["name"], data["profile"], rows, tuple(data["notes"]), data["seconds"], data["at"])
+        return cls(
+            data["name"], data["profile"], rows, tuple(data["notes"]), data["seconds"], data["at"], data["machine"]
+        )
 
 
 def load_targets(store: Meta) -> tuple[Target, ...]:

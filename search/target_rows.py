@@ -25,9 +25,22 @@ def combined(predicted: Rows, measured: Rows) -> dict[str, TargetRow]:
     factors = ratios(predicted, measured)
     rows = {key: row if row.infeasible else _corrected(row, factors) for key, row in predicted.items()}
     for key, row in measured.items():
-        beside = rows[key].measurements if key in rows else {}
-        rows[key] = row if row.infeasible else TargetRow({**beside, **row.measurements})
+        beside = predicted[key].measurements if key in predicted else {}
+        rows[key] = row if row.infeasible else TargetRow({**_following(beside, row), **row.measurements})
     return rows
+
+
+def _following(beside: Mapping[str, Measurement], row: TargetRow) -> dict[str, Measurement]:
+    """The predictions beside a measured row; what follows from decode is as much more as its decode is."""
+    found = dict(beside)
+    if DECODE not in beside or DECODE not in row.measurements:
+        return found
+    ratio = row.measurements[DECODE].value / beside[DECODE].value
+    for name, power in FOLLOWING.items():
+        if name in found:
+            m, by = found[name], ratio**power
+            found[name] = replace(m, value=m.value * by, low=m.low * by, high=m.high * by)
+    return found
 
 
 def ratios(predicted: Rows, measured: Rows) -> dict[str, list[float]]:

@@ -43,7 +43,14 @@ class _Job:
 
     def target(self) -> Target:
         rows = combined(self.predicted, self.measured)
-        return Target(self.profile.name, self.profile.model_dump(mode="json"), rows, tuple(self.notes), self.seconds)
+        return Target(
+            self.profile.name,
+            self.profile.model_dump(mode="json"),
+            rows,
+            tuple(self.notes),
+            self.seconds,
+            machine=fingerprint(),
+        )
 
 
 def add_targets(
@@ -85,9 +92,9 @@ def predict_target(view: StudyView, profile: Profile, predict: Predict | None = 
 def _predicted(view: StudyView, profile: Profile, shape: Shape, predict: Predict, kept: Target | None) -> _Job:
     """A job with predictions, and with what was measured before on this machine under the same profile."""
     start, job = time.monotonic(), _Job(profile, {}, {})
-    if kept is not None and kept.profile == profile.model_dump(mode="json"):
+    if kept is not None and kept.profile == profile.model_dump(mode="json") and kept.machine == fingerprint():
         job.seconds = kept.seconds
-        job.measured = {key: _measured_part(row) for key, row in kept.rows.items() if _was_here(row)}
+        job.measured = {key: _measured_part(row) for key, row in kept.rows.items() if row.is_measured}
     for point in view.confirmed:
         assert isinstance(point.candidate, Candidate)
         try:
@@ -101,11 +108,6 @@ def _predicted(view: StudyView, profile: Profile, shape: Shape, predict: Predict
             break
     job.seconds += time.monotonic() - start
     return job
-
-
-def _was_here(row: TargetRow) -> bool:
-    """Whether the lane of this machine took it."""
-    return row.is_measured and all(m.fingerprint in ("", fingerprint()) for m in row.measurements.values())
 
 
 def _measured_part(row: TargetRow) -> TargetRow:

@@ -114,6 +114,8 @@ def test_three_measured_candidates_correct_the_predictions_of_the_rest():
         m = rows[key].measurements["decode_ms_per_token"]
         if key in factors:
             assert m == measured[key].measurements["decode_ms_per_token"] and rows[key].is_measured
+            energy = rows[key].measurements["energy_j_per_token"]
+            assert energy.value == pytest.approx(2.0 * factors[key]) and energy.provenance == "predicted"
             continue
         assert m.provenance == "predicted" and not rows[key].is_measured and "median ratio of 3" in m.note
         assert (m.value, m.low, m.high) == pytest.approx((2 * value[key], 1.5 * value[key], 4 * value[key]))
