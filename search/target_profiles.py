@@ -59,7 +59,7 @@ def can_measure(profile: Profile) -> bool:
 
 def is_at_hand(profile: Profile) -> bool:
     """Whether the target is this machine."""
-    return bool(getattr(profile, "at_hand", False))
+    return bool(profile.at_hand)
 
 
 def missing_engine(profile: Profile) -> str | None:
