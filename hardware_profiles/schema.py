@@ -47,10 +47,11 @@ class Profile(BaseModel):
     `at_hand` says whether this machine can measure it; others are predicted. `weight_formats` lists `<weights>/<activations>`
     pairs that its engine has a kernel for (kernels.py says what each does); a pair that is missing is not proposed, and of the
     others only those of the precisions that a search asks for. `sparse_patterns` lists the patterns that a kernel exploits: any
-    other gains bytes, never time. What a step reads comes at `cache_gb_per_s` if it all fits `cache_bytes`. `peak_fp16_tflops` is of 16-bit floats of either kind, accumulated in fp32; None where the
-    engine computes them in fp32. `peak_int4_tops` is of int4 weights and activations, which no kernel of ours has.
-    `power_watts`, `price_usd_per_hour`, `memory_bytes` and the peaks are of one of the `devices`, between which one message
-    takes `link_alpha_us` plus its bytes at `link_gb_per_s` (per direction).
+    other gains bytes, never time. What a step reads comes at `cache_gb_per_s` if it all fits `cache_bytes`. `peak_fp16_tflops`
+    is of 16-bit floats of either kind, accumulated in fp32; None where the engine computes them in fp32. `peak_int4_tops` is of
+    int4 weights and activations, which no kernel of ours has. `power_watts`, `price_usd_per_hour`, `memory_bytes` and the peaks
+    are of one of the `devices`, between which one message takes `link_alpha_us` plus its bytes at `link_gb_per_s` (per
+    direction).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -125,7 +125,10 @@ def split_shape(shape: Shape, degree: int) -> Shape:
 
 
 def split_candidate(candidate: Candidate, shape: Shape, degree: int) -> Candidate:
-    """What one of `degree` devices computes of a candidate; use it with `split_shape`. Raises Infeasible with the layer that does not divide."""
+    """What one of `degree` devices computes of a candidate; use it with `split_shape`.
+
+    Raises Infeasible with the layer that does not divide.
+    """
     problem = split_problem(candidate, shape, degree)
     if problem is not None:
         raise Infeasible(problem, "")

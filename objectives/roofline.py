@@ -6,8 +6,8 @@ gate/up product, activation, down product; then norm and head; and the embedding
     max(bytes / (bandwidth x efficiency), operations / (peak x efficiency)) + overhead,
 
 with the peak of the arithmetic that the target really uses (hardware_profiles/execution.py), and the efficiencies and overhead
-that its profile states as priors. Weights are read from main memory unless the profile states a
-cache; without one, a model that fits it may be faster than its interval. Williams et al. 2009, "Roofline"; for decoders: LIFE, arXiv 2508.00904.
+that its profile states as priors. Weights are read from main memory unless the profile states a cache; without one, a model
+that fits it may be faster than its interval. Williams et al. 2009, "Roofline"; for decoders: LIFE, arXiv 2508.00904.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def sweep_points(
 def sweep(lane: Lane, model: Path, points: Sequence[SweepPoint]) -> list[SweepRow]:
     """A row per point, over VISITS fresh pairs of processes and up to RETRIES more while any point lacks quiet visits.
 
-    It is given up when RETRIES passes had no quiet visit at all. A point that the engine refuses is said and left out of further visits. Raises Infeasible if it refuses the model itself.
+    It is given up when RETRIES passes had no quiet visit at all. A point that the engine refuses is said and left out of
+    further visits. Raises Infeasible if it refuses the model itself.
     """
     visits: dict[SweepPoint, list[Visit]] = {point: [] for point in points}
     refused: dict[SweepPoint, str] = {}

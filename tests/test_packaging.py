@@ -210,6 +210,13 @@ def test_the_wheel_holds_the_embedded_model(wheel: zipfile.ZipFile) -> None:
     assert wheel.getinfo("paretune/teachers/stdlib_coder/model.safetensors").file_size > 11_000_000
 
 
+def test_the_wheel_holds_the_profiles_of_targets(wheel: zipfile.ZipFile) -> None:
+    shipped = sorted((ROOT / "hardware_profiles" / "library").rglob("*.yaml"))
+    assert len(shipped) > 10
+    for path in shipped:
+        assert wheel.read(f"paretune/{path.relative_to(ROOT).as_posix()}") == path.read_bytes()
+
+
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     entry = wheel.read(f"paretune-{paretune.__version__}.dist-info/entry_points.txt").decode()
     assert "paretune = paretune.cli:main" in entry
