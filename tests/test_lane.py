@@ -272,7 +272,7 @@ def test_a_target_that_is_not_at_hand_is_not_measured() -> None:
 
 def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lane and the artifact are stood in for; the arithmetic and the comparison are real."""
-    profile = SimpleNamespace(name="p", at_hand=True, power_watts=20.0, price_usd_per_hour=0.36, devices=2)
+    profile = SimpleNamespace(name="p", at_hand=True, agent=None, power_watts=20.0, price_usd_per_hour=0.36, devices=2)
     then = Measurement(1.02, "ms/token", 1.01, 1.03, "measured", 24, "m").to_dict()
     facts = {"profile": "p", "measurements": {"decode_ms_per_token": then}}
     said = result(0.01)
@@ -281,7 +281,7 @@ def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest
     lanes = SimpleNamespace(measure=lambda _model, _within: said)
     monkeypatch.setattr(remeasuring, "check_artifact", lambda _folder: facts)
     monkeypatch.setattr(remeasuring, "load_profile", lambda _name, _home: profile)
-    monkeypatch.setattr("paretune.search.reference.open_lane", lambda *_: lanes)
+    monkeypatch.setattr("paretune.search.elsewhere.lane_at", lambda *_: lanes)
     found = remeasuring.remeasure(Path("a"), "p", Path("home"))
     assert found.others["energy_j_per_token"].value == pytest.approx(0.040)
     assert found.others["energy_j_per_token"].provenance == "predicted"
