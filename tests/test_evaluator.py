@@ -24,11 +24,11 @@ from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.lane import LaneResult, Nominal
 from paretune.objectives.latency_fit import design
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.nominal import _read as _nominal
 from paretune.search.director import Director
 from paretune.search.evaluator import Evaluator
 from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
-from paretune.search.reference import _nominal
 from paretune.search.sampler import distributions, frozen_trial
 from paretune.search.spec import Spec
 from paretune.search.studies import create_study
