@@ -195,7 +195,11 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
 
 def program() -> str:
     """How this shell would call us again, quoted."""
-    return "paretune" if shutil.which("paretune") else shlex.quote(str(short(Path(sys.argv[0]).absolute())))
+    if shutil.which("paretune"):
+        return "paretune"
+    if Path(sys.argv[0]).name == "__main__.py":
+        return "python -m paretune"
+    return shlex.quote(str(short(Path(sys.argv[0]).absolute())))
 
 
 def short(path: Path) -> Path:
