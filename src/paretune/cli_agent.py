@@ -39,7 +39,8 @@ def agent(
     limit = int(size_in_bytes(max_disk, "--max-disk") or 0)
     found = load_profile(profile, folder)
     token, fresh = token_for(host, folder)
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, _end)
     with (
         contextlib.suppress(KeyboardInterrupt),
         serving(folder, found, token, host, port, allow_host or (), limit) as server,
