@@ -15,7 +15,7 @@ from paretune.engines.decoder import CPU, EngineDecoder, Ids, Logits
 from paretune.engines.torch_graph import Graph
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 
-DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda"}
+DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda", "ROCMExecutionProvider": "cuda"}  # ROCm's torch says cuda, too
 PAST = "past_key_values."
 
 

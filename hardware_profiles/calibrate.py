@@ -1,7 +1,7 @@
 """What this machine really reaches: memory bandwidth and arithmetic peaks, measured in a child process.
 
 Bandwidth is read by a matrix-vector product and a dot product over 256 MiB (what decoding does), fp32 and int8 by ONNX
-Runtime's matrix products (numpy's fp32 one is half as fast on some processors). What a model of half the last cache could get
+Runtime's matrix products (numpy's fp32 one is half as fast on some processors). What a model of a quarter of the last cache could get
 from it is read likewise. Each is the best of many short runs, because a disturbance only ever makes one slower. They
 are peaks of good code, not of every kernel: the profile's efficiencies still apply.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -38,12 +39,16 @@ class Machine:
     date: str
 
 
+# Distributions that install the same module under another name.
+BUILDS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime-migraphx", "onnxruntime-rocm")}
+
+
 def package_version(name: str) -> str:
     """Version of an installed distribution by its metadata (nothing is imported), or `not installed`."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    for found in (name, *BUILDS.get(name, ())):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(found)
+    return "not installed"
 
 
 def detect_local() -> Machine:

@@ -51,7 +51,10 @@ def peak_flops(profile: Profile, kernel: Kernel) -> float:
         floating = profile.peak_fp16_tflops
     else:
         floating = profile.peak_fp32_tflops
-    if kernel.endswith("/fp32") or profile.peak_int8_tops is None:
+    keeps_floats = profile.engine == "openvino" and kernel.endswith(
+        "/int8"
+    )  # it does not read accuracy_level (docs/engines.md)
+    if kernel.endswith("/fp32") or profile.peak_int8_tops is None or keeps_floats:
         return floating * 1e12
     blockwise = is_onnxruntime_cpu(profile) and kernel.endswith("/int8")
     return profile.peak_int8_tops * (BLOCKWISE_INT8 if blockwise else 1.0) * 1e12

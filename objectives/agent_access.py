@@ -23,7 +23,8 @@ SHORTEST, LONGEST = 16, 256
 
 
 def given_token(home: Path, server: str = "") -> str | None:
-    """The token of the environment, else of `<home>/agent/<server>.token` (host_port) or `<home>/agent/token`; None if there is none.
+    """The token of the environment, else of `<home>/agent/<server>.token` (host_port); for this machine's own agent also of
+    `<home>/agent/token`, which no other server is told. None if there is none.
 
     Raises UsageError for a token that is too short or has other than printable ASCII, EnvironmentProblem for a file that
     others can read.
@@ -31,7 +32,8 @@ def given_token(home: Path, server: str = "") -> str | None:
     if TOKEN in os.environ:
         return _checked(os.environ[TOKEN], f"the environment variable {TOKEN}")
     folder = home / "agent"
-    for path in ([folder / f"{server}.token"] if server else []) + [folder / "token"]:
+    own = not server or is_loopback(server.rpartition("_")[0])
+    for path in ([folder / f"{server}.token"] if server else []) + ([folder / "token"] if own else []):
         if path.exists():
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:

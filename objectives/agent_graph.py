@@ -52,6 +52,8 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]
     """Number, first and last+1 position of every length-delimited field between `at` and `end`."""
     while at < end:
         key, at = _varint(data, at, end)
+        if key >> 32:  # other readers cut a tag to 32 bits, and would see another field than we do
+            raise ValueError(f"byte {at} begins no protobuf field")
         kind = key & 7
         if kind == VARINT:
             _, at = _varint(data, at, end)

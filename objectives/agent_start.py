@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune import __version__
-from paretune.hardware_profiles.detect import detect_local, fingerprint
+from paretune.hardware_profiles.detect import detect_local, fingerprint, package_version
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.agent_access import given_token, is_loopback, new_token
@@ -53,6 +53,7 @@ def facts(profile: Profile) -> dict[str, Any]:
         "engine": profile.engine,
         "engine_version": machine.engine_version,
         "engines": engines,
+        "versions": {name: package_version(name) for name in engines},
         "profile": profile.model_dump(mode="json"),
     }
 

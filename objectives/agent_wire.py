@@ -30,7 +30,7 @@ class Timeouts:
 
     answer: float = 20.0
     patience: float = 90.0
-    job: float = 600.0
+    job: float = 240.0  # less than a worker has for a step of the fit
     poll: float = 1.0
 
 

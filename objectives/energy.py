@@ -30,14 +30,15 @@ def throughput(decode: Measurement, batch: int = 1) -> Measurement:
     return Measurement(value, "tokens/s", low, high, decode.provenance, decode.samples, decode.fingerprint, note)
 
 
-def energy_and_cost(decode: Measurement, profile: Profile) -> dict[str, Measurement]:
+def energy_and_cost(decode: Measurement, profile: Profile, devices: int = 1) -> dict[str, Measurement]:
     """Joules per token and US dollars per million tokens of one stream (batch 1), as far as the profile has power and price.
 
-    `decode`: milliseconds per token on that profile. Power and price count for each of the profile's devices. Energy is
+    `decode`: milliseconds per token on that profile. `devices` of them work on it, each with its power and price
+    (the lane runs on one). Energy is
     `predicted` even from a measured time; cost is as sure as the time. Of a disturbed time both are disturbed.
     """
     found = {}
-    seconds, devices = 1e-3, profile.devices
+    seconds = 1e-3
     if profile.power_watts is not None:
         watts = profile.power_watts * devices
         provenance: Provenance = "disturbed" if decode.provenance == "disturbed" else "predicted"

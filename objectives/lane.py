@@ -122,7 +122,8 @@ class Lane:
     def measure(self, model: Path, within: float | None = None) -> LaneResult:
         """Latencies as `latencies` takes them; load time, peak memory, and energy where a counter can be read."""
         found = self.latencies(model, within)
-        return replace(found, measurements=found.measurements | self._memory(model) | self._energy(model))
+        energy = self._energy(model) if found.stable else {}
+        return replace(found, measurements=found.measurements | self._memory(model) | energy)
 
     def latencies(self, model: Path, within: float | None = None) -> LaneResult:
         """Decode (ms/token after 128 tokens, batch 1), TTFT (128 tokens) and throughput over VISITS fresh pairs.
@@ -192,6 +193,8 @@ class Lane:
             watch = Watch([child])
             value, low, high = joules_per_token(child, counter)
             quiet = watch.foreign_cores() <= MOST_FOREIGN_CORES
+        if value <= 0:  # noise was more than what decoding took
+            return {}
         provenance: Provenance = "measured" if quiet else "disturbed"
         return {ENERGY: Measurement(value, "J/token", low, high, provenance, SAMPLES, self.fingerprint, counter.source)}
 

@@ -54,7 +54,7 @@ def predict(
             1e3 / per_token.value, "tokens/s", 1e3 / per_token.high, 1e3 / per_token.low, "predicted", 0, "", note
         ),
         "peak_memory_bytes": _memory(profile, candidate, shape, steps, degree, note),
-        **energy_and_cost(per_token, profile.model_copy(update={"devices": degree})),
+        **energy_and_cost(per_token, profile, degree),
         **split,
     }
 

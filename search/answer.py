@@ -38,14 +38,14 @@ class Answer:
 def answer_on(view: StudyView, profile: str | None, home: Path, predict: Predict | None = None) -> Answer:
     """The study on `profile` (a name or a YAML file; None: the searched one).
 
-    A kept target is taken by its name as it was kept, if it covers all confirmed candidates. Raises UsageError for an unknown
+    A kept target is taken by its name as it was kept, if some were measured or it covers all confirmed
+    candidates; a YAML file is that target if it says the same. Raises UsageError for an unknown
     profile or a plug-in, NothingFeasible if no candidate runs there.
     """
     own = str((view.meta.get("profile") or {}).get("name", ""))
     if profile is None or profile == own:
         return Answer(view, own, None)
-    found = next((t for t in view.targets if t.name == profile and _covers(t, view)), None)
-    kept = found is not None
+    found = next((t for t in view.targets if t.name == profile and _serves(t, view)), None)
     if found is None:
         from paretune.search.target_profiles import further_profiles  # late: the usual question needs none of it
         from paretune.search.targets import predict_target
@@ -53,6 +53,10 @@ def answer_on(view: StudyView, profile: str | None, home: Path, predict: Predict
         (loaded,) = further_profiles("", (profile,), view.meta["spec"]["teacher"], home)
         if loaded.name == own and loaded.model_dump(mode="json") == view.meta["profile"]:
             return Answer(view, own, None)
+        same = (t for t in view.targets if t.profile == loaded.model_dump(mode="json") and _serves(t, view))
+        found = next(same, None)
+    kept = found is not None
+    if found is None:
         found = predict_target(view, loaded, predict)
     there = view_on(view, found)
     if view.confirmed and not there.confirmed:
@@ -64,5 +68,6 @@ def answer_on(view: StudyView, profile: str | None, home: Path, predict: Predict
     return Answer(there, found.name, found, kept)
 
 
-def _covers(target: Target, view: StudyView) -> bool:
-    return all(p.key in target.rows for p in view.confirmed)
+def _serves(target: Target, view: StudyView) -> bool:
+    """Whether its rows answer: some were measured, or every confirmed candidate has one."""
+    return target.measured > 0 or all(p.key in target.rows for p in view.confirmed)

@@ -78,7 +78,7 @@ class Comparison:
 
     def origin(self, regret: Regret, a: str, b: str) -> Cell:
         """Of a cell: "measured" only if A's choice and what B would take itself were both measured on B."""
-        used = {self.side(b).provenance(key) for key in (regret.choices[a], regret.choices[b]) if key is not None}
+        used = {"unknown" if k is None else self.side(b).provenance(k) for k in (regret.choices[a], regret.choices[b])}
         return "measured" if used == {"measured"} else "predicted"
 
     @property

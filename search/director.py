@@ -176,6 +176,8 @@ class Director:
             self._give_up(f"the latency fit could not be measured: {outcome.reason}", 1)
             return
         self.store.set_meta(fit_done=True, fit_points=outcome.facts["kept"])
+        if refused := outcome.facts.get("refused"):
+            self.store.event("fit", f"the engine refused {len(refused)} of the fit's candidates: {refused[0]}")
         self.estimates.refit()
         if not self.estimates.fits:
             self._give_up("the machine was too busy to measure anything for the latency fit", 5)

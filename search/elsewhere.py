@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ def connect(url: str, home: Path) -> AgentClient:
     if token is None:
         raise UsageError(
             f"the agent at {url} wants its token, but there is none here",
-            f"set {TOKEN}, or put the token into {home / 'agent' / 'token'} (chmod 600)",
+            f"set {TOKEN}, or put the token into {home / 'agent' / f'{server}.token'} (chmod 600)",
         )
     return AgentClient(url, token)
 
@@ -65,7 +66,11 @@ def machine_of(lane: AgentLane, folder: Path) -> str:
     """
     known = read_kept(folder / "agent.json")
     try:
-        found = str(lane.client.health()["fingerprint"])
+        told = lane.client.health()
+        found = str(told["fingerprint"])
+        if lane.engine != "onnxruntime":  # whose version is in the fingerprint
+            version = told.get("versions", {}).get(lane.engine)
+            found = hashlib.sha256(f"{found}{lane.engine}{version}".encode()).hexdigest()[:12]
     except AgentGone:
         if known is None:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -219,8 +220,9 @@ class Evaluator:
         request = {"ids": str(ids), "targets": str(targets), "reference_windows": m, **out}
         request["one_by_one"] = candidate.uses_dynamic_activations  # their scale is that of all windows in a run
         request["save_reference" if is_teacher else "reference"] = str(reference)
-        with EngineChild(space.profile.cores) as child:
-            child.ask(do="load", path=str(model), threads=space.profile.cores)
+        cores = min(space.profile.cores, len(os.sched_getaffinity(0)))  # the profile may be another machine's
+        with EngineChild(cores) as child:
+            child.ask(do="load", path=str(model), threads=cores)
             self._score_in_slices(child, request, len(windows.ids))
         itself = {"kl": np.zeros(m), "agree": windows.targets[:m]}
         extra = itself if is_teacher else {name: np.load(out[name]) for name in ("kl", "agree")}

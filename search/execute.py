@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from paretune.hardware_profiles.errors import EnvironmentProblem
+from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.agent_access import TOKEN
 from paretune.search.director import Director
 from paretune.search.processes import descendants, end_survivors
@@ -125,15 +127,21 @@ def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
     """What a trial asks of Ray: CPUs; and where a node was started with the study's profile as a resource
     (`ray start --resources='{"profile:NAME": 1}'`), what is timed goes there. Weights and artifacts stay in the study folder, which
     all nodes must share."""
-    name = f"profile:{json.loads((folder / 'setup.json').read_text())['profile']['name']}"
+    profile = Profile.model_validate(json.loads((folder / "setup.json").read_text())["profile"])
+    name = f"profile:{profile.name}"
     if name not in cluster:
+        if not (profile.at_hand or profile.agent):
+            raise EnvironmentProblem(
+                f"{profile.name} is not this machine, and no node of the cluster has the resource {name!r}",
+                f"""start one with ray start --resources='{{"{name}": 1}}'""",
+            )
         return {"cpu": cores}
 
     def of(config: dict[str, Any]) -> Any:
         from ray.tune import PlacementGroupFactory
 
         timed = Work.from_json(config["work"]).kind in TIMED
-        return PlacementGroupFactory([{"CPU": cores, **({name: 1} if timed else {})}])
+        return PlacementGroupFactory([{"CPU": 1, name: 1} if timed else {"CPU": cores}])  # a board may have fewer cores
 
     return of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -210,7 +211,8 @@ class PluginEvaluator:
 
     def _in_engine(self, model: Path, inputs: Path, count: int) -> list[Outputs]:
         """The outputs of an engine child for batches in a file."""
-        out, cores = inputs.with_name(f"{inputs.stem}-out.npz"), self.space.profile.cores
+        out = inputs.with_name(f"{inputs.stem}-out.npz")
+        cores = min(self.space.profile.cores, len(os.sched_getaffinity(0)))
         try:
             with EngineChild(cores) as child:
                 child.ask(do="load", path=str(model), threads=cores)

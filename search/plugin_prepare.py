@@ -14,6 +14,7 @@ from paretune.objectives.module_quality import figures_of
 from paretune.search.plan import make_plan
 from paretune.search.prepare import PluginSetup, Ready, check_affordable
 from paretune.search.spec import Spec
+from paretune.search.target_profiles import require_measurable
 from paretune.spaces.module_space import ModuleSpace
 from paretune.teachers.plugin import PluginTeacher, find_plugin
 from paretune.teachers.plugin_check import check_plugin
@@ -22,7 +23,7 @@ from paretune.teachers.text import SPLITS
 LOSS_OF_INTEREST = 10.0
 
 
-def prepare_plugin(spec: Spec, home: Path) -> Ready:
+def prepare_plugin(spec: Spec, home: Path, address: str | None = None) -> Ready:
     """Load and check the plug-in, export it once, and settle the objectives. Raises UsageError or EnvironmentProblem."""
     if spec.data is not None or spec.field is not None:
         raise UsageError(
@@ -38,6 +39,7 @@ def prepare_plugin(spec: Spec, home: Path) -> Ready:
     notes = check_plugin(teacher)
     _check_matrices(teacher)
     profile, figures = load_profile(spec.profile, home), figures_of(teacher.plugin)
+    require_measurable(profile, address)
     spec = settle(spec, figures)
     space = ModuleSpace.of(shape_of_module(teacher.plugin, teacher.module), profile.weight_formats)
     counted: dict[str, int] = {name: sum(len(b.inputs[0]) for b in teacher.plugin.batches(name)) for name in SPLITS}

@@ -18,7 +18,7 @@ from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
-from paretune.search.target_profiles import further_profiles, require_predictions, reserved_share
+from paretune.search.target_profiles import further_profiles, require_measurable, require_predictions, reserved_share
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
@@ -73,18 +73,22 @@ class Ready:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def prepare(spec: Spec, home: Path) -> Ready:
-    """Check teacher, text, profile, budget, disk and memory. Raises UsageError or EnvironmentProblem before any work."""
+def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
+    """Check teacher, text, profile, budget, disk and memory; `address` is that of a Ray cluster. Raises UsageError or
+    EnvironmentProblem before any work."""
     check_home(home)
     if is_plugin(spec.teacher):
         from paretune.search.plugin_prepare import prepare_plugin
 
         further_profiles(spec.profile, spec.targets, spec.teacher, home)
-        return prepare_plugin(spec, home)
+        return prepare_plugin(spec, home, address)
     teacher = load_teacher(spec.teacher)
     profile = load_profile(spec.profile, home)
     check_figures(spec, profile)
     targets = further_profiles(profile.name, spec.targets, spec.teacher, home)
+    require_measurable(profile, address)
+    for target in targets:
+        check_figures(spec.model_copy(update={"limits": {}}), target)  # limits are for the searched one
     corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     if missing := spec.choices.missing(profile.weight_formats):

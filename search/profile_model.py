@@ -61,7 +61,7 @@ def profile_model(model: str, work: Work) -> Profiled:
 def local_profile_named(name: str, home: Path) -> Profile:
     """The profile of that name. Raises UsageError where this machine cannot take it: a profile is measured, never predicted."""
     profile = load_profile(name, home)
-    provider, at_hand = getattr(profile, "execution_provider", CPU_PROVIDER), getattr(profile, "at_hand", True)
+    provider, at_hand = profile.execution_provider, profile.at_hand and profile.agent is None
     if profile.engine != "onnxruntime" or provider != CPU_PROVIDER or not at_hand:
         place = f"{profile.engine} with {provider}{'' if at_hand else ', which is not at hand'}"
         raise UsageError(

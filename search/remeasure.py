@@ -155,9 +155,9 @@ def remeasure(
 
 
 def require_at_hand(profile: Profile) -> None:
-    """Raises UsageError for a target that this machine can only predict."""
-    if not profile.at_hand:
+    """Raises UsageError for a target that is not this machine."""
+    if not profile.at_hand or profile.agent is not None:
         raise UsageError(
-            f"a profile must be at hand to be measured, but {profile.name} is only predicted here",
+            f"a profile must be at hand to be measured, but {profile.name} is another machine",
             "measure on that machine, or name a profile of this one",
         )

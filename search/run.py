@@ -36,7 +36,8 @@ def run_study(
     )
     director = Director(store, ready.spec, ready.space, budget, notify)
     try:
-        execute(director, store.folder, home, ready.profile.cores, launches, address)
+        cores = ready.profile.cores if address else min(ready.profile.cores, len(os.sched_getaffinity(0)))
+        execute(director, store.folder, home, cores, launches, address)
     except BaseException as error:
         if not store.is_there:
             raise folder_gone(store.folder) from error

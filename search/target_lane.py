@@ -12,8 +12,9 @@ from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.files import read_kept, warn_damaged
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.energy import following
 from paretune.objectives.measurement import Measurement
-from paretune.search.target_records import TargetRow
+from paretune.search.target_records import DECODE, TargetRow
 from paretune.spaces.kinds import AnyCandidate
 
 
@@ -46,7 +47,7 @@ class TargetLane:
         from paretune.search.measuring import Measuring  # late: it loads torch
 
         host = _Host(folder, home / "cache", profile, MachineLock(), fingerprint(), teacher)
-        self._visits = Measuring(cast(Any, host))
+        self._profile, self._visits = profile, Measuring(cast(Any, host))
 
     def kept(self, candidate: AnyCandidate) -> TargetRow | None:
         path = self._visits.kept_file(cast(Any, candidate))
@@ -54,7 +55,7 @@ class TargetLane:
         try:
             if found is None:
                 return None
-            return TargetRow({name: Measurement.from_dict(found[name]) for name in self._visits.latency})
+            return self._row({name: Measurement.from_dict(found[name]) for name in self._visits.latency})
         except (AttributeError, KeyError, TypeError) as error:
             warn_damaged(path, error)
             return None
@@ -66,4 +67,7 @@ class TargetLane:
                 f"the artifact {artifact} is gone", "bring the study's artifacts back to measure them"
             )
         result = self._visits.measure(candidate, model)
-        return TargetRow(result.measurements) if result.stable else None
+        return self._row(result.measurements) if result.stable else None
+
+    def _row(self, measurements: dict[str, Measurement]) -> TargetRow:
+        return TargetRow({**following(measurements[DECODE], self._profile), **measurements})

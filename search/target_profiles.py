@@ -39,6 +39,15 @@ def further_profiles(first: str, names: Iterable[str], teacher: str, home: Path)
     return tuple(found.values())
 
 
+def require_measurable(profile: Profile, address: str | None = None) -> None:
+    """Raises UsageError for a first profile that nothing here measures: not this machine, no agent, no cluster at `address`."""
+    if not (profile.at_hand or profile.agent or address):
+        raise UsageError(
+            f"the first profile is measured, but {profile.name} is only predicted here",
+            f"search here and predict it, too: --profile local-cpu --profile {profile.name}; or name its `agent` in the YAML file",
+        )
+
+
 def require_predictions(profiles: Iterable[Profile], candidate: Candidate, shape: Shape) -> None:
     """Raises UsageError for a profile that lacks figures, before a search takes hours; one that is at hand can be measured."""
     for profile in profiles:
@@ -58,8 +67,8 @@ def can_measure(profile: Profile) -> bool:
 
 
 def is_at_hand(profile: Profile) -> bool:
-    """Whether the target is this machine."""
-    return bool(profile.at_hand)
+    """Whether the target is this machine; one behind an agent is not, whatever its profile says."""
+    return profile.at_hand and profile.agent is None
 
 
 def missing_engine(profile: Profile) -> str | None:

@@ -20,7 +20,7 @@ from paretune.search.target_lane import Measurer, TargetLane
 from paretune.search.target_profiles import Predict, can_measure, is_at_hand, missing_engine, roofline, shape_of
 from paretune.search.target_records import Target, TargetRow, keep_targets, load_targets
 from paretune.search.target_rows import combined
-from paretune.search.target_view import view_on
+from paretune.search.target_view import needed, view_on
 from paretune.search.view import Point, StudyView, load_view
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.teacher import load_teacher
@@ -124,11 +124,14 @@ def _measure(store: Store, job: _Job, lane: Measurer, deadline: float) -> None:
     view = load_view(store)
     for point in view.confirmed:
         row = None if _is_settled(job, point.key) else lane.kept(point.candidate)
-        if row is not None:
+        predicted = job.predicted.get(point.key, TargetRow()).measurements
+        if (
+            row is not None and needed(view) <= row.measurements.keys() | predicted.keys()
+        ):  # else only a visit tells the rest
             job.measured[point.key] = row
     try:
         disturbed = _visits(store, view, job, lane, deadline)
-    except EnvironmentProblem as error:
+    except (EnvironmentProblem, UsageError) as error:
         job.notes.append(f"not measured further: {error.problem}")
         return
     if disturbed:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
@@ -49,6 +50,7 @@ class Visits(ABC):
         self._machine: str | None = None
         self._missing: list[AnyCandidate] | None = None
         self._rough: list[dict[str, Any]] = []
+        self._refused: list[str] = []
         self._deadline = 0.0
 
     @abstractmethod
@@ -107,19 +109,29 @@ class Visits(ABC):
         if self._missing is None:
             designed = [candidate_from_dict(d) for d in work.options["design"]]
             self._missing = [c for c in designed if self._kept(self._kept_at(self.kept_file(c))) is None]
-            self._rough, self._deadline = [], time.monotonic() + min(work.options["seconds"], work.seconds_left)
+            self._rough, self._refused, self._deadline = (
+                [],
+                [],
+                time.monotonic() + min(work.options["seconds"], work.seconds_left),
+            )
         start = time.monotonic()
         if self._missing:
             with self.lane().pair() as pair:
                 while self._missing and time.monotonic() < min(start + SLICE_S, self._deadline):
-                    self._measure_random(self._missing.pop(0), pair)
+                    candidate = self._missing.pop(0)
+                    try:
+                        self._measure_random(candidate, pair)
+                    except Infeasible as error:
+                        self._refused.append(str(error))
+                        break  # its child may be gone: the next slice has fresh ones
         if self._missing and time.monotonic() < self._deadline:
             return Outcome(done=False, facts={"missing": len(self._missing)})
         self.fitted()
         kept = self.all_kept()
         disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
         skipped, self._missing = len(self._missing), None
-        return Outcome(facts={"kept": kept + disturbed, "missing": skipped, "disturbed": len(disturbed)})
+        facts = {"kept": kept + disturbed, "missing": skipped, "disturbed": len(disturbed)}
+        return Outcome(facts={**facts, "refused": self._refused} if self._refused else facts)
 
     def all_kept(self) -> list[dict[str, Any]]:
         """Everything kept for models like this one on this machine: {"candidate", and milliseconds by name}."""

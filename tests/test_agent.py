@@ -253,7 +253,10 @@ def test_another_machines_token_has_a_file_of_its_own(tmp_path: Path, monkeypatc
     other.write_text(SECRET)
     other.chmod(0o600)
     assert given_token(tmp_path, "board.lan_7411") == SECRET
-    assert given_token(tmp_path, "other_7411") == given_token(tmp_path) == mine
+    assert (
+        given_token(tmp_path, "127.0.0.1_7411") == given_token(tmp_path, "localhost_1") == given_token(tmp_path) == mine
+    )
+    assert given_token(tmp_path, "other_7411") is None, "a profile from a stranger must not get this home's own token"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", ""])
@@ -555,7 +558,15 @@ def test_a_model_with_its_weights_inside_names_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no model at all", b"\x3a\xff\xff\xff\xff\x0f", b"\x08" + b"\xff" * 11, b"\x0b"]
+    "data",
+    [
+        b"",
+        b"no model at all",
+        b"\x3a\xff\xff\xff\xff\x0f",
+        b"\x08" + b"\xff" * 11,
+        b"\x0b",
+        b"\xea\x80\x80\x80\x10\x00",
+    ],
 )
 def test_what_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(data)

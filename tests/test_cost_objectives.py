@@ -64,7 +64,7 @@ def test_energy_and_cost_by_hand() -> None:
 
 
 def test_energy_and_cost_count_devices_and_stay_away_without_figures() -> None:
-    several = energy_and_cost(DECODE, SimpleNamespace(power_watts=300.0, price_usd_per_hour=2.0, devices=4))  # type: ignore[arg-type]
+    several = energy_and_cost(DECODE, SimpleNamespace(power_watts=300.0, price_usd_per_hour=2.0), 4)  # type: ignore[arg-type]
     assert several["energy_j_per_token"].value == pytest.approx(2.4)
     assert several["usd_per_million_tokens"].value == pytest.approx(8 / 3600 * 2000)
     bare = profile(power_watts=None, price_usd_per_hour=None)

@@ -212,6 +212,32 @@ def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: 
     assert pieces.mean_nll == pytest.approx(whole_batches.mean_nll, abs=1e-3)
 
 
+def test_a_candidate_that_the_engine_refuses_does_not_end_the_fit(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring, pairs, measured = evaluator.measuring, [], []
+    designed = [whole(INT4), whole(Format()), whole(Format(8, 32))]
+
+    @contextlib.contextmanager
+    def pair() -> Iterator[int]:
+        pairs.append(len(pairs))
+        yield pairs[-1]
+
+    def measure(candidate: Candidate, pair: int) -> None:
+        if candidate == designed[1]:
+            raise Infeasible("the engine died: signal 11", "")
+        measured.append((candidate.key, pair))
+
+    monkeypatch.setattr(measuring, "lane", lambda: SimpleNamespace(pair=pair))
+    monkeypatch.setattr(measuring, "_measure_random", measure)
+    work = Work("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0})
+    while not (outcome := evaluator.run(work)).done:
+        pass
+    assert outcome.status == "complete" and outcome.facts["refused"] == ["the engine died: signal 11"]
+    assert [key for key, _ in measured] == [designed[0].key, designed[2].key]
+    assert measured[0][1] != measured[1][1], "its child may be gone, so fresh ones were taken"
+
+
 def test_damaged_measurements_are_misses(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """One good file, and damaged ones of three kinds: the good one is read, the others are measured again."""
     measuring = evaluator.measuring

@@ -17,6 +17,7 @@ import torch
 import zstandard
 
 from paretune.compression.calibrated import calibrated_codes
+from paretune.compression.export import graph as graph_module
 from paretune.compression.export.artifact import ArtifactFacts, compressed_bytes, write_artifact
 from paretune.compression.export.checksums import check_artifact, write_checksums
 from paretune.compression.export.graph import build_model, save_model
@@ -437,6 +438,19 @@ def test_the_timed_decoding_with_shared_buffers_is_one_full_pass(
     engine = decoder[0]
     whole = engine.logits(ids[:1])
     assert np.abs(engine.stepped_logits(ids[:1], 20) - whole).max() <= BAR
+
+
+def test_external_weights_are_written_anew_not_appended(
+    tmp_path: Path, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "INLINE_LIMIT_BYTES", 1)
+    model = build_model(tiny_teacher.weights(), uniform(FP32), tiny_teacher.config, tiny_teacher.shape)
+    sizes = []
+    for _ in range(2):
+        save_model(model, tmp_path / "fit.onnx")
+        sizes.append((tmp_path / "fit.onnx.data").stat().st_size)
+        model = build_model(tiny_teacher.weights(), uniform(FP32), tiny_teacher.config, tiny_teacher.shape)
+    assert sizes[0] == sizes[1] > 1000
 
 
 ARTIFACTS = {

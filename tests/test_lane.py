@@ -265,9 +265,12 @@ def test_an_artifact_measured_again_says_why_it_is_not(lane_said: LaneResult, wo
 
 
 def test_a_target_that_is_not_at_hand_is_not_measured() -> None:
-    require_at_hand(SimpleNamespace(name="local-cpu", at_hand=True))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="nvidia-h100 is only predicted here"):
-        require_at_hand(SimpleNamespace(name="nvidia-h100", at_hand=False))  # type: ignore[arg-type]
+    require_at_hand(SimpleNamespace(name="local-cpu", at_hand=True, agent=None))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="nvidia-h100 is another machine"):
+        require_at_hand(SimpleNamespace(name="nvidia-h100", at_hand=False, agent=None))  # type: ignore[arg-type]
+    board = SimpleNamespace(name="board", at_hand=True, agent="http://board:7411")
+    with pytest.raises(UsageError, match="board is another machine"):
+        require_at_hand(board)  # type: ignore[arg-type]
 
 
 def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +286,9 @@ def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest
     monkeypatch.setattr(remeasuring, "load_profile", lambda _name, _home: profile)
     monkeypatch.setattr("paretune.search.elsewhere.lane_at", lambda *_: lanes)
     found = remeasuring.remeasure(Path("a"), "p", Path("home"))
-    assert found.others["energy_j_per_token"].value == pytest.approx(0.040)
+    assert found.others["energy_j_per_token"].value == pytest.approx(0.020), "the lane runs on one of the two devices"
     assert found.others["energy_j_per_token"].provenance == "predicted"
-    assert found.others["usd_per_million_tokens"].value == pytest.approx(0.2)
+    assert found.others["usd_per_million_tokens"].value == pytest.approx(0.1)
     decode, ttft = found.agreements
     assert decode.agrees and ttft.agrees is None, "the study said nothing of TTFT"
     text = "\n".join(found.lines())
@@ -438,9 +441,15 @@ def test_the_lane_measures_energy_where_it_can(
     if disturbed:
         seconds = itertools.count(0, 1000)
         monkeypatch.setattr(turns, "busy_seconds", lambda _cpus: float(next(seconds)))
-    found = measured.measure(X).measurements["energy_j_per_token"]
+    seen = measured.measure(X)
+    if disturbed:
+        assert not seen.stable and "energy_j_per_token" not in seen.measurements, "no time is spent on it"
+        return
+    found = seen.measurements["energy_j_per_token"]
     assert found.low < 0.5 < found.high and found.unit == "J/token" and found.note == "a meter" and meter.closed
-    assert found.provenance == ("disturbed" if disturbed else "measured")
+    assert found.provenance == "measured"
+    monkeypatch.setattr(lane, "joules_per_token", lambda *_: (-0.1, 0.0, 0.2))
+    assert "energy_j_per_token" not in measured.measure(X).measurements, "less than nothing would dominate everything"
     assert "energy_j_per_token" not in quiet_lane().measure(X).measurements
 
 

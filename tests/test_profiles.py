@@ -336,3 +336,18 @@ def test_a_stream_of_shared_holders_does_not_starve_an_exclusive_one(tmp_path: P
     finally:
         for process in stream:
             end(process)
+
+
+def test_a_gpu_build_of_the_engine_has_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another distribution of the same module, and keys must change with it."""
+    from importlib import metadata
+
+    from paretune.hardware_profiles.detect import package_version
+
+    def version(name: str) -> str:
+        if name != "onnxruntime-gpu":
+            raise metadata.PackageNotFoundError(name)
+        return "9.8.7"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert package_version("onnxruntime") == "9.8.7" and package_version("torch") == "not installed"

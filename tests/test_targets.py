@@ -463,13 +463,84 @@ def test_kept_latencies_take_no_time(at_hand, home):
     assert lane.visits == [] and board.measured == len(keys) and not board.notes
 
 
+class OnlyTimes(FakeLane):
+    """Kept files know latencies alone."""
+
+    def kept(self, candidate):
+        row = super().kept(candidate)
+        return row and TargetRow({n: m for n, m in row.measurements.items() if n != "peak_memory_bytes"})
+
+
+def test_kept_latencies_without_the_rest_do_not_stop_a_visit(at_hand, monkeypatch, home):
+    """Without figures in the profile nothing is predicted beside them, and a row without memory has no place."""
+
+    def unknown(*_):
+        raise UsageError("the profile lacks its bandwidth", "")
+
+    keys = {p.key for p in view_of(home).confirmed}
+    monkeypatch.setattr(targets, "is_at_hand", lambda _profile: True)
+    monkeypatch.setattr(targets, "roofline", lambda: unknown)
+    lane = OnlyTimes(kept=keys)
+    view, board = at_hand(lane)
+    assert lane.visits and all("peak_memory_bytes" in row.measurements for row in board.rows.values())
+    found = answer_on(view, "board", home)
+    assert found.kept and {p.key for p in found.view.confirmed} == set(lane.visits), "measured in part, and used"
+
+
+def test_an_engine_that_refuses_the_profile_ends_its_target_alone(at_hand):
+    class Refusing(FakeLane):
+        def measure(self, _candidate, _artifact):
+            raise UsageError("the engine torch runs on CPU or CUDA", "correct the profile")
+
+    _, board = at_hand(Refusing())
+    assert board.measured == 0 and "the engine torch runs on" in " ".join(board.notes) and board.rows
+
+
+def test_a_kept_target_is_found_by_its_file(searched):
+    path = searched / "profiles" / "board.yaml"
+    assert answer_on(view_of(searched), str(path), searched).kept
+
+
+def test_the_first_profile_must_be_measurable(searched, call):
+    code, _, err = call("search", "--profile", "board", "--dry-run", home=searched)
+    assert code == 2 and "board is only predicted here" in err and "--profile local-cpu --profile board" in err
+    code, _, err = call("search", "--profile", "raspberry-pi-5", "--dry-run", home=searched)
+    assert code == 2 and "raspberry-pi-5 is only predicted here" in err
+    there = load_profile("board", searched).model_copy(update={"agent": "http://board:7411"})
+    target_profiles.require_measurable(there)
+    target_profiles.require_measurable(load_profile("board", searched), "10.0.0.1:6379")
+
+
+def test_an_objective_needs_its_figure_of_every_target(searched, call, tmp_path):
+    (tmp_path / "spec.yaml").write_text("objectives: [nll, usd_per_million_tokens]\n")
+    sources = dict.fromkeys(("bandwidth_gb_per_s", "peak_fp32_tflops", "price_usd_per_hour"), "made up")
+    write_profile(searched, "priced", at_hand=True, price_usd_per_hour=1.0, sources=sources)
+    command = ("search", str(tmp_path / "spec.yaml"), "--profile", "priced", "--dry-run", "--profile")
+    code, _, err = call(*command, "server", home=searched)
+    assert code == 2 and "price_usd_per_hour" in err and "server" in err
+
+
+def test_a_cell_of_which_one_side_is_unknown_is_not_measured(searched):
+    from types import SimpleNamespace
+
+    comparison = compare(view_of(searched))
+    known = next(p.key for p in comparison.view.front)
+    regret = SimpleNamespace(choices={"local-cpu": known, "board": None})
+    assert comparison.origin(regret, "board", "local-cpu") == "predicted"
+    regret.choices["board"] = known
+    assert comparison.origin(regret, "board", "local-cpu") == "measured"
+
+
 def test_an_engine_that_is_not_installed_leaves_predictions():
     class Away:
-        at_hand, engine = True, "openvino-of-another-world"
+        at_hand, agent, engine = True, None, "openvino-of-another-world"
 
     assert target_profiles.missing_engine(Away) == Away.engine and not target_profiles.can_measure(Away)
     Away.engine = "torch"
     assert target_profiles.can_measure(Away) and target_profiles.reserved_share([Away] * 9) == 0.2
+    Away.agent = "http://board:7411"
+    assert not target_profiles.can_measure(Away), "the lane of a further target is this machine's"
+    Away.agent = None
     Away.at_hand = False
     assert not target_profiles.can_measure(Away) and target_profiles.reserved_share([Away]) == 0.0
 
@@ -533,6 +604,6 @@ def test_visits_are_kept_per_threads_and_only_if_quiet(searched, tmp_path):
     row = lane(2).measure(candidate, tmp_path)
     assert row.is_measured and row.measurements["peak_memory_bytes"].value == 3e7
     kept = lane(2).kept(candidate)
-    assert kept.is_measured and set(kept.measurements) == {DECODE, "ttft_ms"}
+    assert kept.is_measured and set(kept.measurements) == {DECODE, "ttft_ms", "throughput_tokens_per_s"}
     assert kept.measurements[DECODE] == row.measurements[DECODE]
     assert lane(1).kept(candidate) is None

@@ -91,6 +91,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     if weight_bytes(model) < INLINE_LIMIT_BYTES:  # ByteSize() itself fails above 2 GB
         path.write_bytes(model.SerializeToString())
     else:
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # onnx would append to it
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
 
 

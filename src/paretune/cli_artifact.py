@@ -79,7 +79,10 @@ def measure(
         raise UsageError("--prompts, --contexts and --batches belong to a sweep", "add --sweep")
     from paretune.search.remeasure import remeasure
 
-    _tell(remeasure(artifact, profile, home.resolve(), fraction(within, "--within") or 0.0, agent), json)
+    wanted = fraction(within, "--within") or 0.0
+    if wanted >= 1:
+        raise UsageError(f"--within must be below 100%, but got {within!r}", "write a percentage such as 3%")
+    _tell(remeasure(artifact, profile, home.resolve(), wanted, agent), json)
 
 
 def _tell(found: Remeasured | Swept, json: bool) -> None:

@@ -71,7 +71,7 @@ def search(
         "seed": seed,
     }
     spec = make_spec(spec_file, preset, options)
-    ready = prepare(spec, home.resolve())
+    ready = prepare(spec, home.resolve(), address)
     if dry_run:
         _show_plan(ready.plan, json)
         return
