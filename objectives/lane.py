@@ -4,7 +4,8 @@ Shared machines drift by tens of per cent within minutes; the ratio of two progr
 arXiv 2001.05811). What remains differs from process to process (where its pages lie), so a candidate is visited with several
 fresh pairs of processes: its milliseconds are the mean over visits of `median ratio × the reference's nominal milliseconds`,
 and the interval comes from the spread between visits, pooled with the spread that the reference itself shows on this machine
-(a moderated variance, Smyth 2004). A value taken while something else was busy is not called measured.
+(a moderated variance, Smyth 2004). A rare visit far from all others is left out, said, and replaced by another. A value
+taken while something else was busy is not called measured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.energy import ENERGY, THROUGHPUT, throughput
 from paretune.objectives.energy_pass import SAMPLES, joules_per_token
-from paretune.objectives.intervals import PRIOR_DF, half_width, moderated_interval, robust_spread
+from paretune.objectives.intervals import PRIOR_DF, half_width, moderated_interval, odd_ones, robust_spread
 from paretune.objectives.measurement import Measurement, Provenance
 from paretune.objectives.power import EnergyCounter
 from paretune.objectives.turns import (
@@ -148,12 +149,13 @@ class Lane:
         return replace(found, measurements=told, stable=False)
 
     def _wants_more(self, visits: list[Visit], within: float | None) -> bool:
-        quiet = sum(self._stable(v) for v in visits)
+        quiet = [v for v in visits if self._stable(v)]
+        usual = len(self._usual(quiet))
         if within is None:
-            return quiet < VISITS and len(visits) < VISITS + RETRIES
-        if len(visits) >= MOST_VISITS or len(visits) - quiet >= MOST_DISTURBED:
+            return usual < VISITS and len(visits) < VISITS + RETRIES
+        if len(visits) >= MOST_VISITS or len(visits) - len(quiet) >= MOST_DISTURBED:
             return False
-        return quiet < VISITS or self.result(visits).half_width > within
+        return usual < VISITS or self.result(visits).half_width > within
 
     def result(self, visits: list[Visit]) -> LaneResult:
         """The quiet ones of `visits` as latencies; all of them, called disturbed, where fewer than two were quiet."""
@@ -246,13 +248,30 @@ class Lane:
             and 1 / MOST_DRIFT < median(visit.reference_decode) / known.decode_ms < MOST_DRIFT
         )
 
-    def _latencies(self, visits: list[Visit], provenance: Provenance) -> dict[str, Measurement]:
+    def _usual(self, visits: list[Visit]) -> list[Visit]:
+        """`visits` without those of odd processes, by either latency: steady in itself, but far from all others. What is
+        unsteady in itself, too, is a noisy machine, and its noise belongs into the interval."""
+        known = self.nominal(None)
+        if known is None or not visits:
+            return visits
+        odd: set[int] = set()
+        for ratios, spread in (
+            ([v.decode_ratios for v in visits], known.decode_spread),
+            ([v.ttft_ratios for v in visits], known.ttft_spread),
+        ):
+            noise = median(robust_spread(r) / median(r) for r in ratios)
+            odd |= odd_ones([median(r) for r in ratios], max(spread, noise))
+        return [v for i, v in enumerate(visits) if i not in odd]
+
+    def _latencies(self, taken: list[Visit], provenance: Provenance) -> dict[str, Measurement]:
+        visits = self._usual(taken)
         foreign = max(v.foreign_cores for v in visits)
         fallback = Nominal(median(visits[0].reference_decode), median(visits[0].reference_ttft))
         known = self.nominal(None) or fallback
         shared = "" if all(v.alone for v in visits) else "; other paretune work did not let go of the machine"
+        left = f", {len(taken) - len(visits)} odd ones left out" if len(visits) < len(taken) else ""
         note = (
-            f"{len(visits)} fresh pairs of processes, corrected by the reference's drift; "
+            f"{len(visits)} fresh pairs of processes{left}, corrected by the reference's drift; "
             f"at most {foreign:.2f} cores of its CPUs taken by others{shared}"
         )
         rounds = sum(len(v.decode_ratios) for v in visits)

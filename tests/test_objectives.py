@@ -24,7 +24,7 @@ from paretune.hardware_profiles import EnvironmentProblem, Infeasible, MachineLo
 from paretune.objectives import LatencyFit, Measurement, Scores, design, paired_difference, quality_measurements
 from paretune.objectives import lane as lane_module
 from paretune.objectives import turns as turns_module
-from paretune.objectives.intervals import moderated_interval
+from paretune.objectives.intervals import moderated_interval, odd_ones
 from paretune.objectives.lane import LATENCIES, Lane, Nominal
 from paretune.objectives.latency_fit import MIN_POINTS, features, params_times_bits, terms
 from paretune.objectives.quality import sum_by_document
@@ -366,6 +366,14 @@ def test_processes_that_differ_widen_the_interval(
     assert quiet.samples == lane_module.VISITS * turns_module.ROUNDS
     assert quiet.low < quiet.value < quiet.high, "the machine's own spread is always in the interval"
     assert noisy.high - noisy.low > 3 * (quiet.high - quiet.low)
+
+
+def test_odd_values_are_rare_and_far() -> None:
+    assert odd_ones([1.0, 1.15, 1.01], 0.01) == {1}
+    assert odd_ones([1.0, 1.05, 1.01], 0.01) == set(), "within six spreads"
+    assert odd_ones([1.0, 1.15], 0.01) == set(), "of two, neither is odd"
+    assert odd_ones([1.0, 1.15, 1.0, 1.16, 1.01], 0.01) == set(), "two of five are no exception"
+    assert odd_ones([2.0, 2.3, 2.0, 2.32, 2.02, 1.99], 0.01) == {1, 3}
 
 
 def test_the_moderated_interval_is_students_when_the_prior_has_no_weight() -> None:
