@@ -50,13 +50,18 @@ def measure_seconds() -> Iterator[Figure]:
 
 
 def write_structures(folder: Path, count: int, kernels: Sequence[str]) -> list[Path]:
-    """Graphs of designed candidates of the embedded teacher, widths cut but not sorted: values do not change the time."""
+    """Graphs of designed candidates of the embedded teacher."""
+    designed = design(Space.of(load_teacher(EMBEDDED).shape, tuple(kernels)), count)
+    return write_models(folder, [c for c in designed if isinstance(c, Candidate)])
+
+
+def write_models(folder: Path, candidates: Sequence[Candidate]) -> list[Path]:
+    """Graphs of candidates of the embedded teacher, widths cut but not sorted: values do not change the time."""
     teacher = load_teacher(EMBEDDED)
     weights, shape = teacher.weights(), teacher.shape
     order = Importance((), (), tuple(range(shape.layers)))
     models = []
-    for i, candidate in enumerate(design(Space.of(shape, tuple(kernels)), count)):
-        assert isinstance(candidate, Candidate)
+    for i, candidate in enumerate(candidates):
         models.append(folder / f"{i}.onnx")
         sliced = slice_weights(weights, candidate, order, shape)
         save_model(build_model(sliced, candidate, teacher.config, shape), models[-1])

@@ -24,11 +24,10 @@ PEAKS = ("driver_rss_mb", "worker_rss_mb", "ray_rss_mb")
 
 
 def memory_mb() -> Iterator[Figure]:
-    """Peak resident memory of driver, worker and Ray's daemons during 100 s of a real search."""
+    """Peak resident memory of driver, worker and Ray's daemons during 100 s of a real search, in a home of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--budget", "100s", "--study", f"bench-memory-{os.getpid()}", "--seed", os.getpid()]
-        command = search_command(*options)
-        peak, _ = watch(command, {**os.environ, "PARETUNE_HOME": str(HOME)}, Path(folder))
+        command = search_command("--budget", "100s", "--home", Path(folder) / "home")
+        peak, _ = watch(command, dict(os.environ), Path(folder))
     for name in PEAKS:
         yield figure(name, peak[name], "MB")
 

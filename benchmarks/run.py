@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 
-from benchmarks import joint, lane, memory, overhead, speed, studies, table, targets
+from benchmarks import joint, lane, memory, overhead, prediction, speed, studies, table, targets
 from benchmarks.common import RESULTS, Benchmark, Figure
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
@@ -26,6 +26,7 @@ QUICK: tuple[Benchmark, ...] = (
     studies.latency_fit_error,
     memory.memory_mb,
     lane.measure_seconds,
+    prediction.predict_error_local,
     overhead.recommend_ms,
     targets.second_target_cost,
     speed.quantize_seconds_per_100m_params,

@@ -156,7 +156,7 @@ class Spec(BaseModel):
     student_configs: tuple[StudentConfig, ...] = Field(default=(), max_length=100)
     search_tokens: int = Field(24_000, ge=256)
     report_tokens: int = Field(40_000, ge=256)
-    fit_points: int = Field(24, ge=8, le=200)
+    fit_points: int = Field(40, ge=8, le=200)
     max_candidates: int = Field(2000, ge=1)
     finalists: int = Field(9, ge=1)
     shares: Shares = Shares()
@@ -231,7 +231,7 @@ class Spec(BaseModel):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"budget": "9m"},
-    "overnight": {"budget": "8h", "report_tokens": 1_000_000, "fit_points": 48, "finalists": 60},
+    "overnight": {"budget": "8h", "report_tokens": 1_000_000, "fit_points": 80, "finalists": 60},
 }
 
 

@@ -64,7 +64,16 @@ def _layers(axes: Any, found: Profiled) -> None:
     axes.set_xlabel("ms per decode step")
     axes.set_title("where a decode step goes", loc="left", fontsize=11)
     axes.tick_params(axis="y", labelsize=8 if len(names) <= 20 else 5)
-    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(bars), frameon=False, columnspacing=1)
+    narrow = {"handlelength": 0.8, "handletextpad": 0.4, "columnspacing": 0.8}
+    axes.legend(
+        fontsize=8,
+        loc="lower right",
+        bbox_to_anchor=(1.02, 0.99),
+        ncols=len(bars),
+        frameon=False,
+        borderpad=0.2,
+        **narrow,
+    )
 
 
 def _places(axes: Any, found: Profiled) -> None:
