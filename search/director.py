@@ -11,6 +11,7 @@ from typing import Any
 
 from paretune.objectives.places import Findings
 from paretune.search.budget import Budget
+from paretune.search.control import REASON, Verb, ordered
 from paretune.search.database import folder_gone
 from paretune.search.estimates import Estimates
 from paretune.search.findings import profiled_candidates
@@ -35,6 +36,7 @@ STAGE = {
     "recover": "recover and confirm",
     "confirm": "recover and confirm",
 }
+SLICED = ("fit", "elastic")
 FIDELITY: dict[str, Fidelity] = {"rung0": "rung0", "recover": "recovered", "confirm": "confirmed"}
 
 
@@ -54,6 +56,7 @@ class Director:
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.is_interrupted = False
+        self.obeyed: Verb | None = None
         self._failures: list[Outcome] = []
         self._lost_tables = 0
         self.ledger = Ledger(store)
@@ -71,8 +74,10 @@ class Director:
         self._require_folder()
         if self.out is not None:
             return Decision("wait")
+        self.obey()
         if self.stop_reason is not None:
-            return Decision("done", reason=self.stop_reason)
+            last = self.planning.unconfirmed() if self.obeyed == "stop" and not self.is_interrupted else None
+            return self._hand_out(last or Decision("done", reason=self.stop_reason))
         decision = self.planning.due()
         if decision.kind == "done":
             self.stop_reason = decision.reason
@@ -170,6 +175,16 @@ class Director:
         """End in good order: nothing new is handed out."""
         self.is_interrupted = True
         self.stop_reason, self.exit_code = "interrupted", 130
+
+    def obey(self) -> None:
+        """Follow what was ordered through the study's folder. Work in slices is left where it is: it goes on from there."""
+        verb = ordered(self.store.folder)
+        if verb is None or verb == self.obeyed or self.obeyed == "cancel" or self.is_interrupted:
+            return
+        self.obeyed, self.stop_reason = verb, REASON[verb]
+        self.exit_code = 0 if verb == "stop" else 130
+        self.store.event("order", REASON[verb])
+        self.is_interrupted = verb == "cancel" or (self.out is not None and self.out.kind in SLICED)
 
     def _fit_came_back(self, outcome: Outcome) -> None:
         if outcome.status != "complete":

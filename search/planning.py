@@ -74,23 +74,10 @@ class Planning:
         return None
 
     def _explore_or_confirm(self) -> Decision:
-        waiting = next(
-            (
-                key
-                for (key, fidelity), e in self.ledger.latest.items()
-                if fidelity == "recovered" and e.status == "complete" and self.ledger.is_open(key, "confirmed")
-            ),
-            None,
-        )
         left, cost = self.budget.left_s, self.costs.confirm_cost_s()
+        waiting = self.unconfirmed()
         if waiting is not None:
-            if left < self.costs.confirmation_s():
-                return _end("the budget has ended")
-            return self.work(
-                "confirm",
-                self.ledger.rows[waiting].candidate,
-                {"recovered": self.ledger.latest[waiting, "recovered"].facts},
-            )
+            return waiting
         pending = next(
             (
                 row
@@ -121,6 +108,15 @@ class Planning:
         stakes = self.estimates.stakes(finalist)
         options = {"tokens": self.costs.recovery_tokens(), **({"stakes": stakes.to_dict()} if stakes else {})}
         return self.work("recover", self.ledger.rows[finalist].candidate, options)
+
+    def unconfirmed(self) -> Decision | None:
+        """The confirmation of a candidate that is recovered, or the end if there is no time for it; None if there is none."""
+        for (key, fidelity), e in self.ledger.latest.items():
+            if fidelity == "recovered" and e.status == "complete" and self.ledger.is_open(key, "confirmed"):
+                if self.budget.left_s < self.costs.confirmation_s():
+                    return _end("the budget has ended")
+                return self.work("confirm", self.ledger.rows[key].candidate, {"recovered": e.facts})
+        return None
 
     def _disturbed(self) -> str | None:
         """A confirmed candidate whose latency was disturbed or whose agent was away, baselines first, to be measured again."""

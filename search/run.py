@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune.search.budget import Budget
+from paretune.search.control import STATE_AFTER, withdraw
 from paretune.search.database import folder_gone
 from paretune.search.director import Director
 from paretune.search.execute import run_ray
@@ -26,7 +27,9 @@ def run_study(
     address: str | None = None,
     execute: Callable[..., None] = run_ray,
 ) -> int:
-    """Run a created or reopened study to its end; returns the exit code (0, 3, 4, 130). Starting is recovering."""
+    """Run a created or reopened study to its end; returns the exit code (0, 3, 4, 130). Starting is recovering, and takes back
+    what was ordered before."""
+    withdraw(store.folder)
     launches = int(store.meta("launches", 0)) + 1
     lost = store.recover(MAX_ATTEMPTS)
     budget = Budget(ready.search_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {})))
@@ -50,14 +53,17 @@ def run_study(
         store.withdraw()
     code = _ending(director, store)
     finished = code in (0, 3)  # everything else can be mended, and the same command goes on
+    obeyed = None if director.obeyed is None else STATE_AFTER[director.obeyed]
     store.set_meta(
-        state="complete" if finished else "interrupted",
+        state=obeyed or ("complete" if finished else "interrupted"),
         spent_s=budget.elapsed_s,
         exit_code=code,
         ended=director.stop_reason,
     )
     store.event("end", f"{director.stop_reason} (exit code {code})")
-    shutil.rmtree(store.folder / "work", ignore_errors=code != 130) if code != 130 else None
+    withdraw(store.folder)
+    if code != 130 or obeyed == "cancelled":
+        shutil.rmtree(store.folder / "work", ignore_errors=True)
     return code
 
 

@@ -20,6 +20,7 @@ from paretune.hardware_profiles import (
     package_version,
 )
 from paretune.hardware_profiles.files import write_atomically
+from paretune.search.control import ENDED
 from paretune.search.findings import kept_findings
 from paretune.search.prepare import Ready
 from paretune.search.store import Store
@@ -123,9 +124,9 @@ def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]
         if not (folder / wanted / "study.db").exists():
             return wanted, False
         identity, state = _identity(folder / wanted)
-        if state == "complete":
+        if state in ENDED:
             raise UsageError(
-                f"the study {wanted!r} is complete",
+                f"the study {wanted!r} is {state}",
                 f"look at it with `paretune report {wanted}`, or use another --study name",
             )
         if identity != ready.identity:
@@ -137,7 +138,7 @@ def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]
     for path in sorted(folder.glob("*/study.db"), key=lambda p: p.stat().st_mtime, reverse=True):
         with contextlib.suppress(ParetuneError):  # a damaged study must not block a new one
             identity, state = _identity(path.parent)
-            if identity == ready.identity and state != "complete":
+            if identity == ready.identity and state not in ENDED:
                 return path.parent.name, True
     base = (
         f"{re.sub('[^a-z0-9-]+', '-', Path(_short_name(ready.spec.teacher)).name.lower())}-{datetime.date.today():%m%d}"

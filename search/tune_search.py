@@ -26,6 +26,7 @@ from paretune.spaces.kinds import AnyCandidate, params_of
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
 GRACE_S = 25.0
+LOOK_EVERY_S = 0.5
 
 
 class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
@@ -165,16 +166,20 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
 
 
 class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]
-    """Ends Tune when a signal asked for it, or when a worker that should have ended itself is stuck past the budget."""
+    """Ends Tune when a signal or an order through the study's folder asked for it, or when a worker that should have ended
+    itself is stuck past the budget."""
 
     def __init__(self, director: Director) -> None:
-        self.director = director
+        self.director, self._looked = director, -math.inf
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
         budget = self.director.budget
+        if budget.elapsed_s - self._looked > LOOK_EVERY_S:
+            self._looked = budget.elapsed_s
+            self.director.obey()
         return self.director.is_interrupted or budget.elapsed_s > budget.total_s + GRACE_S
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "paretune"
-STATUS = {"complete": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+STATUS = {
+    "complete": "FINISHED",
+    "interrupted": "KILLED",
+    "paused": "KILLED",
+    "cancelled": "KILLED",
+    "failed": "FAILED",
+}
 MAX_PARAM, MAX_TAG, MAX_PARAMS = 6000, 5000, 100
 ARTIFACT = "artifact"
 TARGETS = "targets.json"

@@ -23,6 +23,8 @@ from paretune.tracking.wording import named, recommended
 STATES = {
     "complete": "complete",
     "interrupted": "interrupted, can be resumed",
+    "paused": "paused, can be resumed",
+    "cancelled": "cancelled",
     "running": "running",
     "failed": "failed",
 }

@@ -17,6 +17,7 @@ from rich.markup import escape
 from paretune import __version__
 from paretune.cli_agent import agent
 from paretune.cli_artifact import generate, measure
+from paretune.cli_control import cancel, pause, resume, stop
 from paretune.cli_hardware import hardware
 from paretune.cli_profile import profile
 from paretune.cli_score import score
@@ -37,7 +38,7 @@ app = typer.Typer(
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, targets, report, generate, measure)
-COMMANDS += (score, agent, ui, sync)
+COMMANDS += (pause, resume, stop, cancel, score, agent, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")

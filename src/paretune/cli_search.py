@@ -75,11 +75,12 @@ def search(
     if dry_run:
         _show_plan(ready.plan, json)
         return
-    code = _run(ready, home.resolve(), study, address, json)
+    code = run_search(ready, home.resolve(), study, address, json)
     raise typer.Exit(code)
 
 
-def _run(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
+def run_search(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
+    """Start or continue the study, show its progress and its end; returns the exit code."""
     from paretune.search.cluster import require_cluster
     from paretune.search.finish_targets import finish_targets
     from paretune.search.run import run_study
@@ -151,7 +152,8 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bo
             "[yellow]the budget ended before a finalist was confirmed[/yellow]: the baselines are usable; a longer --budget finds students"
         )
     if code == 130:
-        talk.print("interrupted; the same command goes on")
+        ended = view.meta["state"]
+        talk.print(ended if ended == "cancelled" else f"{ended}; the same command or `{program()} resume` goes on")
     if json:
         print_json(status_of(view))
     else:
