@@ -1,0 +1,1 @@
+"""The service: searches, recommendations and comparisons by HTTP and in a browser."""

@@ -1,0 +1,50 @@
+"""A search that somebody asked the service for, as a value; and the errors of asking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from paretune.hardware_profiles.errors import ParetuneError, UsageError
+
+State = Literal["queued", "running", "pausing", "paused", "stopping", "cancelling", "cancelled", "complete", "failed"]
+STATES: tuple[State, ...] = get_args(State)
+LIVE: tuple[State, ...] = ("running", "pausing", "stopping", "cancelling")
+ENDED: tuple[State, ...] = ("cancelled", "complete", "failed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """`study` is the study's id; `attempts` counts starts after a crash; times are ISO texts in UTC, "" where there is none.
+
+    `position` is the place in the queue (1: next), 0 where it does not wait.
+    """
+
+    study: str
+    state: State
+    settings: dict[str, Any]
+    client_key: str | None = None
+    attempts: int = 0
+    created: str = ""
+    started: str = ""
+    ended: str = ""
+    reason: str = ""
+    position: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data, without the client's key."""
+        return {name: value for name, value in self.__dict__.items() if name != "client_key"}
+
+
+class Conflict(UsageError):
+    """A client's key or a study's name was used before, for something else."""
+
+
+class QueueFull(UsageError):
+    """More searches wait than the service takes."""
+
+
+class Unknown(ParetuneError):
+    """There is no such study, job, candidate, profile or file."""
+
+    exit_code = 2

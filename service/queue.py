@@ -1,0 +1,296 @@
+"""The queue: which searches the service was asked for and how each stands; one SQLite file, one writer.
+
+What is answered is committed (WAL, synchronous=FULL), so a submit that a client has seen survives any crash, and the same
+submit with the same key is the same search however often it is sent.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.files import write_atomically
+from paretune.search.control import Verb, order, state_of
+from paretune.search.database import is_taken, open_engine, take_lock
+from paretune.search.records import now
+from paretune.search.spec import Spec
+from paretune.search.store import Store
+from paretune.search.studies import STUDY_NAME
+from paretune.service.job import ENDED, LIVE, Conflict, Job, QueueFull, State, Unknown
+
+MOST_WAITING = 1000
+CLIENT_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+DATABASE = "jobs.db"
+ASKED: dict[Verb, State] = {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}
+
+metadata = sa.MetaData()
+job_table = sa.Table(
+    "job",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("study", sa.Text, nullable=False, unique=True),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("settings", sa.Text, nullable=False),
+    sa.Column("client_key", sa.Text, unique=True),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("started", sa.Text, nullable=False, default=""),
+    sa.Column("ended", sa.Text, nullable=False, default=""),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+)
+
+
+class Queue:
+    """The jobs of a home. Thread-safe; only one process at a time has it. Raises EnvironmentProblem if another one does."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.folder = home, home / "service"
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held: IO[str] = take_lock(self.folder)
+        self._engine = open_engine(self.folder, "rwc", DATABASE)
+        metadata.create_all(self._engine)
+        self._lock = threading.RLock()
+        self.changed = threading.Event()
+
+    def close(self) -> None:
+        self._engine.dispose()
+        self._held.close()
+
+    # what clients ask
+
+    def submit(
+        self, settings: dict[str, Any], client_key: str | None = None, name: str | None = None
+    ) -> tuple[Job, bool]:
+        """(the job, whether it is new). The settings are those of a search's file.
+
+        Raises UsageError for settings or a name that a search would refuse, Conflict if the key came with other settings before or
+        the name is taken, QueueFull.
+        """
+        checked = check_settings(settings)
+        if client_key is not None and not CLIENT_KEY.fullmatch(client_key):
+            raise UsageError(
+                "a client's key has 1 to 200 printable ASCII characters without spaces", "send another one"
+            )
+        if name is not None and not STUDY_NAME.match(name):
+            raise UsageError(
+                f"a study's name has letters, digits, '.', '_' and '-' only, but got {name!r}", "choose another name"
+            )
+        with self._writing() as connection:
+            known = None if client_key is None else _one(connection, job_table.c.client_key == client_key)
+            if known is not None:
+                if known.settings != checked or name not in (None, known.study):
+                    raise Conflict(
+                        f"the key was used before, for the study {known.study!r} with other settings", "use a new key"
+                    )
+                return self._placed(connection, known), False
+            waiting = connection.execute(
+                sa.select(sa.func.count()).select_from(job_table).where(job_table.c.state == "queued")
+            ).scalar_one()
+            if waiting >= MOST_WAITING:
+                raise QueueFull(f"at most {MOST_WAITING} searches wait at a time", "wait until some have run")
+            study = self._new_name(connection, checked, name)
+            self._write_spec(study, checked)
+            row = {"study": study, "state": "queued", "settings": json.dumps(checked), "client_key": client_key}
+            connection.execute(sa.insert(job_table).values(**row, created=now(), attempts=0, reason=""))
+            made = _one(connection, job_table.c.study == study)
+            assert made is not None
+            job = self._placed(connection, made)
+        self.changed.set()
+        return job, True
+
+    def jobs(self) -> list[Job]:
+        """All jobs, oldest first."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(job_table).order_by(job_table.c.number)).all()
+        jobs, position = [], 0
+        for row in rows:
+            position += row.state == "queued"
+            jobs.append(_job(row, position if row.state == "queued" else 0))
+        return jobs
+
+    def job(self, study: str) -> Job | None:
+        with self._engine.connect() as connection:
+            found = _one(connection, job_table.c.study == study)
+            return None if found is None else self._placed(connection, found)
+
+    def pause(self, study: str) -> Job:
+        """Pause a running search, or let a waiting one wait until it is resumed. Raises Unknown, UsageError."""
+        return self._ask(study, "pause")
+
+    def stop(self, study: str) -> Job:
+        """Let a search finish what it does and end it. Raises Unknown, UsageError."""
+        return self._ask(study, "stop")
+
+    def cancel(self, study: str) -> Job:
+        """End a search now, or take a waiting one back. Raises Unknown, UsageError."""
+        return self._ask(study, "cancel")
+
+    def resume(self, study: str) -> Job:
+        """Put a paused, interrupted or failed search into the queue again, also one that a command line began.
+
+        Raises Unknown, UsageError if it runs or has ended.
+        """
+        folder = self.home / "studies" / study
+        job = self.job(study)
+        if job is None:
+            if not (folder / "study.db").is_file():
+                raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
+            job = self._adopt(folder)
+        if job.state in LIVE or is_taken(folder):
+            raise UsageError(
+                f"only a search that rests can be resumed, but {study} is {job.state}", "wait, or pause it"
+            )
+        if job.state in ("cancelled", "complete"):
+            raise UsageError(f"a search that has ended is not resumed, but {study} is {job.state}", "submit a new one")
+        return self.put(study, "queued", attempts=0, reason="")
+
+    # what the supervisor writes
+
+    def put(self, study: str, state: State, **values: Any) -> Job:
+        """Write a job's state and other columns."""
+        if state in ENDED:
+            values.setdefault("ended", now())
+        with self._writing() as connection:
+            connection.execute(sa.update(job_table).where(job_table.c.study == study).values(state=state, **values))
+            found = _one(connection, job_table.c.study == study)
+            assert found is not None
+            job = self._placed(connection, found)
+        self.changed.set()
+        return job
+
+    def next_waiting(self) -> Job | None:
+        """The job that waits longest."""
+        return next((job for job in self.jobs() if job.state == "queued"), None)
+
+    def spec_file(self, study: str) -> Path:
+        return self.folder / "specs" / f"{study}.yaml"
+
+    def _ask(self, study: str, verb: Verb) -> Job:
+        folder = self.home / "studies" / study
+        with self._lock:
+            job = self.job(study)
+            if job is None:
+                if not (folder / "study.db").is_file():
+                    raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
+                order(folder, verb)  # a search of the command line obeys, too
+                return self._adopt(folder)
+            if job.state in ENDED:
+                raise UsageError(f"only a search that has not ended takes a {verb}, but {study} is {job.state}", "")
+            if job.state not in LIVE:
+                return self._ask_resting(job, folder, verb)
+            if (folder / "study.db").is_file() and is_taken(folder):
+                order(folder, verb)
+            return self.put(study, ASKED[verb])  # the supervisor orders it of a search that is only starting
+
+    def _ask_resting(self, job: Job, folder: Path, verb: Verb) -> Job:
+        if verb == "pause":
+            if job.state == "paused":
+                return job
+            return self.put(job.study, "paused", reason="paused before it began")
+        if (folder / "study.db").is_file():
+            order(folder, verb)
+        begun = (folder / "study.db").is_file()
+        return self.put(
+            job.study, "complete" if verb == "stop" and begun else "cancelled", reason=f"{verb} while it rested"
+        )
+
+    def _adopt(self, folder: Path) -> Job:
+        """A job for a study that a command line began."""
+        store = Store.reader(folder)
+        try:
+            settings, state, created = store.meta("spec"), str(store.meta("state")), str(store.meta("created"))
+        finally:
+            store.close()
+        known: dict[str, State] = {"complete": "complete", "cancelled": "cancelled", "paused": "paused"}
+        own = known.get(state, "paused")
+        with self._writing() as connection:
+            if _one(connection, job_table.c.study == folder.name) is None:
+                row = {"study": folder.name, "state": own, "settings": json.dumps(settings), "created": created}
+                connection.execute(sa.insert(job_table).values(**row, reason="begun by a command line"))
+                self._write_spec(folder.name, settings)
+        found = self.job(folder.name)
+        assert found is not None
+        return found
+
+    def _write_spec(self, study: str, settings: dict[str, Any]) -> None:
+        """JSON is YAML: the file that the search is started with."""
+        write_atomically(self.spec_file(study), json.dumps(settings, indent=1).encode())
+
+    def _new_name(self, connection: sa.Connection, settings: dict[str, Any], wanted: str | None) -> str:
+        def free(name: str) -> bool:
+            used = _one(connection, job_table.c.study == name) is not None
+            return not used and not (self.home / "studies" / name).exists()
+
+        if wanted is not None:
+            if not free(wanted):
+                raise Conflict(f"a study called {wanted!r} exists", "choose another name, or leave it out")
+            return wanted
+        teacher = Path(str(settings.get("teacher", "study")).rsplit(":", 1)[-1]).name.lower()
+        base = f"{re.sub('[^a-z0-9-]+', '-', teacher).strip('-') or 'study'}-{datetime.date.today():%m%d}"
+        number = 1 + int(
+            connection.execute(
+                sa.select(sa.func.count()).select_from(job_table).where(job_table.c.study.startswith(f"{base}-"))
+            ).scalar_one()
+        )
+        while not free(f"{base}-{number}"):
+            number += 1
+        return f"{base}-{number}"
+
+    def _placed(self, connection: sa.Connection, job: Job) -> Job:
+        """With its place in the queue."""
+        if job.state != "queued":
+            return job
+        number = sa.select(job_table.c.number).where(job_table.c.study == job.study).scalar_subquery()
+        where = (job_table.c.state == "queued") & (job_table.c.number <= number)
+        place = connection.execute(sa.select(sa.func.count()).select_from(job_table).where(where)).scalar_one()
+        return Job(**{**job.__dict__, "position": int(place)})
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self._lock, self._engine.begin() as connection:
+            yield connection
+
+
+def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a search would have, those that were given only. Raises UsageError naming the first wrong one."""
+    try:
+        return Spec.model_validate(settings).model_dump(mode="json", exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise UsageError(f"{where}: {first['msg']}, but got {first.get('input')!r}"[:500], f"change {where}") from None
+
+
+def study_state(folder: Path, otherwise: str = "") -> str:
+    """What a study's own store says, `otherwise` where there is none."""
+    return state_of(folder) if (folder / "study.db").is_file() else otherwise
+
+
+def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None:
+    row = connection.execute(sa.select(job_table).where(where)).first()
+    return None if row is None else _job(row)
+
+
+def _job(row: Any, position: int = 0) -> Job:
+    return Job(
+        row.study,
+        row.state,
+        json.loads(row.settings),
+        row.client_key,
+        row.attempts,
+        row.created,
+        row.started,
+        row.ended,
+        row.reason,
+        position,
+    )
