@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.search.view import LABELS, Point, StudyView, label_of, tied
 
+GOALS = ("balanced", "fastest", "quality", "smallest")
+Order = Callable[[Point], float]
 UNITS = {THROUGHPUT: "tokens/s", ENERGY: "J/token", COST: "USD per million tokens"}
 
 
@@ -72,36 +75,50 @@ class Recommendation:
         }
 
 
-def recommend(view: StudyView, limits: Limits) -> Recommendation:
-    """The best candidate of the front within the limits: lowest loss if latency, size or memory are bounded, fastest if only
-    the loss is, balanced (smallest sum of ratios to the best in each objective) without limits.
+def recommend(view: StudyView, limits: Limits, goal: str | None = None) -> Recommendation:
+    """The best candidate of the front within the limits, by `goal` or, without one, by what they suggest (`ranking`).
 
     Raises NothingFeasible naming the nearest candidate and by how much it misses.
     """
     if not view.front:
         raise why_empty(view)
+    bounds = bounds_of(view, limits)
+    order, rule = ranking(view, bounds, goal)
+    feasible = sorted(within(view.front, bounds), key=order)
+    if not feasible:
+        raise _nearest(view, bounds)
+    return pick(view, feasible, bounds, rule)
+
+
+def bounds_of(view: StudyView, limits: Limits) -> dict[str, float]:
+    """Measurement name to bound: those of the search's settings, and the given ones instead. Raises UsageError."""
     spec_limits: dict[str, float] = (view.meta.get("spec") or {}).get("limits") or {}
     bounds = {
         **{n: v for n, v in spec_limits.items() if n in LABELS or n == view.figures.latency},
         **limits.active(view.figures),
     }
     _require_known(view, bounds)
-    feasible = [p for p in view.front if all(_excess(p, name, bound) <= 0 for name, bound in bounds.items())]
-    if not feasible:
-        raise _nearest(view, bounds)
-    order, rule = _ordering(view, bounds)
-    ranked = sorted(feasible, key=order)
+    return bounds
+
+
+def within(points: Sequence[Point], bounds: Mapping[str, float]) -> list[Point]:
+    """The points that keep all bounds."""
+    return [p for p in points if all(_excess(p, name, bound) <= 0 for name, bound in bounds.items())]
+
+
+def pick(view: StudyView, ranked: Sequence[Point], bounds: dict[str, float], rule: str) -> Recommendation:
+    """The first of the feasible members `ranked`, with reasons."""
     chosen, runner_up = ranked[0], (ranked[1] if len(ranked) > 1 else None)
     binding = _binding(chosen, bounds)
-    why = [f"{rule} {_among(view, feasible, bounds)}", *_sentences(view, chosen)]
+    why = [f"{rule} {_among(view, ranked, bounds)}", *_sentences(view, chosen)]
     if binding is not None:
         room = -_excess(chosen, binding, bounds[binding])
         why.append(
             f"the tightest limit is {binding}: {_show(binding, chosen.measurements[binding])} "
-            f"of {_plain(binding, bounds[binding])} ({room:.0%} room)"
+            f"of {plain(binding, bounds[binding])} ({room:.0%} room)"
         )
-    price = "" if runner_up is None else _price(view, chosen, runner_up)
-    return Recommendation(chosen, tuple(why), binding, runner_up, price, len(feasible))
+    price = "" if runner_up is None else chosen_price(view, chosen, runner_up)
+    return Recommendation(chosen, tuple(why), binding, runner_up, price, len(ranked))
 
 
 def why_empty(view: StudyView) -> NothingFeasible:
@@ -154,11 +171,29 @@ def _among(view: StudyView, feasible: Sequence[Point], bounds: dict[str, float])
     return f"of the {len(feasible)} front members (of {len(view.front)}) within the limits"
 
 
-def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
-    if set(bounds) == {"relative_loss"}:
-        return (lambda p: p.measurements[view.figures.latency].value), "the fastest"
-    if bounds:
-        return (lambda p: p.measurements[view.figures.quality].value), "the lowest loss"
+def ranking(view: StudyView, bounds: Mapping[str, float], goal: str | None = None) -> tuple[Order, str]:
+    """What to sort front members by, best first, and its name. Without a goal: the fastest where only the loss is limited,
+    the lowest loss under other limits, else the best balance (smallest sum of ratios to the best in each objective, the
+    quality's to the tenth power). Raises UsageError for an unknown goal."""
+    if goal is not None and goal not in GOALS:
+        near = difflib.get_close_matches(goal, GOALS, 1)
+        raise UsageError(
+            f"a goal is one of {', '.join(GOALS)}, but got {goal!r}",
+            f"did you mean {near[0]}?" if near else "choose one",
+        )
+    if goal is None:
+        goal = "balanced" if not bounds else "fastest" if set(bounds) == {"relative_loss"} else "quality"
+    if goal == "balanced":
+        return _balance(view), "the best balance"
+    name, rule = {
+        "fastest": (view.figures.latency, "the fastest"),
+        "quality": (view.figures.quality, "the lowest loss"),
+        "smallest": ("compressed_bytes", "the smallest"),
+    }[goal]
+    return (lambda p: p.measurements[name].value), rule
+
+
+def _balance(view: StudyView) -> Order:
     best = [min(values) for values in zip(*(p.vector(view.objectives) for p in view.front), strict=True)]
 
     def balance(point: Point) -> float:
@@ -166,7 +201,7 @@ def _ordering(view: StudyView, bounds: dict[str, float]) -> tuple[Any, str]:
         ratios = {name: 1 + (v - b) / (abs(b) or 1.0) for name, v, b in values}  # a plug-in's quality can be negative
         return float(ratios.pop(view.figures.quality) ** 10 + sum(ratios.values()))
 
-    return balance, "the best balance"
+    return balance
 
 
 def _sentences(view: StudyView, chosen: Point) -> Sequence[str]:
@@ -193,7 +228,8 @@ def _binding(chosen: Point, bounds: dict[str, float]) -> str | None:
     return max(bounds, key=lambda name: _excess(chosen, name, bounds[name])) if bounds else None
 
 
-def _price(view: StudyView, chosen: Point, other: Point) -> str:
+def chosen_price(view: StudyView, chosen: Point, other: Point) -> str:
+    """What taking `other` instead would change, objective by objective."""
     parts = []
     for name in view.objectives:
         mine, theirs = chosen.value(name), other.value(name)
@@ -212,7 +248,7 @@ def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
 
     near = min(view.front, key=excess)
     missed = [
-        f"{name} is {_show(name, near.measurements[name])}, the limit {_plain(name, bound)}"
+        f"{name} is {_show(name, near.measurements[name])}, the limit {plain(name, bound)}"
         for name, bound in bounds.items()
         if _excess(near, name, bound) > 0
     ]
@@ -223,10 +259,11 @@ def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
 
 
 def _show(name: str, m: Measurement) -> str:
-    return _plain(name, m.value) + ("" if m.provenance == "measured" else f" ({m.provenance})")
+    return plain(name, m.value) + ("" if m.provenance == "measured" else f" ({m.provenance})")
 
 
-def _plain(name: str, value: float) -> str:
+def plain(name: str, value: float) -> str:
+    """A value as people read it, with its unit."""
     if name in UNITS:
         return f"{value:.3g} {UNITS[name]}"
     if name.endswith("bytes"):

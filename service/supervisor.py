@@ -134,7 +134,9 @@ class Supervisor:
             job = self.queue.job(study)
             verb = None if job is None else WORDS.get(job.state)
             folder = self._folder(study)
-            begun = is_taken(folder) and study_state(folder) == "running"  # before, it would take the word for an old one
+            begun = (
+                is_taken(folder) and study_state(folder) == "running"
+            )  # before, it would take the word for an old one
             if verb is not None and begun and ordered(folder) != verb:
                 with contextlib.suppress(ParetuneError):
                     order(folder, verb)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, positive, size_in_bytes
 from paretune.console import front_table, print_json, print_text, short, talk
+from paretune.hardware_profiles.errors import NothingFeasible
 
 if TYPE_CHECKING:
+    from paretune.search.advice import Advice
     from paretune.search.view import StudyView
 
 
@@ -62,14 +65,16 @@ def recommend(
     min_throughput: Annotated[float | None, typer.Option(help="Tokens per second of one stream, at least.")] = None,
     max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the profile's power.")] = None,
     max_cost: Annotated[float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")] = None,
+    goal: Annotated[str | None, typer.Option(help="balanced, fastest, quality or smallest; without it, what the limits suggest.")] = None,
     profile: Annotated[str | None, typer.Option(help="For this target: its costs, kept or predicted on the fly.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write the artifact with HOW_TO_RUN.md into this new folder.")] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """One candidate for your limits, with reasons and the runner-up's price."""
-    from paretune.search.answer import answer_on
+    """One candidate for your limits, with reasons, the runner-up's price, and what looser limits would buy."""
+    from paretune.search.advice import advise
+    from paretune.search.export import export_artifact
     from paretune.search.recommend import Limits
-    from paretune.search.recommend import recommend as decide
 
     limits = Limits(
         milliseconds(max_latency, "--max-latency"),
@@ -81,20 +86,42 @@ def recommend(
         positive(max_cost, "--max-cost", "US dollars such as 0.2"),
     )
     with opened_view(study, home) as view:
-        answer = answer_on(view, profile, home.resolve())
-        found = decide(answer.view, limits)
-        artifact = view.folder / "artifacts" / found.chosen.key
+        found = advise(view, limits, goal, profile, home.resolve())
+        delivered = None
+        if export is not None and found.chosen is not None:
+            delivered = export_artifact(view, found.chosen, export)
         if json:
-            print_json({**found.to_dict(), "study": view.study, "profile": answer.name, "artifact": str(artifact)})
-            return
-        print_text(f"{found.chosen.name} ({found.chosen.key})\n{found.chosen.description}")
-        for sentence in found.why:
-            print_text(f"- {sentence}")
-        if told := answer.sentence(found.chosen):
-            print_text(f"- {told}")
-        if found.runner_up is not None:
-            print_text(f"- runner-up: {found.price}")
-        print_text(f"artifact: {short(artifact)}")
+            print_json({**found.to_dict(), "exported": None if delivered is None else str(delivered)})
+        else:
+            _tell(found, view.folder, delivered)
+        if found.chosen is None:
+            raise typer.Exit(NothingFeasible.exit_code)
+
+
+def _tell(found: Advice, folder: Path, delivered: Path | None) -> None:
+    """An advice in words: the answer on stdout, and what cannot be met on stderr."""
+    if found.chosen is None:
+        assert found.nearest is not None
+        near = f"{found.nearest.name} ({found.nearest.key[:8]})"
+        talk.print(
+            f"[red]error:[/red] no front member keeps all limits; the nearest is {near}: {'; '.join(found.why)}",
+            soft_wrap=True,
+        )
+        buys = [f"{r.limit} 10 % looser: {r.gain}" for r in found.relaxed if r.key is not None]
+        talk.print(f"[green]remedy:[/green] relax a limit{''.join(f'; {b}' for b in buys)}", soft_wrap=True)
+        return
+    print_text(f"{found.chosen.name} ({found.chosen.key})\n{found.chosen.description}")
+    for sentence in found.why:
+        print_text(f"- {sentence}")
+    if found.ties:
+        print_text(f"- tied with it in every objective: {', '.join(key[:8] for key in found.ties)}")
+    if found.runner_up is not None:
+        print_text(f"- runner-up: {found.price}")
+    for relaxed in found.relaxed:
+        print_text(f"- {relaxed.limit} 10 % looser would buy {relaxed.gain}")
+    print_text(f"artifact: {short(folder / 'artifacts' / found.chosen.key)}")
+    if delivered is not None:
+        print_text(f"exported: {short(delivered)}, how to run it: {short(delivered / 'HOW_TO_RUN.md')}")
 
 
 def status_of(view: StudyView) -> dict[str, Any]:

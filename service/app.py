@@ -1,0 +1,97 @@
+"""The service's application: the HTTP interface under /v1, the pages, and the guard around both."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from paretune import __version__
+from paretune.hardware_profiles.errors import EnvironmentProblem, NothingFeasible, ParetuneError
+from paretune.service.api_models import Problem
+from paretune.service.api_searches import searches_router
+from paretune.service.api_studies import studies_router
+from paretune.service.job import Conflict, QueueFull, Unknown
+from paretune.service.login import login_router
+from paretune.service.security import Guard
+from paretune.service.state import Service
+
+DESCRIPTION = """Searches, recommendations and comparisons of paretune. Every request needs `Authorization: Bearer TOKEN` (printed by
+`paretune serve`) or the cookie of `/login`; what changes something is sent as JSON. Ids are never paths."""
+STATUS: tuple[tuple[type[ParetuneError], int], ...] = (
+    (Unknown, 404),
+    (Conflict, 409),
+    (QueueFull, 429),
+    (NothingFeasible, 409),
+    (EnvironmentProblem, 503),
+)
+# What the guard and any route may answer; every route's own list has these.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "no request that is understood"},
+    401: {"model": Problem, "description": "no token or cookie"},
+    403: {"model": Problem, "description": "a foreign Host or Origin"},
+    404: {"model": Problem, "description": "there is no such study, candidate, profile or file"},
+    409: {"model": Problem, "description": "the study's state does not allow it"},
+    413: {"model": Problem, "description": "the body is too large"},
+    414: {"model": Problem, "description": "path or query are too long"},
+    415: {"model": Problem, "description": "the body is no JSON"},
+    422: {"model": Problem, "description": "a value is not allowed"},
+    429: {"model": Problem, "description": "too many requests"},
+    503: {"model": Problem, "description": "the disk or the machine refuses"},
+}
+
+
+def create_app(service: Service) -> Guard:
+    """The application of a service, guarded."""
+    app = FastAPI(
+        title="paretune",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+        responses=REFUSALS,
+        separate_input_output_schemas=False,
+    )
+    app.add_exception_handler(ParetuneError, _problem)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.include_router(login_router(service))
+    app.include_router(searches_router(service), prefix="/v1", tags=["searches"])
+    app.include_router(studies_router(service), prefix="/v1", tags=["studies"])
+    with contextlib.suppress(ModuleNotFoundError):
+        from paretune.service.pages import mount_pages
+
+        mount_pages(app, service)
+    return Guard(app, service)
+
+
+def status_of(error: ParetuneError) -> int:
+    """The HTTP status of an error; what the caller can change is 422."""
+    return next((status for kind, status in STATUS if isinstance(error, kind)), 422)
+
+
+async def _problem(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ParetuneError)
+    return _told(status_of(error), error.problem, error.remedy)
+
+
+async def _invalid(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    malformed = first["type"] == "json_invalid"
+    return _told(400 if malformed else 422, f"{where}: {first['msg']}"[:500], "look at /v1/openapi.json")
+
+
+async def _http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return _told(error.status_code, str(error.detail), "", error.headers)
+
+
+def _told(status: int, problem: str, remedy: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse({"error": problem, "remedy": remedy}, status, headers)

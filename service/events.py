@@ -1,0 +1,80 @@
+"""A study's progress as server-sent events: one `status` when something has changed, a comment as heartbeat, `end` at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from paretune.hardware_profiles.errors import ParetuneError
+from paretune.service.data import summary
+from paretune.service.job import ENDED
+from paretune.service.state import Service
+
+EVERY_S, HEARTBEAT_S, LONGEST_S = 1.0, 15.0, 3600.0
+MOST_STREAMS = 64
+LAST_EVENTS = 5
+
+
+class Streams:
+    """How many streams are open; each holds a connection and looks at a store once a second."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def take(self) -> bool:
+        """Whether there is room for one more; it must be given back."""
+        if self.open >= MOST_STREAMS:
+            return False
+        self.open += 1
+        return True
+
+    def give_back(self) -> None:
+        self.open -= 1
+
+
+async def progress(service: Service, study: str, streams: Streams) -> AsyncIterator[str]:
+    """The stream of one client. Ends when the study has, or after LONGEST_S: browsers connect again by themselves."""
+    loop = asyncio.get_running_loop()
+    last, silent, start = "", 0.0, loop.time()
+    try:
+        yield "retry: 3000\n\n"
+        while loop.time() - start < LONGEST_S:
+            data = await asyncio.to_thread(status, service, study)
+            text = json.dumps(data, default=str)
+            if text != last:
+                last, silent = text, 0.0
+                yield f"event: status\ndata: {text}\n\n"
+            if is_over(data):
+                yield "event: end\ndata: {}\n\n"
+                return
+            await asyncio.sleep(EVERY_S)
+            silent += EVERY_S
+            if silent >= HEARTBEAT_S:
+                silent = 0.0
+                yield ": still here\n\n"
+    finally:
+        streams.give_back()
+
+
+def status(service: Service, study: str) -> dict[str, Any]:
+    """How the study and its job stand, with the last events; a job that waits has no study yet."""
+    job = service.queue.job(study)
+    found: dict[str, Any] = {"study": study, "state": "queued" if job is None else job.state}
+    try:
+        view = service.studies.view(study)
+        events = [{"at": e.at, "kind": e.kind, "text": e.text} for e in view.events[-LAST_EVENTS:]]
+        found |= {**summary(view), "events": events}
+    except ParetuneError as error:
+        found["problem"] = error.problem
+    found["job"] = None if job is None else job.to_dict()
+    return found
+
+
+def is_over(data: dict[str, Any]) -> bool:
+    """Whether nothing will change any more."""
+    job = data["job"]
+    if job is not None:
+        return job["state"] in ENDED
+    return data["state"] in ("complete", "cancelled")
