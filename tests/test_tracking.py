@@ -31,7 +31,8 @@ from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
 from paretune.tracking import MlflowSink, front_figure, front_png, rebuild, report_html, try_drain, write_report
 from paretune.tracking import housekeeper as housekeeper_module
 from paretune.tracking.housekeeper import Housekeeper
-from paretune.tracking.mlflow_runs import EXPERIMENT, alias_of, model_name
+from paretune.tracking.mlflow_experiment import EXPERIMENT
+from paretune.tracking.mlflow_registry import alias_of, model_name
 from paretune.tracking.mlflow_sink import tracking_uri
 from paretune.tracking.mlflow_texts import study_params
 from paretune.tracking.page import flat
@@ -202,7 +203,7 @@ class Recorded:
 
     @property
     def parent(self) -> Any:
-        return next(run for run in self.runs() if run.data.tags["paretune.kind"] == "study")
+        return next(run for run in self.runs() if run.data.tags["kind"] == "study")
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +379,7 @@ def test_drain_records_parent_and_children(recorded: Recorded) -> None:
         assert run.info.status == "FINISHED" and run.info.run_name == point.name
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["hardware"] == "local-cpu" and run.data.tags["study"] == "night"
-        assert run.data.metrics["nll"] == point.measurements["nll"].value
+        assert run.data.metrics["nll"] == pytest.approx(point.measurements["nll"].value, rel=1e-5)
         assert run.data.params["layers"] == str(len(point.candidate.layers))
         assert run.info.end_time - run.info.start_time == 40_000
 

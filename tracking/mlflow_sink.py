@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
-from paretune.tracking.mlflow_runs import StudyRuns, experiment_of
+from paretune.tracking.mlflow_experiment import experiment_of
+from paretune.tracking.mlflow_runs import StudyRuns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
