@@ -48,6 +48,7 @@ docs: install
 	-$(BIN)/python docs/make_targets_picture.py
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_pictures.py
+	PARETUNE_PICTURES=1 PARETUNE_PICTURES_HOME=mlruns $(BIN)/python -m pytest tests/browser/test_mlflow_ui.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -49,8 +49,9 @@ def _front(view: StudyView) -> list[str]:
     """The members of the front as a table."""
     columns = view.figures.objectives()
     titles = ("NLL", "decode per token", "compressed") if view.figures.is_decoder else [short_of(n) for n in columns]
-    rows = [[p.name, *(_cell(p, name) for name in columns)] for p in view.front[:MOST_ROWS]]
-    return _table(["front member", *titles], rows)
+    names = run_names(view)
+    rows = [[names[p.key], *(_cell(p, name) for name in columns)] for p in view.front[:MOST_ROWS]]
+    return [f"**Front on {named(view.meta.get('profile'))}**", "", *_table(["member", *titles], rows)]
 
 
 def _targets(standing: Standing) -> list[str]:
@@ -62,7 +63,7 @@ def _targets(standing: Standing) -> list[str]:
         latency = side.view.figures.latency
         known = ["nothing runs", "–"] if found is None else [found.chosen.name, _cell(found.chosen, latency)]
         rows.append([side.name, *known])
-    return _table(["target", "recommended", "its latency"], rows)
+    return ["**On each target**", "", *_table(["target", "recommended", "its latency"], rows)]
 
 
 def candidate_note(point: Point) -> str:
@@ -129,7 +130,7 @@ def candidate_params(point: Point) -> dict[str, str]:
     return {
         "layers": str(len(x.layers)),
         "ffn_width": _mean(layer.ffn for layer in x.layers),
-        "kv_heads": _mean(layer.kv_groups for layer in x.layers),
+        "n_kv_heads": _mean(layer.kv_groups for layer in x.layers),
         **({"hidden_width": str(x.hidden)} if x.hidden else {}),
         "bits": _mean(f.bits for f in (*attention, *ffn)),
         "precision_attention": _joined(f.name for f in attention),
