@@ -622,6 +622,28 @@ def test_an_unreachable_server_is_a_problem_in_one_line(recorded: Recorded, monk
     assert try_drain(recorded.home, recorded.store, recorded.view) is None
 
 
+def test_a_silent_server_holds_nobody_up(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts and never answers: one wait in the sink's own thread, and no turn is taken that a measurement would wait for."""
+    recorded.store.refill_outbox()
+    turns = []
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        turns.append(1)
+        yield
+
+    with socket.socket() as silent, monkeypatch.context() as patch:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        problem = try_drain(recorded.home, recorded.store, recorded.view, turn)
+        assert time.monotonic() - start < 9
+    assert problem is not None and "does not answer" in problem and "secret" not in problem
+    assert turns == [] and len(recorded.store.outbox()) == CONFIRMED
+    assert try_drain(recorded.home, recorded.store, recorded.view, turn) is None and turns
+
+
 def test_a_damaged_database_is_a_problem_at_once(tmp_path: Path) -> None:
     store = new_study(tmp_path / "studies" / "night")
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
