@@ -673,7 +673,10 @@ def test_ui_names_the_page_of_the_fronts(recorded: Recorded, tmp_path: Path) -> 
     assert start_page(tmp_path, 5000) == "http://127.0.0.1:5000"
 
 
-def test_ui_serves_and_ends_with_its_workers(recorded: Recorded) -> None:
+def test_ui_serves_and_ends_with_its_workers(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And a study can be told to a server as to a file, without a word on stdout."""
     port = closed_port()
     code = (
         "import sys; from pathlib import Path; from paretune.tracking.ui import serve_ui; "
@@ -682,10 +685,16 @@ def test_ui_serves_and_ends_with_its_workers(recorded: Recorded) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(recorded.home), str(port)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
         assert answers(port, 90)
+        recorded.store.refill_outbox()
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            assert try_drain(recorded.home, recorded.store, recorded.view) is None
+        assert recorded.store.outbox() == [] and capfd.readouterr().out == ""
         process.terminate()
         assert process.wait(30) == 0
         assert not answers(port, 0)

@@ -33,9 +33,13 @@ DRAIN_S = 60.0
 LOCK_S = 20.0
 ANSWER_S = 5.0
 Turn = Callable[[], AbstractContextManager[None]]
-# Set before the first import of MLflow: no telemetry, no pickle; a server that is away is noticed in seconds, unless the
-# user says otherwise.
-FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+# Set before the first import of MLflow: no telemetry, no pickle, no words on stdout, which is for data. And a server that is
+# away is noticed in seconds, unless the user says otherwise.
+FIXED = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
