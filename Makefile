@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the main job (about ten minutes)
 # make test   set up .venv if needed, lint, type-check, test
-# make check  lint and type-check only; make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
+# make check  lint and type-check only; make browser Debian's Chromium for the browser tests, if it is not there
+# make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip --quiet
 export OMP_WAIT_POLICY := PASSIVE
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test check install bench docs clean
+.PHONY: demo test check install browser bench docs clean
 
 install: $(STAMP)
 
@@ -29,7 +30,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: check
+# Without a browser the tests of pages skip; in CI they fail.
+browser:
+	-@scripts/install_browser.sh
+
+test: check browser
 	$(BIN)/python -m pytest
 
 bench: install
@@ -43,6 +48,7 @@ docs: install
 	-$(BIN)/python docs/make_targets_picture.py
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_pictures.py
+	PARETUNE_PICTURES=1 PARETUNE_PICTURES_HOME=mlruns $(BIN)/python -m pytest tests/browser/test_mlflow_ui.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -29,11 +29,16 @@ def given_token(home: Path, server: str = "") -> str | None:
     Raises UsageError for a token that is too short or has other than printable ASCII, EnvironmentProblem for a file that
     others can read.
     """
-    if TOKEN in os.environ:
-        return _checked(os.environ[TOKEN], f"the environment variable {TOKEN}")
     folder = home / "agent"
     own = not server or is_loopback(server.rpartition("_")[0])
-    for path in ([folder / f"{server}.token"] if server else []) + ([folder / "token"] if own else []):
+    return kept_token(TOKEN, *[folder / f"{server}.token"] * bool(server), *[folder / "token"] * own)
+
+
+def kept_token(variable: str, *paths: Path) -> str | None:
+    """The token of an environment variable, else of the first file that exists; None if there is none. Raises as `given_token`."""
+    if variable in os.environ:
+        return _checked(os.environ[variable], f"the environment variable {variable}")
+    for path in paths:
         if path.exists():
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:
@@ -46,7 +51,12 @@ def given_token(home: Path, server: str = "") -> str | None:
 
 def new_token(home: Path) -> str:
     """A fresh token of 256 bits, kept in `<home>/agent/token` with mode 0600 in place of the one before."""
-    folder, token = home / "agent", secrets.token_urlsafe(32)
+    return write_token(home / "agent")
+
+
+def write_token(folder: Path) -> str:
+    """A fresh token of 256 bits, kept in `<folder>/token` with mode 0600 in place of the one before."""
+    token = secrets.token_urlsafe(32)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = folder / f".token.{os.getpid()}.tmp"
     temporary.unlink(missing_ok=True)
@@ -65,7 +75,7 @@ def _checked(token: str, where: str) -> str:
         raise UsageError(
             f"a token has {SHORTEST} to {LONGEST} printable ASCII characters without spaces, but the one of {where} "
             f"has {len(token)} characters or others among them",
-            "let `paretune agent --new-token` make one",
+            "let `--new-token` make one",
         )
     return token
 

@@ -134,7 +134,7 @@ def test_report_recommendation_and_mlflow_speak_of_it(study: StudyView, prepared
     runs = [r for r in client.search_runs([experiment.experiment_id]) if "paretune.candidate" in r.data.tags]
     assert {r.data.tags["paretune.candidate"] for r in runs} == {p.key for p in study.confirmed}
     assert all({"squared_error", "psnr", "forward_ms"} <= r.data.metrics.keys() for r in runs)
-    assert all("encoder precision" in r.data.params for r in runs)
+    assert all("precision_encoder" in r.data.params for r in runs)
 
 
 def test_the_artifact_alone_gives_the_quality_that_was_told(study: StudyView, tmp_path: Path) -> None:

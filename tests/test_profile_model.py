@@ -361,7 +361,7 @@ def test_the_command_prints_tables_writes_files_and_logs_a_run(
         (logged,) = client.search_runs([experiment])
         files = {f.path for f in client.list_artifacts(logged.info.run_id)}
     assert logged.info.run_name == "profile tiny" and files == {"profile.json", "profile.html", "profile.svg"}
-    assert logged.data.tags["paretune.kind"] == "profile"
+    assert logged.data.tags["kind"] == "profile"
     decode = teacher_profile.measurements["decode_ms_per_token"].value
     assert np.isclose(logged.data.metrics["decode_ms_per_token"], decode)
 

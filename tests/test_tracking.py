@@ -26,17 +26,20 @@ from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements
 from paretune.search.store import Store
-from paretune.search.view import StudyView, load_view
+from paretune.search.target_records import Target, TargetRow, keep_targets
+from paretune.search.target_view import view_on
+from paretune.search.view import Point, StudyView, load_view
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
 from paretune.tracking import MlflowSink, front_figure, front_png, rebuild, report_html, try_drain, write_report
 from paretune.tracking import housekeeper as housekeeper_module
 from paretune.tracking.housekeeper import Housekeeper
-from paretune.tracking.mlflow_runs import EXPERIMENT, alias_of, model_name
+from paretune.tracking.mlflow_experiment import CHOICES, EXPERIMENT, VIEW_TAG, VIEWS
+from paretune.tracking.mlflow_registry import alias_of, model_name
 from paretune.tracking.mlflow_sink import tracking_uri
-from paretune.tracking.mlflow_texts import study_params
+from paretune.tracking.mlflow_texts import candidate_params, run_names, study_params
 from paretune.tracking.page import flat
 from paretune.tracking.points import AXES, groups, staircase, window
-from paretune.tracking.ui import serve_ui, server_command
+from paretune.tracking.ui import serve_ui, server_command, start_page
 from paretune.tracking.wording import recommended
 
 INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")
@@ -179,6 +182,22 @@ def fill(store: Store) -> None:
     store.event("stage", f"explore begins {EVIL}")
 
 
+def add_board(store: Store) -> None:
+    """A further target: a board on which int8 takes four times as long as here, int4 forty times, and fp32 does not run."""
+    rows = {}
+    for point in load_view(store).confirmed:
+        bits = point.candidate.head_format.bits
+        if bits == 32:
+            rows[point.key] = TargetRow(infeasible="it does not fit the board's memory")
+            continue
+        decode = point.measurements["decode_ms_per_token"].value * (40 if bits == 4 else 4)
+        costs = {"decode_ms_per_token": decode, "ttft_ms": 14 * decode, "peak_memory_bytes": 1e7}
+        rows[point.key] = TargetRow(
+            {name: Measurement(value, "ms", 0.5 * value, 2 * value, "predicted") for name, value in costs.items()}
+        )
+    keep_targets(store, [Target("board", {"name": "board"}, rows)])
+
+
 @dataclasses.dataclass
 class Recorded:
     """A study that was published once, with MLflow's client."""
@@ -202,7 +221,7 @@ class Recorded:
 
     @property
     def parent(self) -> Any:
-        return next(run for run in self.runs() if run.data.tags["paretune.kind"] == "study")
+        return next(run for run in self.runs() if run.data.tags["kind"] == "study")
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +397,7 @@ def test_drain_records_parent_and_children(recorded: Recorded) -> None:
         assert run.info.status == "FINISHED" and run.info.run_name == point.name
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["hardware"] == "local-cpu" and run.data.tags["study"] == "night"
-        assert run.data.metrics["nll"] == point.measurements["nll"].value
+        assert run.data.metrics["nll"] == pytest.approx(point.measurements["nll"].value, rel=1e-5)
         assert run.data.params["layers"] == str(len(point.candidate.layers))
         assert run.info.end_time - run.info.start_time == 40_000
 
@@ -406,6 +425,60 @@ def test_alias_points_at_the_recommended(recorded: Recorded) -> None:
     version = recorded.client.get_model_version_by_alias("student-stdlib-coder", "local-cpu")
     assert version.run_id == recorded.children()[chosen.chosen.key].info.run_id
     assert version.source.endswith("/artifact") and version.tags["paretune.candidate"] == chosen.chosen.key
+
+
+def test_the_study_shows_the_figures_of_its_answer(recorded: Recorded) -> None:
+    """Studies compare by the candidate that each recommends, under the names that candidates have."""
+    chosen = recommended(recorded.view)
+    assert chosen is not None
+    figures = recorded.parent.data.metrics
+    assert figures["nll"] == pytest.approx(chosen.chosen.measurements["nll"].value, rel=1e-5)
+    assert figures["confirmed"] == CONFIRMED and figures["explored"] == 30
+    assert figures["front_members"] == len(recorded.view.front)
+    first = recorded.parent.data.tags["mlflow.note.content"].splitlines()[0]
+    assert first.startswith(f"**Recommended: {chosen.chosen.name}**")
+
+
+def test_choices_are_numbers_and_names_differ(recorded: Recorded) -> None:
+    children = recorded.children()
+    for key, run in children.items():
+        for name in (*CHOICES, "n_kv_heads"):
+            float(run.data.params[name])
+        assert key in recorded.children() and run.data.tags["kind"] == "candidate"
+    point = recorded.view.front[0]
+    twice = dataclasses.replace(recorded.view, confirmed=(point, dataclasses.replace(point, key="beef" * 4)))
+    assert list(run_names(twice).values()) == [point.name, f"{point.name} (beef)"]
+
+
+def test_means_are_over_layers() -> None:
+    """A mixed candidate, by hand: half the layers of 512 in int8, half of 256 in int4, a third sparse."""
+    wide, narrow = (
+        Layer(512, 4, INT8, INT8, Pattern()),
+        Layer(256, 2, INT4, INT4, Pattern("unstructured", 0.5, "wanda")),
+    )
+    mixed = Candidate((wide, narrow), INT8, INT8)
+    point = Point("k", 0, "sampler", mixed, "confirmed", {}, {}, None)
+    found = candidate_params(point)
+    assert [found[name] for name in ("layers", "ffn_width", "n_kv_heads", "bits", "sparsity")] == [
+        "2",
+        "384",
+        "3",
+        "6",
+        "0.25",
+    ]
+    assert found["precision_ffn"] == "int8/int4" and found["sparsity_pattern"] == "none/unstructured"
+
+
+def test_the_experiment_has_its_views_once(recorded: Recorded) -> None:
+    """Each view's filter finds runs. A view that a user deleted stays away."""
+    experiment = recorded.client.get_experiment_by_name(EXPERIMENT)
+    for view in VIEWS:
+        saved = json.loads(experiment.tags[VIEW_TAG + view.key])
+        assert saved["name"] == view.name and json.loads(saved["state"])["searchFilter"] == view.condition
+        assert recorded.client.search_runs([experiment.experiment_id], view.condition)
+    recorded.client.delete_experiment_tag(experiment.experiment_id, VIEW_TAG + VIEWS[0].key)
+    assert try_drain(recorded.home, recorded.store, recorded.view) is None
+    assert VIEW_TAG + VIEWS[0].key not in recorded.client.get_experiment_by_name(EXPERIMENT).tags
 
 
 def test_a_second_drain_and_a_rebuild_repeat_nothing(recorded: Recorded) -> None:
@@ -549,6 +622,28 @@ def test_an_unreachable_server_is_a_problem_in_one_line(recorded: Recorded, monk
     assert try_drain(recorded.home, recorded.store, recorded.view) is None
 
 
+def test_a_silent_server_holds_nobody_up(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts and never answers: one wait in the sink's own thread, and no turn is taken that a measurement would wait for."""
+    recorded.store.refill_outbox()
+    turns = []
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        turns.append(1)
+        yield
+
+    with socket.socket() as silent, monkeypatch.context() as patch:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        problem = try_drain(recorded.home, recorded.store, recorded.view, turn)
+        assert time.monotonic() - start < 9
+    assert problem is not None and "does not answer" in problem and "secret" not in problem
+    assert turns == [] and len(recorded.store.outbox()) == CONFIRMED
+    assert try_drain(recorded.home, recorded.store, recorded.view, turn) is None and turns
+
+
 def test_a_damaged_database_is_a_problem_at_once(tmp_path: Path) -> None:
     store = new_study(tmp_path / "studies" / "night")
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
@@ -569,7 +664,19 @@ def test_ui_needs_a_database_and_a_free_port(recorded: Recorded, tmp_path: Path)
     assert f"sqlite:///{recorded.home.resolve() / 'mlflow.db'}" in server_command(recorded.home, 5000)
 
 
-def test_ui_serves_and_ends_with_its_workers(recorded: Recorded) -> None:
+def test_ui_names_the_page_of_the_fronts(recorded: Recorded, tmp_path: Path) -> None:
+    experiment = recorded.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    address = start_page(recorded.home, 5000)
+    assert address.startswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?")
+    assert f"viewStateShareKey={VIEWS[0].key}&" in address
+    (tmp_path / "mlflow.db").write_bytes(b"")
+    assert start_page(tmp_path, 5000) == "http://127.0.0.1:5000"
+
+
+def test_ui_serves_and_ends_with_its_workers(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And a study can be told to a server as to a file, without a word on stdout."""
     port = closed_port()
     code = (
         "import sys; from pathlib import Path; from paretune.tracking.ui import serve_ui; "
@@ -578,10 +685,16 @@ def test_ui_serves_and_ends_with_its_workers(recorded: Recorded) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(recorded.home), str(port)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
         assert answers(port, 90)
+        recorded.store.refill_outbox()
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            assert try_drain(recorded.home, recorded.store, recorded.view) is None
+        assert recorded.store.outbox() == [] and capfd.readouterr().out == ""
         process.terminate()
         assert process.wait(30) == 0
         assert not answers(port, 0)
@@ -650,3 +763,46 @@ def test_the_housekeeper_does_not_keep_the_machine(tmp_path: Path, monkeypatch: 
     keeper.tidy(30.0)
     assert len(measured) == 2
     store.close()
+
+
+def test_a_further_target_has_its_own_tags_costs_and_alias(recorded: Recorded) -> None:
+    store = new_study(recorded.home / "studies" / "targets")
+    fill(store)
+    add_board(store)
+    assert try_drain(recorded.home, store, load_view(store)) is None
+    there = Recorded(recorded.home, store, recorded.client)
+    runs, view = there.children(), there.view
+    board = view_on(view, view.targets[0])
+    for key, run in runs.items():
+        on_board = any(p.key == key for p in board.front)
+        assert ("board" in run.data.tags["pareto_on"].split(", ")) == on_board
+        assert ("board/decode_ms_per_token" in run.data.metrics) == (board.point(key) is not None)
+        wanted = on_board or any(p.key == key for p in view.front)
+        assert (local(run) / "artifact").is_dir() == wanted
+    (chosen,) = [run for run in runs.values() if "board" in run.data.tags["recommended_for"].split(", ")]
+    assert recommended(board).chosen.key == chosen.data.tags["paretune.candidate"]  # type: ignore[union-attr]
+    assert chosen.data.tags["recommended"] == "false", "int4 is slow on that board, and only there"
+    name = model_name(view)
+    assert recorded.client.get_model_version_by_alias(name, "board").run_id == chosen.info.run_id
+    note = there.parent.data.tags["mlflow.note.content"]
+    assert "board" in note and "predicted" in note and "](" not in note.replace("![The front](", ""), (
+        "no accidental link"
+    )
+    store.close()
+
+
+def test_filters_in_the_documentation_find_runs(recorded: Recorded) -> None:
+    """Every filter of docs/mlflow.md is one that MLflow takes, and finds what is there."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "mlflow.md").read_text()
+    table = page.split("## Filters")[1].split("##")[0]
+    filters = [two or one for two, one in re.findall(r"^\| (?:``(.+?)``|`(.+?)`) \|", table, re.MULTILINE)]
+    assert len(filters) >= 10
+    experiment = recorded.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    store = new_study(recorded.home / "studies" / "night-2")
+    fill(store)
+    add_board(store)
+    assert try_drain(recorded.home, store, load_view(store)) is None
+    store.close()
+    for condition in filters:
+        assert recorded.client.search_runs([experiment], condition), condition
+    assert not recorded.client.search_runs([experiment], "tags.kind = 'nothing'")

@@ -28,7 +28,7 @@ def _log(home: Path, found: Profiled, folder: Path) -> None:
 
         now = get_current_time_millis()
         tags = {
-            "paretune.kind": "profile",
+            "kind": "profile",
             "mlflow.source.name": SOURCE,
             "teacher" if found.subject.kind == "teacher" else "artifact": found.subject.name,
             "hardware": str(found.settings["profile"]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,22 +13,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretune.search.recommend import Recommendation
 from paretune.search.store import Store
 from paretune.search.view import Point, StudyView
 from paretune.tracking.charts import figure_html
-from paretune.tracking.mlflow_texts import candidate_params, candidate_tags, metrics, note, rung0_table, study_params
+from paretune.tracking.mlflow_experiment import experiment_of
+from paretune.tracking.mlflow_registry import ARTIFACT, Registry, quoted
+from paretune.tracking.mlflow_standing import Standing
+from paretune.tracking.mlflow_texts import (
+    candidate_params,
+    candidate_tags,
+    metrics,
+    note,
+    run_names,
+    rung0_table,
+    study_metrics,
+    study_params,
+)
 from paretune.tracking.picture import front_png
 from paretune.tracking.report import report_html
 from paretune.tracking.report_targets import targets_table
 from paretune.tracking.targets_picture import targets_html
-from paretune.tracking.wording import named, recommended
+from paretune.tracking.wording import named
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-EXPERIMENT = "paretune"
 STATUS = {
     "complete": "FINISHED",
     "interrupted": "KILLED",
@@ -38,7 +47,6 @@ STATUS = {
     "failed": "FAILED",
 }
 MAX_PARAM, MAX_TAG, MAX_PARAMS = 6000, 5000, 100
-ARTIFACT = "artifact"
 TARGETS = "targets.json"
 
 
@@ -53,10 +61,12 @@ class StudyRuns:
 
     def __post_init__(self) -> None:
         self.times = {e.key: (_milliseconds(e.at), e.seconds) for e in self.store.evaluations("confirmed", "complete")}
+        self.standing = Standing.of(self.view)
+        self.names = run_names(self.view)
         self.experiment = experiment_of(self.client, self.location)
         self.parent, self.children = self._find()
         if self.parent is None:
-            tags = self._identity() | {"paretune.kind": "study", "mlflow.source.name": "paretune"}
+            tags = self._identity() | {"kind": "study", "mlflow.source.name": "paretune"}
             self.parent = self.client.create_run(
                 self.experiment, _milliseconds(self.view.meta.get("created")), tags, self.view.study
             )
@@ -67,29 +77,29 @@ class StudyRuns:
         run = self.children.get(point.key)
         if run is None:
             tags = self._identity() | {
-                "paretune.kind": "candidate",
+                "kind": "candidate",
                 "paretune.candidate": point.key,
                 "mlflow.parentRunId": self.parent.info.run_id,
                 "mlflow.source.name": "paretune",
             }
-            run = self.client.create_run(self.experiment, at - int(1000 * seconds), tags, point.name)
+            name = self.names.get(point.key, point.name)
+            run = self.client.create_run(self.experiment, at - int(1000 * seconds), tags, name)
         self._log(run, candidate_params(point), candidate_tags(point), metrics(point), at)
         self.client.set_terminated(run.info.run_id, "FINISHED", at)
         self.children[point.key] = self.client.get_run(run.info.run_id)
 
     def refreshing(self, force: bool) -> Iterator[Callable[[], None]]:
         """Steps that bring everything that depends on the whole study up to date; its files only if the study changed."""
-        chosen = recommended(self.view)
-        front = {p.key for p in self.view.front}
         for point in self.view.confirmed:
             run = self.children.get(point.key)
             if run is not None:
-                yield partial(self._standing, run, point, point.key in front, chosen)
-        if chosen is not None:
-            yield partial(self._register, chosen)
-        digest = _digest(self.view, chosen)
+                yield partial(self._stand, run, point)
+        for side, choice in zip(self.standing.sides, self.standing.choices, strict=True):
+            if choice is not None:
+                yield partial(self._register, choice.chosen, side.name)
+        digest = _digest(self.view, self.standing)
         if force or self.parent.data.tags.get("paretune.digest") != digest:
-            yield partial(self._write_parent, chosen, digest)
+            yield partial(self._write_parent, digest)
 
     def _identity(self) -> dict[str, str]:
         """What every run of the study carries. The time of creation tells two studies of one name apart."""
@@ -106,7 +116,7 @@ class StudyRuns:
         """The parent (None if new) and the children by candidate key."""
         mine = self._identity()
         condition = " and ".join(
-            f"tags.`{name}` = {_quoted(mine[name])}" for name in ("paretune.study", "paretune.created")
+            f"tags.`{name}` = {quoted(mine[name])}" for name in ("paretune.study", "paretune.created")
         )
         parent, token = None, None
         children: dict[str, Run] = {}
@@ -145,62 +155,28 @@ class StudyRuns:
                 [RunTag(k, v[:MAX_TAG]) for k, v in tags.items()],
             )
 
-    def _standing(self, run: Run, point: Point, on_front: bool, chosen: Recommendation | None) -> None:
-        """Tags that change as the front moves, and the artifact of a front member."""
-        star = chosen is not None and chosen.chosen.key == point.key
-        tags = {"pareto": _flag(on_front), "recommended": _flag(star), "tied_with": self.view.ties.get(point.key, "")}
+    def _stand(self, run: Run, point: Point) -> None:
+        """Tags that change as the fronts move, costs on further targets, and the artifact of who is on a front."""
+        tie = self.view.ties.get(point.key, "")
+        tags = self.standing.tags(point.key)
+        if tie or "tied_with" in run.data.tags:
+            tags["tied_with"] = self.names.get(tie, tie)
         folder = self.store.artifact(point.key)
-        if on_front and folder is not None and folder.is_dir() and "paretune.artifact" not in run.data.tags:
+        wanted = bool(self.standing.fronts(point.key)) and "paretune.artifact" not in run.data.tags
+        if wanted and folder is not None and folder.is_dir():
             self.client.log_artifacts(run.info.run_id, str(folder), ARTIFACT)
             tags["paretune.artifact"] = folder.name
-        self._log(run, {}, tags)
+        self._log(run, {}, tags, _changed(run, self.standing.metrics(point.key)), _milliseconds(None))
         self.children[point.key] = run
 
-    def _register(self, chosen: Recommendation) -> None:
-        """A version of the teacher's registered model for the recommended candidate, with the profile's alias."""
-        run = self.children.get(chosen.chosen.key)
-        if run is None or (folder := self.store.artifact(chosen.chosen.key)) is None or not folder.is_dir():
-            return
-        name = model_name(self.view)
-        aliases = self._registered_model(name)
-        versions = {str(v.version): v for v in self.client.search_model_versions(f"name = {_quoted(name)}")}
-        version = next((v for v in versions.values() if v.run_id == run.info.run_id), None)
-        if version is None:
-            version = self.client.create_model_version(
-                name,
-                f"{run.info.artifact_uri}/{ARTIFACT}",
-                run.info.run_id,
-                await_creation_for=None,
-                tags=self._identity() | {"paretune.candidate": chosen.chosen.key},
-                description=chosen.chosen.description,
-            )
-        alias = alias_of(named(self.view.meta.get("profile")))
-        current = versions.get(str(aliases.get(alias)))
-        if str(aliases.get(alias)) != str(version.version) and not self._is_newer(current):
-            self.client.set_registered_model_alias(name, alias, version.version)
+    def _register(self, chosen: Point, profile: str) -> None:
+        """A version of the teacher's registered model for a target's recommended candidate, with the target's alias."""
+        run, folder = self.children.get(chosen.key), self.store.artifact(chosen.key)
+        if run is not None and folder is not None and folder.is_dir():
+            Registry(self.client, self.view).register(run, self.view.point(chosen.key) or chosen, profile)
 
-    def _registered_model(self, name: str) -> dict[str, Any]:
-        """Create the registered model if need be; returns its aliases with their versions."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return dict(self.client.get_registered_model(name).aliases)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-        teacher = named(self.view.meta.get("teacher"))
-        text = f"Students of {teacher}; an alias per hardware profile names the recommended one."
-        self.client.create_registered_model(name, description=text)
-        return {}
-
-    def _is_newer(self, version: Any) -> bool:
-        """Whether an alias already points into a younger study: rebuilding an old one must not turn it back."""
-        return version is not None and str(version.tags.get("paretune.created", "")) > str(
-            self.view.meta.get("created")
-        )
-
-    def _write_parent(self, chosen: Recommendation | None, digest: str) -> None:
-        """Files, note and status of the study. The digest goes last, so that a crash repeats this."""
+    def _write_parent(self, digest: str) -> None:
+        """Files, note, figures and status of the study. The digest goes last, so that a crash repeats this."""
         run_id = self.parent.info.run_id
         with tempfile.TemporaryDirectory(prefix="paretune-") as folder:
             _write_files(self.view, Path(folder))
@@ -211,34 +187,16 @@ class StudyRuns:
         else:
             self.client.update_run(run_id, status="RUNNING")
         tags = {
-            "mlflow.note.content": note(self.view, chosen),
+            "kind": "study",
+            "mlflow.note.content": note(self.view, self.standing, run_id),
             "state": state,
-            "targets": ", ".join(t.name for t in self.view.targets),
             "mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"} for name in _tables(self.view)]),
         }
-        self._log(self.parent, study_params(self.view), tags)
+        if self.view.targets:
+            tags["targets"] = ", ".join(t.name for t in self.view.targets)
+        figures = _changed(self.parent, study_metrics(self.view, self.standing.chosen))
+        self._log(self.parent, study_params(self.view), tags, figures, _milliseconds(None))
         self.client.set_tag(run_id, "paretune.digest", digest)
-
-
-def experiment_of(client: MlflowClient, location: str | None) -> str:
-    """Id of our experiment, made or restored if need be; `location` is where a new one keeps its files."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is None:
-        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
-
-
-def model_name(view: StudyView) -> str:
-    """Name of the registered model of a study's teacher."""
-    return "student-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", named(view.meta.get("teacher"))).strip(".-")
-
-
-def alias_of(profile: str) -> str:
-    """A profile's alias: its name, but for the names that MLflow reserves."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", profile)
-    return f"hw-{name}" if re.fullmatch(r"latest|v\d+", name, re.IGNORECASE) else name
 
 
 def _write_files(view: StudyView, folder: Path) -> None:
@@ -257,7 +215,7 @@ def _tables(view: StudyView) -> list[str]:
     return ["rung0.json", *([TARGETS] if view.targets else [])]
 
 
-def _digest(view: StudyView, chosen: Recommendation | None) -> str:
+def _digest(view: StudyView, standing: Standing) -> str:
     """Changes whenever the parent run would look different."""
     parts = [
         view.meta.get("state"),
@@ -267,7 +225,7 @@ def _digest(view: StudyView, chosen: Recommendation | None) -> str:
         [p.key for p in view.confirmed],
         [p.key for p in view.front],
         sorted(view.ties),
-        None if chosen is None else chosen.chosen.key,
+        [None if choice is None else choice.chosen.key for choice in standing.choices],
         [t.to_dict() for t in view.targets],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -278,10 +236,6 @@ def _milliseconds(at: Any) -> int:
     return int(1000 * (time.time() if not at else datetime.datetime.fromisoformat(str(at)).timestamp()))
 
 
-def _flag(value: bool) -> str:
-    return "true" if value else "false"
-
-
-def _quoted(text: str) -> str:
-    """A string of MLflow's filter language, which has no escapes."""
-    return f'"{text}"' if "'" in text else f"'{text}'"
+def _changed(run: Run, figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures that the run does not show yet: one that moves is logged with the time of now, so that MLflow takes it for the latest."""
+    return {name: value for name, value in figures.items() if run.data.metrics.get(name) != value}

@@ -10,7 +10,11 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import ssl
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,17 +23,23 @@ from typing import TYPE_CHECKING
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
-from paretune.tracking.mlflow_runs import StudyRuns, experiment_of
+from paretune.tracking.mlflow_experiment import experiment_of
+from paretune.tracking.mlflow_runs import StudyRuns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DRAIN_S = 60.0
 LOCK_S = 20.0
+ANSWER_S = 5.0
 Turn = Callable[[], AbstractContextManager[None]]
-# Set before the first import of MLflow: no telemetry, no pickle; a server that is away is noticed in seconds, unless the
-# user says otherwise.
-FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+# Set before the first import of MLflow: no telemetry, no pickle, no words on stdout, which is for data. And a server that is
+# away is noticed in seconds, unless the user says otherwise.
+FIXED = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -87,8 +97,7 @@ class MlflowSink:
         is newer than `view`. Raises EnvironmentProblem, or what MLflow raises.
         """
         with self._alone():
-            if self.uri.startswith("sqlite:"):
-                _require_writable(self.home / "mlflow.db")
+            self._require_there()
             with turn():
                 runs = StudyRuns(_client(self.uri), self._artifact_location(), store, view)
             published = self._publish(store, runs, view, time.monotonic() + within_s, turn)
@@ -101,10 +110,17 @@ class MlflowSink:
     def opened(self) -> Iterator[tuple[MlflowClient, str]]:
         """A client and the id of our experiment, while no other process writes. Raises EnvironmentProblem, or what MLflow raises."""
         with self._alone():
-            if self.uri.startswith("sqlite:"):
-                _require_writable(self.home / "mlflow.db")
+            self._require_there()
             client = _client(self.uri)
             yield client, experiment_of(client, self._artifact_location())
+
+    def _require_there(self) -> None:
+        """Raises EnvironmentProblem if the database cannot be written or the server is silent. Asked before the first turn is
+        taken, so that no measurement waits for MLflow."""
+        if self.uri.startswith("sqlite:"):
+            _require_writable(self.home / "mlflow.db")
+        elif self.uri.startswith(("http://", "https://")):
+            _require_answer(self.uri)
 
     def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float, turn: Turn) -> int:
         points = {p.key: p for p in view.confirmed}
@@ -167,6 +183,23 @@ def _require_writable(database: Path) -> None:
         raise EnvironmentProblem(
             f"the MLflow database {database} cannot be written: {error}",
             "free or move it away; `paretune sync` rebuilds it from the studies",
+        ) from None
+
+
+def _require_answer(uri: str) -> None:
+    """Any answer will do, also a refusal: whether it may be used is for MLflow's client to find out, with its own credentials."""
+    parts = urllib.parse.urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    try:
+        urllib.request.urlopen(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health", timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        if isinstance(getattr(error, "reason", error), ssl.SSLError):
+            return
+        raise EnvironmentProblem(
+            f"the MLflow server at {host} does not answer: {getattr(error, 'reason', error)}",
+            "`paretune sync` writes what is missing when it is back",
         ) from None
 
 

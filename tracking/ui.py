@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.tracking.mlflow_experiment import EXPERIMENT, VIEWS, runs_page
 
 GRACE_S = 10.0
 QUIET = {
@@ -28,7 +31,7 @@ def serve_ui(home: Path, port: int) -> int:
     """
     command = server_command(home, port)
     _require_free(port)
-    print(f"MLflow shows {home} at http://127.0.0.1:{port} (end with Ctrl-C)", file=sys.stderr, flush=True)
+    print(f"MLflow shows {home} at {start_page(home, port)} (end with Ctrl-C)", file=sys.stderr, flush=True)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     # A session of its own: uvicorn starts workers, and they all must end with it.
     server = subprocess.Popen(command, env=os.environ | QUIET, start_new_session=True)
@@ -38,7 +41,21 @@ def serve_ui(home: Path, port: int) -> int:
         return 0
     finally:
         signal.signal(signal.SIGTERM, previous)
-        _end(server)
+        end_server(server)
+
+
+def start_page(home: Path, port: int) -> str:
+    """Address of the fronts of all studies in the chart view: MLflow's own start page does not lead to runs at once. The
+    server's own address if `home` has no study in its database."""
+    server = f"http://127.0.0.1:{port}"
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(_reader(home)) as database:
+        found = database.execute("SELECT experiment_id FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone()
+        return server if found is None else f"{server}/#{runs_page(str(found[0]), VIEWS[0].key)}"
+    return server
+
+
+def _reader(home: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{(home.resolve() / 'mlflow.db').as_uri()}?mode=ro", uri=True, timeout=5.0)
 
 
 def server_command(home: Path, port: int) -> list[str]:
@@ -80,7 +97,7 @@ def _interrupt(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def end_server(server: subprocess.Popen[bytes]) -> None:
     """End the server and what it started."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:

@@ -22,6 +22,7 @@ from paretune.cli_hardware import hardware
 from paretune.cli_profile import profile
 from paretune.cli_score import score
 from paretune.cli_search import search
+from paretune.cli_serve import serve
 from paretune.cli_study import front, recommend, status
 from paretune.cli_targets import targets
 from paretune.cli_tracking import report, sync, ui
@@ -38,7 +39,7 @@ app = typer.Typer(
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, targets, report, generate, measure)
-COMMANDS += (pause, resume, stop, cancel, score, agent, ui, sync)
+COMMANDS += (pause, resume, stop, cancel, serve, score, agent, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")
