@@ -54,6 +54,19 @@ def start_page(home: Path, port: int) -> str:
     return server
 
 
+def run_page(home: Path, server: str, study: str, key: str) -> str | None:
+    """Address of a candidate's run on a `server` that shows `home`; None if it is not recorded there."""
+    query = (
+        "SELECT runs.experiment_id, runs.run_uuid FROM runs JOIN tags a ON a.run_uuid = runs.run_uuid AND a.key = 'paretune.study' "
+        "AND a.value = ? JOIN tags b ON b.run_uuid = runs.run_uuid AND b.key = 'paretune.candidate' AND b.value = ? "
+        "WHERE runs.lifecycle_stage = 'active'"
+    )
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(_reader(home)) as database:
+        found = database.execute(query, (study, key)).fetchone()
+        return None if found is None else f"{server.partition('/#')[0]}/#/experiments/{found[0]}/runs/{found[1]}"
+    return None
+
+
 def _reader(home: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{(home.resolve() / 'mlflow.db').as_uri()}?mode=ro", uri=True, timeout=5.0)
 
