@@ -15,7 +15,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, NothingFeasibl
 from paretune.service.api_models import Problem
 from paretune.service.api_searches import searches_router
 from paretune.service.api_studies import studies_router
-from paretune.service.job import Conflict, QueueFull, Unknown
+from paretune.service.job import Conflict, QueueFull, Unknown, WrongToken
 from paretune.service.login import login_router
 from paretune.service.security import Guard
 from paretune.service.state import Service
@@ -24,6 +24,7 @@ DESCRIPTION = """Searches, recommendations and comparisons of paretune. Every re
 `paretune serve`) or the cookie of `/login`; what changes something is sent as JSON. Ids are never paths."""
 STATUS: tuple[tuple[type[ParetuneError], int], ...] = (
     (Unknown, 404),
+    (WrongToken, 403),
     (Conflict, 409),
     (QueueFull, 429),
     (NothingFeasible, 409),

@@ -44,6 +44,10 @@ class QueueFull(UsageError):
     """More searches wait than the service takes."""
 
 
+class WrongToken(UsageError):
+    """What was sent at the login is not the service's token."""
+
+
 class Unknown(ParetuneError):
     """There is no such study, job, candidate, profile or file."""
 

@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from paretune.objectives.agent_access import token_matches
 from paretune.service.api_models import Problem, Token
-from paretune.service.job import Unknown
+from paretune.service.job import WrongToken
 from paretune.service.security import COOKIE, session_key
 from paretune.service.state import Service
 
@@ -18,11 +18,11 @@ def login_router(service: Service) -> APIRouter:
     """POST /login and /logout."""
     router = APIRouter(tags=["session"])
 
-    @router.post("/login", status_code=204, responses={404: {"model": Problem, "description": "a wrong token"}})
+    @router.post("/login", status_code=204, responses={403: {"model": Problem, "description": "a wrong token"}})
     async def login(given: Token, response: Response) -> None:
         """Exchange the token for the session's cookie."""
         if not await run_in_threadpool(token_matches, f"Bearer {given.token}", service.token):
-            raise Unknown("this is not the service's token", "copy it from what `paretune serve` has printed")
+            raise WrongToken("this is not the service's token", "copy it from what `paretune serve` has printed")
         response.set_cookie(
             COOKIE, session_key(service.token), max_age=7 * DAY_S, path="/", httponly=True, samesite="strict"
         )

@@ -216,3 +216,37 @@ def tiny_tokens(
     from paretune.teachers import token_splits, user_corpus
 
     return dict(token_splits(tiny_teacher, user_corpus(tiny_text), tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the complete study `s` of the simulated evaluator: 30 candidates explored, several confirmed with artifacts.
+    Copy it to change it."""
+    from paretune.hardware_profiles.profile import detected_profile
+    from paretune.search.execute import run_inline
+    from paretune.search.plan import Plan
+    from paretune.search.prepare import Ready
+    from paretune.search.run import run_study
+    from paretune.search.simulated import SHAPE, SimulatedEvaluator, VirtualClock
+    from paretune.search.spec import Spec
+    from paretune.search.studies import create_study
+    from paretune.spaces import Space
+    from paretune.teachers import load_teacher
+
+    home = tmp_path_factory.mktemp("simulated")
+    spec = Spec.model_validate({"budget": "300s", "fit_points": 30, "max_candidates": 30, "finalists": 3})
+    profile = detected_profile()
+    space = Space.of(SHAPE, profile.weight_formats)
+    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    ready = Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
+    store, clock = create_study(ready, home, "s", "paretune search"), VirtualClock()
+    evaluator = SimulatedEvaluator(store.folder, home, clock)
+
+    def execute(director: Any, *_: Any) -> None:
+        director.budget.clock = clock
+        director.budget.__post_init__()
+        run_inline(director, evaluator.run)
+
+    assert run_study(store, ready, home, lambda *_: None, None, execute) == 0
+    store.close()
+    return home
