@@ -220,7 +220,7 @@ def tiny_tokens(
 
 @pytest.fixture(scope="session")
 def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with the complete study `s` of the simulated evaluator: 30 candidates explored, several confirmed with artifacts.
+    """A home with the complete study `nightly` of the simulated evaluator: 30 candidates explored, several confirmed with artifacts.
     Copy it to change it."""
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.execute import run_inline
@@ -239,7 +239,7 @@ def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     space = Space.of(SHAPE, profile.weight_formats)
     plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
     ready = Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
-    store, clock = create_study(ready, home, "s", "paretune search"), VirtualClock()
+    store, clock = create_study(ready, home, "nightly", "paretune search"), VirtualClock()
     evaluator = SimulatedEvaluator(store.folder, home, clock)
 
     def execute(director: Any, *_: Any) -> None:

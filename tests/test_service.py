@@ -50,7 +50,7 @@ def client(service: Service) -> TestClient:
 
 
 def view_of(home: Path) -> Any:
-    store = Store.reader(home / "studies" / "s")
+    store = Store.reader(home / "studies" / "nightly")
     try:
         return load_view(store)
     finally:
@@ -64,11 +64,11 @@ def test_only_health_and_login_answer_strangers(open_client: TestClient) -> None
     assert open_client.get("/v1/health").json()["status"] == "ok"
     assert open_client.get("/login").status_code == 200
     assert open_client.get("/static/base.js").status_code == 200
-    for path in ("/v1/studies", "/v1/studies/s", "/v1/openapi.json", "/v1/queue", "/v1/choices", "/nothing"):
+    for path in ("/v1/studies", "/v1/studies/nightly", "/v1/openapi.json", "/v1/queue", "/v1/choices", "/nothing"):
         answer = open_client.get(path)
         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", path
     assert open_client.post("/v1/studies", json={"spec": {}}).status_code == 401
-    page = open_client.get("/studies/s", headers={"Accept": "text/html"})
+    page = open_client.get("/studies/nightly", headers={"Accept": "text/html"})
     assert page.status_code == 303 and page.headers["location"] == "/login"
 
 
@@ -151,7 +151,7 @@ def test_no_cors_and_the_same_headers_on_every_answer(client: TestClient, open_c
         client.get("/v1/studies/none"),
         client.get("/nothing"),
         client.options("/v1/studies", headers={"Origin": BASE, "Access-Control-Request-Method": "POST"}),
-        client.get("/studies/s"),
+        client.get("/studies/nightly"),
         client.get("/static/base.js"),
         open_client.get("/v1/studies"),
         client.get("/v1/studies", headers={"Host": "evil.test"}),
@@ -169,7 +169,7 @@ def test_no_cors_and_the_same_headers_on_every_answer(client: TestClient, open_c
 
 
 def test_the_report_runs_without_an_origin(client: TestClient) -> None:
-    answer = client.get("/studies/s/report")
+    answer = client.get("/studies/nightly/report")
     assert answer.status_code == 200 and answer.headers["content-security-policy"].startswith("sandbox allow-scripts;")
     assert "allow-same-origin" not in answer.headers["content-security-policy"]
 
@@ -251,15 +251,15 @@ def test_ids_are_never_paths(client: TestClient, home: Path, trick: str) -> None
         f"/v1/studies/{trick}",
         f"/v1/studies/{trick}/front",
         f"/v1/studies/{trick}/events",
-        f"/v1/studies/s/candidates/{trick}",
-        f"/v1/studies/s/candidates/{trick}/artifact",
-        f"/v1/studies/s/front?profile={trick}",
+        f"/v1/studies/nightly/candidates/{trick}",
+        f"/v1/studies/nightly/candidates/{trick}/artifact",
+        f"/v1/studies/nightly/front?profile={trick}",
         f"/v1/profiles/{trick}",
         f"/v1/artifacts/{trick}",
         f"/v1/compare?studies={trick}",
-        f"/v1/compare?candidates=s:{trick}",
+        f"/v1/compare?candidates=nightly:{trick}",
         f"/studies/{trick}",
-        f"/studies/s/candidates/{trick}",
+        f"/studies/nightly/candidates/{trick}",
         f"/static/{trick}",
         f"/static/../{trick}",
     ]
@@ -333,30 +333,30 @@ def test_too_many_requests_and_logins_are_refused(open_client: TestClient, monke
 def test_studies_and_fronts_are_those_of_the_store(client: TestClient, home: Path) -> None:
     view = view_of(home)
     (told,) = client.get("/v1/studies").json()
-    assert told["study"] == "s" and told["state"] == "complete" and told["confirmed"] == len(view.confirmed)
-    front = client.get("/v1/studies/s/front").json()
+    assert told["study"] == "nightly" and told["state"] == "complete" and told["confirmed"] == len(view.confirmed)
+    front = client.get("/v1/studies/nightly/front").json()
     assert [p["key"] for p in front["front"]] == [p.key for p in view.front]
-    page = client.get("/v1/studies/s/candidates?kind=rung0&limit=7&offset=3").json()
+    page = client.get("/v1/studies/nightly/candidates?kind=rung0&limit=7&offset=3").json()
     assert page["total"] == len(view.rung0) and len(page["candidates"]) == 7
     key = view.front[0].key
-    one = client.get(f"/v1/studies/s/candidates/{key}").json()
+    one = client.get(f"/v1/studies/nightly/candidates/{key}").json()
     assert one["on_front"] and one["measurements"]["nll"]["value"] == view.front[0].measurements["nll"].value
-    assert client.get("/v1/studies/s/candidates?limit=0").status_code == 422
-    assert client.get("/v1/studies/s/targets").json()["targets"] == []
-    both = client.get(f"/v1/compare?studies=s&candidates=s:{key}").json()
-    assert both["studies"][0]["study"] == "s" and both["candidates"][0]["key"] == key
+    assert client.get("/v1/studies/nightly/candidates?limit=0").status_code == 422
+    assert client.get("/v1/studies/nightly/targets").json()["targets"] == []
+    both = client.get(f"/v1/compare?studies=nightly&candidates=nightly:{key}").json()
+    assert both["studies"][0]["study"] == "nightly" and both["candidates"][0]["key"] == key
     assert client.get("/v1/compare").status_code == 422
 
 
 def test_a_recommendation_is_what_the_command_line_says(client: TestClient, home: Path) -> None:
     view = view_of(home)
     own = advise(view, Limits(loss=0.05), None, None, home).to_dict()
-    told = client.get("/v1/studies/s/recommendation?max_loss=0.05").json()
-    assert told["artifact"] == f"/v1/studies/s/candidates/{told['chosen']['key']}/artifact"
+    told = client.get("/v1/studies/nightly/recommendation?max_loss=0.05").json()
+    assert told["artifact"] == f"/v1/studies/nightly/candidates/{told['chosen']['key']}/artifact"
     assert {**told, "artifact": None} == {**json.loads(json.dumps(own)), "artifact": None}
-    nothing = client.get("/v1/studies/s/recommendation?max_latency_ms=1e-9").json()
+    nothing = client.get("/v1/studies/nightly/recommendation?max_latency_ms=1e-9").json()
     assert nothing["feasible"] is False and nothing["unmet"][0]["limit"] == "decode_ms_per_token"
-    assert client.get("/v1/studies/s/recommendation?goal=smallest").json()["rule"] == "the smallest"
+    assert client.get("/v1/studies/nightly/recommendation?goal=smallest").json()["rule"] == "the smallest"
     for query in (
         "goal=cheapest",
         "max_loss=nan",
@@ -365,11 +365,11 @@ def test_a_recommendation_is_what_the_command_line_says(client: TestClient, home
         "max_latency_ms=inf",
         "profile=/etc/x.yaml",
     ):
-        assert client.get(f"/v1/studies/s/recommendation?{query}").status_code == 422, query
+        assert client.get(f"/v1/studies/nightly/recommendation?{query}").status_code == 422, query
 
 
 def test_a_profile_that_was_never_searched_is_predicted_and_marked(client: TestClient) -> None:
-    told = client.get("/v1/studies/s/recommendation?profile=nvidia-t4").json()
+    told = client.get("/v1/studies/nightly/recommendation?profile=nvidia-t4").json()
     assert told["profile"] == "nvidia-t4" and told["provenance"] in ("predicted", "mixed")
     assert any("predicted on the fly" in why for why in told["why"])
 
@@ -378,21 +378,21 @@ def test_files_of_an_artifact_come_by_digest_and_only_if_they_are_what_was_vouch
     client: TestClient, home: Path, tmp_path: Path
 ) -> None:
     key = view_of(home).front[0].key
-    told = client.get(f"/v1/studies/s/candidates/{key}/artifact").json()
+    told = client.get(f"/v1/studies/nightly/candidates/{key}/artifact").json()
     file = max(told["files"], key=lambda f: f["bytes"])
     answer = client.get(f"/v1/artifacts/{file['sha256']}")
     import hashlib
 
     assert hashlib.sha256(answer.content).hexdigest() == file["sha256"]
     assert answer.headers["content-disposition"].startswith("attachment")
-    path = home / "studies" / "s" / "artifacts" / key / file["name"]
+    path = home / "studies" / "nightly" / "artifacts" / key / file["name"]
     path.write_bytes(b"something else")
     others = [f for f in told["files"] if f["sha256"] == file["sha256"]]
     assert client.get(f"/v1/artifacts/{file['sha256']}").status_code == (404 if len(others) == 1 else 200)
     (tmp_path / "outside").write_text("canary")
     path.unlink()
     path.symlink_to(tmp_path / "outside")
-    listed = client.get(f"/v1/studies/s/candidates/{key}/artifact").json()["files"]
+    listed = client.get(f"/v1/studies/nightly/candidates/{key}/artifact").json()["files"]
     assert file["name"] not in [f["name"] for f in listed]
 
 
@@ -420,7 +420,7 @@ def test_a_study_that_cannot_be_read_is_said_and_holds_nobody_up(client: TestCli
     (home / "studies" / "broken").mkdir()
     (home / "studies" / "broken" / "study.db").write_bytes(b"no database" * 100)
     told = {s["study"]: s["state"] for s in client.get("/v1/studies").json()}
-    assert told == {"broken": "unreadable", "s": "complete"}
+    assert told == {"broken": "unreadable", "nightly": "complete"}
     assert client.get("/v1/studies/broken").status_code == 503
     assert client.get("/studies/broken").status_code == 503
     assert client.get("/").status_code == 200
@@ -431,33 +431,33 @@ def test_a_view_is_read_again_only_when_the_store_has_changed(
 ) -> None:
     monkeypatch.setattr("paretune.service.data.LEAST_AGE_S", 0.0)
     monkeypatch.setattr("paretune.service.data.READING_SHARE", 1e9)
-    first = service.studies.view("s")
-    assert service.studies.view("s") is first
-    store = Store.open_study(service.home / "studies" / "s")
+    first = service.studies.view("nightly")
+    assert service.studies.view("nightly") is first
+    store = Store.open_study(service.home / "studies" / "nightly")
     store.event("note", "something happened")
     store.close()
-    again = service.studies.view("s")
+    again = service.studies.view("nightly")
     assert again is not first and again.events[-1].text == "something happened"
 
 
 def test_pages_show_and_escape(client: TestClient, home: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
-    store = Store.open_study(home / "studies" / "s")
+    store = Store.open_study(home / "studies" / "nightly")
     store.event("note", evil)
     store.set_meta(teacher={"name": evil, "digest": "d", "parameters": 1})
     store.close()
     key = view_of(home).front[0].key
     for path in (
         "/",
-        "/studies/s",
-        f"/studies/s/candidates/{key}",
-        "/compare?studies=s",
-        f"/compare?candidates=s:{key}",
+        "/studies/nightly",
+        f"/studies/nightly/candidates/{key}",
+        "/compare?studies=nightly",
+        f"/compare?candidates=nightly:{key}",
         "/new",
         "/compare",
     ):
         answer = client.get(path)
         assert answer.status_code == 200 and evil not in answer.text, path
         assert answer.headers["content-type"].startswith("text/html")
-    assert client.get("/studies/s/chart").json()["recommended"]
+    assert client.get("/studies/nightly/chart").json()["recommended"]
     assert client.get("/studies/none").status_code == 404
