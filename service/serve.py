@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives import agent_access
@@ -19,6 +20,9 @@ from paretune.service.queue import Queue
 from paretune.service.security import is_loopback_host
 from paretune.service.state import Service
 from paretune.service.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    import uvicorn
 
 TOKEN = "PARETUNE_TOKEN"
 FOLDER = "service"
@@ -75,13 +79,23 @@ def run_service(home: Path, settings: Settings) -> int:
             h11_max_incomplete_event_size=32 * 1024,
         )
         _tell(settings.host, port, token if fresh else None, home, mlflow)
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        server = uvicorn.Server(config)
+        server.capture_signals = lambda: ended_by_signals(server)  # type: ignore[method-assign]
+        server.run(sockets=[listening])
         print("the service ends; running searches rest and go on with the next one", file=sys.stderr, flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the server. Its own handlers would raise the signal again before the searches were asked to rest."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, server.handle_exit) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def token_for(home: Path, settings: Settings) -> tuple[str, bool]:
