@@ -35,6 +35,12 @@ class Planned(BaseModel):
     spec: dict[str, Any] = Field(default_factory=dict)
 
 
+class Nothing(BaseModel):
+    """An empty JSON object: what changes something is sent as JSON even if there is nothing to say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class Token(BaseModel):
     """What `paretune serve` has printed."""
 

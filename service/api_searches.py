@@ -10,7 +10,7 @@ from paretune import __version__
 from paretune.search.advice import GOALS
 from paretune.search.spec import PRESETS, Spec
 from paretune.service.allowed import choices, resolved
-from paretune.service.api_models import Choices, Health, JobModel, Planned, Submission
+from paretune.service.api_models import Choices, Health, JobModel, Nothing, Planned, Submission
 from paretune.service.job import LIVE
 from paretune.service.queue import check_settings
 from paretune.service.state import Service
@@ -65,22 +65,22 @@ def searches_router(service: Service) -> APIRouter:
         return [JobModel.of(job) for job in service.queue.jobs()]
 
     @router.post("/studies/{study}/pause")
-    def pause(study: StudyId) -> JobModel:
+    def pause(study: StudyId, _: Nothing) -> JobModel:
         """Finish what runs, then wait; the budget waits too."""
         return JobModel.of(service.queue.pause(study))
 
     @router.post("/studies/{study}/resume")
-    def resume(study: StudyId) -> JobModel:
+    def resume(study: StudyId, _: Nothing) -> JobModel:
         """Go on with a search that rests: it waits in the queue again."""
         return JobModel.of(service.queue.resume(study))
 
     @router.post("/studies/{study}/stop")
-    def stop(study: StudyId) -> JobModel:
+    def stop(study: StudyId, _: Nothing) -> JobModel:
         """Finish what runs, then end: the study is complete."""
         return JobModel.of(service.queue.stop(study))
 
     @router.post("/studies/{study}/cancel")
-    def cancel(study: StudyId) -> JobModel:
+    def cancel(study: StudyId, _: Nothing) -> JobModel:
         """End it now; what was confirmed stays usable."""
         return JobModel.of(service.queue.cancel(study))
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
 
 from paretune.objectives.agent_access import token_matches
-from paretune.service.api_models import Problem, Token
+from paretune.service.api_models import Nothing, Problem, Token
 from paretune.service.job import WrongToken
 from paretune.service.security import COOKIE, session_key
 from paretune.service.state import Service
@@ -28,7 +28,7 @@ def login_router(service: Service) -> APIRouter:
         )
 
     @router.post("/logout", status_code=204)
-    async def logout(response: Response) -> None:
+    async def logout(_: Nothing, response: Response) -> None:
         """Take the cookie back."""
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
 
