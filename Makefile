@@ -43,6 +43,7 @@ bench: install
 docs: install
 	@$(PIP) install -c constraints.txt -e ".[docs]" --no-build-isolation
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_models.py
 	-$(BIN)/python docs/make_joint_pictures.py
 	-$(BIN)/python docs/make_targets_picture.py

@@ -222,6 +222,7 @@ def tiny_tokens(
 def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the complete study `nightly` of the simulated evaluator: 30 candidates explored, several confirmed with artifacts.
     Copy it to change it."""
+    from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.execute import run_inline
     from paretune.search.plan import Plan
@@ -249,4 +250,12 @@ def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     assert run_study(store, ready, home, lambda *_: None, None, execute) == 0
     store.close()
+    for folder in (
+        home / "studies" / "nightly" / "artifacts"
+    ).iterdir():  # what the simulation leaves out of an artifact
+        for name in (MODEL, FACTS):
+            (folder / name).parent.mkdir(exist_ok=True)
+            if not (folder / name).exists():
+                (folder / name).write_text("{}")
+        write_checksums(folder)
     return home

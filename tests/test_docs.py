@@ -141,6 +141,11 @@ def test_cli_page_is_the_help_of_today() -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == module.render(), "run python docs/make_cli.py"
 
 
+def test_api_page_is_the_description_of_today() -> None:
+    module = script("make_api")
+    assert (ROOT / "docs" / "api.md").read_text() == module.page(), "run python docs/make_api.py"
+
+
 def test_cli_page_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("make_cli")
     wanted = module.render()

@@ -16,6 +16,8 @@ from paretune.cli_targets import show_targets
 from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from paretune.search.plan import Plan
     from paretune.search.prepare import Ready
     from paretune.search.view import StudyView
@@ -79,8 +81,17 @@ def search(
     raise typer.Exit(code)
 
 
-def run_search(ready: Ready, home: Path, wanted: str | None, address: str | None, json: bool) -> int:
-    """Start or continue the study, show its progress and its end; returns the exit code."""
+def run_search(
+    ready: Ready,
+    home: Path,
+    wanted: str | None,
+    address: str | None,
+    json: bool,
+    tell: Callable[[str], None] = lambda _study: None,
+    output: bool = True,
+) -> int:
+    """Start or continue the study, show its progress and its end; returns the exit code. `tell` is given the study's id as soon as it
+    is known; without `output` nothing is written on stdout."""
     from paretune.search.cluster import require_cluster
     from paretune.search.finish_targets import finish_targets
     from paretune.search.run import run_study
@@ -92,6 +103,7 @@ def run_search(ready: Ready, home: Path, wanted: str | None, address: str | None
     if address is not None:
         require_cluster(address)
     name, exists = find_study(home, ready, wanted)
+    tell(name)
     command = "paretune " + shlex.join(sys.argv[1:])
     store = Store.open_study(home / "studies" / name) if exists else create_study(ready, home, name, command)
     talk.print(
@@ -120,12 +132,16 @@ def run_search(ready: Ready, home: Path, wanted: str | None, address: str | None
             left = keeper.finish()
     view = load_view(store)
     show_targets(view)
-    _show_end(view, home, code, left, json)
+    _show_end(view, home, code, left)
+    if json:
+        print_json(status_of(view))
+    elif output:
+        print_text(str(short(view.folder / "report.html")))
     store.close()
     return code
 
 
-def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bool) -> None:
+def _show_end(view: StudyView, home: Path, code: int, left: str | None) -> None:
     from paretune.hardware_profiles.errors import NothingFeasible
     from paretune.search.recommend import Limits, recommend
 
@@ -154,10 +170,6 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None, json: bo
     if code == 130:
         ended = view.meta["state"]
         talk.print(ended if ended == "cancelled" else f"{ended}; the same command or `{program()} resume` goes on")
-    if json:
-        print_json(status_of(view))
-    else:
-        print_text(str(short(view.folder / "report.html")))
 
 
 def _show_plan(plan: Plan, json: bool) -> None:
