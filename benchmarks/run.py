@@ -2,7 +2,7 @@
 
 Figures are ratios inside one run where the machine's noise matters. Those of `studies` read the latest complete study of
 `mlruns` (run `make demo` first); the others measure by themselves. Nothing else should run meanwhile: the line says what did.
-The benchmarks of `LONG` take from ten minutes to an hour and run only by name.
+The benchmarks of `LONG` take from three minutes to an hour and run only by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 
-from benchmarks import joint, lane, memory, overhead, prediction, speed, studies, table, targets
+from benchmarks import joint, lane, memory, overhead, prediction, service, speed, studies, table, targets
 from benchmarks.common import RESULTS, Benchmark, Figure
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
@@ -29,11 +29,17 @@ QUICK: tuple[Benchmark, ...] = (
     prediction.predict_error_local,
     overhead.recommend_ms,
     targets.second_target_cost,
+    service.recommend_in_process_ms,
+    service.page_seconds,
+    service.submissions,
     speed.quantize_seconds_per_100m_params,
     speed.prune_seconds_per_100m_params,
     speed.weights_fill_ms,
 )
 LONG: tuple[Benchmark, ...] = (
+    service.get_p95_ms,
+    service.search_slowdown,
+    service.first_result_seconds,
     lane.remeasure_error,
     table.method_table,
     joint.joint_vs_sequential,

@@ -15,8 +15,17 @@ def dominates(a: Vector, b: Vector) -> bool:
 
 
 def non_dominated(points: Sequence[Vector]) -> list[int]:
-    """Indices of the points that no other dominates, in their order; equal points all stay."""
-    return [i for i, p in enumerate(points) if not any(dominates(q, p) for q in points)]
+    """Indices of the points that no other dominates, in their order; equal points all stay, and so does one with a NaN.
+
+    In lexicographic order only an earlier point can dominate a later one, and if any does, a non-dominated one does: n times the
+    front's size instead of n squared.
+    """
+    odd = {i for i, p in enumerate(points) if any(x != x for x in p)}
+    found: list[int] = []
+    for i in sorted((i for i in range(len(points)) if i not in odd), key=lambda i: points[i]):
+        if not any(dominates(points[j], points[i]) for j in reversed(found)):
+            found.append(i)
+    return sorted([*found, *odd])
 
 
 def ranks(points: Sequence[Vector]) -> list[int]:
