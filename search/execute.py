@@ -15,7 +15,6 @@ from typing import Any
 
 from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.agent_access import TOKEN
 from paretune.search.director import Director
 from paretune.search.processes import descendants, end_survivors
 from paretune.search.work import Outcome, Work
@@ -149,7 +148,12 @@ def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that workers on other machines need too. Never a token: Ray shows these to everyone who can reach it."""
     wanted = ("PARETUNE_", "OMP_", "RAY_", "TUNE_")
-    return {name: value for name, value in environment.items() if name.startswith(wanted) and name != TOKEN}
+    hidden = ("TOKEN", "SECRET", "NOTIFY")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(wanted) and not any(word in name for word in hidden)
+    }
 
 
 def _clean_up_dead_launch(director: Director) -> None:

@@ -19,12 +19,11 @@ from paretune.service.data import Studies
 from paretune.service.queue import Queue
 from paretune.service.security import is_loopback_host
 from paretune.service.state import Service
-from paretune.service.supervisor import Supervisor
+from paretune.service.supervisor import TOKEN, Supervisor
 
 if TYPE_CHECKING:
     import uvicorn
 
-TOKEN = "PARETUNE_TOKEN"
 FOLDER = "service"
 MOST_CONNECTIONS = 256
 GRACE_S = 5

@@ -24,6 +24,7 @@ from paretune.search.records import now
 from paretune.service.job import LIVE, Job, State
 from paretune.service.queue import Queue, study_state
 
+TOKEN = "PARETUNE_TOKEN"
 EVERY_S = 0.25
 MOST_LOG_BYTES = 8 * 2**20
 TOLD_BYTES = 2000
@@ -157,7 +158,7 @@ class Supervisor:
         rest = self.command(job, self.queue.spec_file(job.study), self.queue.home)
         threads = str(self.threads)
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != TOKEN},
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "PASSIVE",

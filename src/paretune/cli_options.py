@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,12 +16,40 @@ from paretune.hardware_profiles.errors import UsageError
 if TYPE_CHECKING:
     from paretune.search.view import StudyView
 
+HOME = Path("mlruns")
 Home = Annotated[
     Path, typer.Option("--home", envvar="PARETUNE_HOME", help="Where studies, caches and the MLflow database live.")
 ]
+
+
+def complete_study(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Ids of the home's studies, the one written last first, for the shell."""
+    home = _home_of(ctx)
+    found = sorted((home / "studies").glob("*/study.db"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.name for path in found if path.parent.name.startswith(incomplete)]
+
+
+def complete_profile(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of profiles, for the shell."""
+    from paretune.hardware_profiles.profile import profile_names
+
+    return [name for name in profile_names(_home_of(ctx).resolve()) if name.startswith(incomplete)]
+
+
+def _home_of(ctx: typer.Context) -> Path:
+    """The home that the line names, as far as it is typed."""
+    return Path(str(ctx.params.get("home") or os.environ.get("PARETUNE_HOME") or HOME))
+
+
+def complete_words(*words: str) -> Callable[[str], list[str]]:
+    """The words that begin as what is typed, for the shell."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Study = Annotated[str | None, typer.Argument(help="Study id; the latest one if left out.")]
-HOME = Path("mlruns")
+Study = Annotated[
+    str | None, typer.Argument(help="Study id; the latest one if left out.", autocompletion=complete_study)
+]
 
 
 @contextlib.contextmanager

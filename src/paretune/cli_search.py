@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from paretune.cli_options import HOME, Home, Json, fraction
+from paretune.cli_options import HOME, Home, Json, complete_profile, complete_words, fraction
 from paretune.cli_study import status_of
 from paretune.cli_targets import show_targets
 from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
@@ -18,6 +18,7 @@ from paretune.console import Progress, front_table, handle, print_json, print_te
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from paretune.service.notify import Notify
     from paretune.search.plan import Plan
     from paretune.search.prepare import Ready
     from paretune.search.view import StudyView
@@ -27,7 +28,7 @@ def search(
     spec_file: Annotated[
         Path | None, typer.Argument(metavar="SPEC.yaml", help="Settings; options override them.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).")] = None,
+    preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).", autocompletion=complete_words("quick", "overnight"))] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -38,10 +39,13 @@ def search(
     field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(help="Target machine: a name or a YAML file. Repeat it for further ones: they share the search for the first."),
+        typer.Option(
+            help="Target machine: a name or a YAML file. Repeat it for further ones: they share the search for the first.",
+            autocompletion=complete_profile,
+        ),
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.", autocompletion=complete_words("tpe", "nsga2", "sequential"))] = None,
     max_loss: Annotated[
         str | None,
         typer.Option(help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%."),
@@ -54,12 +58,19 @@ def search(
     address: Annotated[
         str | None, typer.Option(help="Address of a running Ray cluster; a local one is started if left out.")
     ] = None,
+    notify_command: Annotated[
+        str | None, typer.Option(help="Program that is run when the search ends or dies; the event is on its standard input.")
+    ] = None,
+    notify_url: Annotated[
+        str | None, typer.Option(help="https address that is told when the search ends or dies.")
+    ] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
     """Search, or continue an interrupted search: the same command goes on where it stopped."""
     from paretune.search.prepare import prepare
     from paretune.search.spec import make_spec
+    from paretune.service.notify import load_notify
 
     options = {
         "teacher": teacher,
@@ -73,11 +84,12 @@ def search(
         "seed": seed,
     }
     spec = make_spec(spec_file, preset, options)
+    notify = load_notify(home.resolve(), notify_command, notify_url)
     ready = prepare(spec, home.resolve(), address)
     if dry_run:
         _show_plan(ready.plan, json)
         return
-    code = run_search(ready, home.resolve(), study, address, json)
+    code = run_search(ready, home.resolve(), study, address, json, whom=notify)
     raise typer.Exit(code)
 
 
@@ -89,15 +101,18 @@ def run_search(
     json: bool,
     tell: Callable[[str], None] = lambda _study: None,
     output: bool = True,
+    whom: Notify | None = None,
 ) -> int:
     """Start or continue the study, show its progress and its end; returns the exit code. `tell` is given the study's id as soon as it
-    is known; without `output` nothing is written on stdout."""
+    is known; without `output` nothing is written on stdout; `whom` is told of the end, None: what the home says."""
     from paretune.search.cluster import require_cluster
     from paretune.search.finish_targets import finish_targets
     from paretune.search.run import run_study
     from paretune.search.store import Store
     from paretune.search.studies import create_study, find_study
     from paretune.search.view import load_view
+    from paretune.service.notify import load_notify
+    from paretune.service.notify_watch import watched
     from paretune.tracking.housekeeper import Housekeeper
 
     if address is not None:
@@ -113,7 +128,11 @@ def run_search(
     for note in store.meta("notes", []):
         talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
     keeper = Housekeeper(store, home)
-    with Progress(ready.spec.budget_s, float(store.meta("spent_s", 0.0) or 0.0)) as progress:
+    known = float(store.meta("spent_s", 0.0) or 0.0)
+    with (
+        watched(whom or load_notify(home), name, store.folder) as watch,
+        Progress(ready.spec.budget_s, known) as progress,
+    ):
         before = load_view(store)
         progress.explored, progress.confirmed = len(before.rung0), len(before.confirmed)
 
@@ -133,12 +152,29 @@ def run_search(
     view = load_view(store)
     show_targets(view)
     _show_end(view, home, code, left)
+    for problem in watch.ended(end_of(view, code)):
+        talk.print(f"[yellow]note:[/yellow] {escape(problem)}", soft_wrap=True)
     if json:
         print_json(status_of(view))
     elif output:
         print_text(str(short(view.folder / "report.html")))
     store.close()
     return code
+
+
+def end_of(view: StudyView, code: int) -> dict[str, Any]:
+    """What a notification says of a search's end."""
+    from paretune.tracking.wording import recommended
+
+    best = recommended(view)
+    return {
+        "event": "ended",
+        "state": view.meta["state"],
+        "exit_code": code,
+        "confirmed": len(view.confirmed),
+        "front": len(view.front) - len(view.ties),
+        "recommended": None if best is None else {"key": best.chosen.key, "name": best.chosen.name, "why": list(best.why)},
+    }
 
 
 def _show_end(view: StudyView, home: Path, code: int, left: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, positive, size_in_bytes
+from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, positive, size_in_bytes, complete_profile, complete_words
 from paretune.console import front_table, print_json, print_text, short, talk
 from paretune.hardware_profiles.errors import NothingFeasible
 
@@ -65,8 +65,11 @@ def recommend(
     min_throughput: Annotated[float | None, typer.Option(help="Tokens per second of one stream, at least.")] = None,
     max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the profile's power.")] = None,
     max_cost: Annotated[float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")] = None,
-    goal: Annotated[str | None, typer.Option(help="balanced, fastest, quality or smallest; without it, what the limits suggest.")] = None,
-    profile: Annotated[str | None, typer.Option(help="For this target: its costs, kept or predicted on the fly.")] = None,
+    goal: Annotated[str | None, typer.Option(
+            help="balanced, fastest, quality or smallest; without it, what the limits suggest.",
+            autocompletion=complete_words("balanced", "fastest", "quality", "smallest"),
+        )] = None,
+    profile: Annotated[str | None, typer.Option(help="For this target: its costs, kept or predicted on the fly.", autocompletion=complete_profile)] = None,
     export: Annotated[Path | None, typer.Option(help="Write the artifact with HOW_TO_RUN.md into this new folder.")] = None,
     home: Home = HOME,
     json: Json = False,
