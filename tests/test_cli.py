@@ -315,7 +315,7 @@ def test_the_printed_command_can_be_pasted(monkeypatch, tmp_path, capsys):
     point = SimpleNamespace(name="L5", key="abcdef012345")
     monkeypatch.setattr("paretune.search.recommend.recommend", lambda *_: SimpleNamespace(chosen=point, why=()))
     view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s", figures=Figures())
-    cli_search._show_end(view, tmp_path, 0, None, False)
+    cli_search._show_end(view, tmp_path, 0, None)
     line = next(line for line in capsys.readouterr().err.splitlines() if " generate " in line)
     words = shlex.split(line)
     assert words[words.index("generate") + 1] == str(view.folder / "artifacts" / point.key)
