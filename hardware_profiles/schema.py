@@ -14,6 +14,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from paretune.hardware_profiles.kernels import ONNXRUNTIME_CPU, Kernel
 
+# ONNX Runtime's names (get_all_providers of 1.32, and those that builds of its partners add); the other engines here take them, too.
+PROVIDERS = tuple(
+    f"{name}ExecutionProvider"
+    for name in (
+        *(
+            "CPU",
+            "CUDA",
+            "Tensorrt",
+            "NvTensorRTRTX",
+            "ROCM",
+            "MIGraphX",
+            "OpenVINO",
+            "Dnnl",
+            "VitisAI",
+            "QNN",
+            "CoreML",
+            "Dml",
+        ),
+        *("Xnnpack", "Nnapi", "VSINPU", "ACL", "ArmNN", "Js", "WebNN", "WebGpu", "CANN", "Rknpu", "Azure"),
+    )
+)
 Engine = Literal["onnxruntime", "openvino", "torch", "tensorrt", "xla", "vitis"]
 Kind = Literal["cpu", "gpu", "tpu", "fpga", "board"]
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -89,6 +110,18 @@ class Profile(BaseModel):
     agent: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.-]+:[0-9]{1,5}/?$")
     sources: dict[str, str] = Field(default={}, validate_default=True)
     source: str
+
+    @field_validator("execution_provider")
+    @classmethod
+    def _is_known(cls, value: str, info: ValidationInfo) -> str:
+        engine = info.data.get("engine")
+        if engine in ("onnxruntime", "openvino", "torch") and value not in PROVIDERS:
+            near = difflib.get_close_matches(value, PROVIDERS, 1)
+            raise ValueError(
+                f"{engine} has no execution provider called {value!r}; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PROVIDERS)}")
+            )
+        return value
 
     @field_validator("weight_formats")
     @classmethod

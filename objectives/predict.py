@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.schema import CPU_PROVIDER, Profile
 from paretune.objectives.energy import energy_and_cost
-from paretune.objectives.measurement import Measurement
+from paretune.objectives.measurement import Measurement, Provenance
 from paretune.objectives.parallel import all_reduce_ms, degree_fact, split_problem, tensor_parallel_degree
 from paretune.objectives.roofline import Milliseconds, Step, activation_bytes, resident_bytes, time_of, works
+from paretune.objectives.silicon import tables_of
 from paretune.spaces.candidate import Candidate, Shape
 
 # What an engine's memory is of what must be there (low, likely, high): allocators reserve, and a CPU engine may hold weights
@@ -42,7 +43,7 @@ def predict(
     degree = _degree(profile, candidate, shape, steps)
     note = _note(profile, degree, batch)
     ttft, decode = (
-        _measurement(forward(profile, candidate, shape, step, degree), unit, note)
+        _measurement(forward(profile, candidate, shape, step, degree), unit, note, profile)
         for step, unit in zip(steps, ("ms", "ms/token"), strict=True)
     )
     per_token = replace(decode, value=decode.value / batch, low=decode.low / batch, high=decode.high / batch)
@@ -51,7 +52,14 @@ def predict(
         "decode_ms_per_token": decode,
         "ttft_ms": ttft,
         "throughput_tokens_per_s": Measurement(
-            1e3 / per_token.value, "tokens/s", 1e3 / per_token.high, 1e3 / per_token.low, "predicted", 0, "", note
+            1e3 / per_token.value,
+            "tokens/s",
+            1e3 / per_token.high,
+            1e3 / per_token.low,
+            decode.provenance,
+            0,
+            "",
+            decode.note,
         ),
         "peak_memory_bytes": _memory(profile, candidate, shape, steps, degree, note),
         **energy_and_cost(per_token, profile, degree),
@@ -70,7 +78,9 @@ def forward(profile: Profile, candidate: Candidate, shape: Shape, step: Step, de
     """Milliseconds of one call on `degree` devices: its ops after each other, and two all-reduces per layer."""
     parts = [work.divided(degree) for work in works(candidate, shape, profile, step)]
     read = sum(part.weight_bytes + part.cache_bytes for part in parts)
-    times = [time_of(part, profile, read) for part in parts]
+    tables = tables_of(profile)
+    known = [None if tables is None else tables.time_of(part, step.rows) for part in parts]
+    times = [found or time_of(part, profile, read) for part, found in zip(parts, known, strict=True)]
     message = step.rows * candidate.width(shape) * activation_bytes(candidate, profile)
     reduces = 2 * len(candidate.layers) * all_reduce_ms(message, degree, profile)
     low, likely, high = (share * reduces for share in COMMUNICATION)
@@ -81,6 +91,7 @@ def forward(profile: Profile, candidate: Candidate, shape: Shape, step: Step, de
         total + likely,
         sum(t.high for t in times) + high,
         "memory" if waiting >= total / 2 else "arithmetic",
+        sum(found.likely for found in known if found is not None) / (total + likely),
     )
 
 
@@ -122,8 +133,13 @@ def _memory(
     return Measurement(likely * needed, "bytes", low * needed, high * needed, "predicted", 0, "", note)
 
 
-def _measurement(time: Milliseconds, unit: str, note: str) -> Measurement:
-    return Measurement(time.likely, unit, time.low, time.high, "predicted", 0, "", f"{note}; {time.waits} bounds it")
+def _measurement(time: Milliseconds, unit: str, note: str, profile: Profile) -> Measurement:
+    """ "table" where at least half of the time comes from measured tables."""
+    tables = tables_of(profile) if time.table_share else None
+    if tables is not None:
+        note = f"{time.table_share:.0%} of it from measured tables ({tables.source}); the rest: {note}"
+    provenance: Provenance = "table" if time.table_share >= 0.5 else "predicted"
+    return Measurement(time.likely, unit, time.low, time.high, provenance, 0, "", f"{note}; {time.waits} bounds it")
 
 
 def _note(profile: Profile, degree: int, batch: int) -> str:

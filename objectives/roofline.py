@@ -82,12 +82,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """A time and its bounds at the profile's priors; `waits` says whether memory or arithmetic bounds the likely one."""
+    """A time and its bounds at the profile's priors; `waits` says whether memory or arithmetic bounds the likely one, `table_share`
+    which part of it comes from measured tables."""
 
     low: float
     likely: float
     high: float
     waits: str = "memory"
+    table_share: float = 0.0
 
 
 def seconds_per_byte(profile: Profile, step_bytes: float) -> tuple[float, float, float]:

@@ -143,7 +143,7 @@ def _measure(store: Store, job: _Job, lane: Measurer, deadline: float) -> None:
 def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: float) -> int:
     """Visit while another visit fits before the deadline; every row is kept at once. Returns how many were disturbed."""
     points = {p.key: p for p in view.confirmed}
-    tried: set[str] = set()
+    tried, refused = set[str](), set[str]()
     disturbed, longest = 0, FIRST_VISIT_S
     while time.monotonic() + longest < deadline and disturbed < MOST_DISTURBED:
         key = next((k for k in _wanted(view, job) if k not in tried and not _is_settled(job, k)), None)
@@ -151,7 +151,16 @@ def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: 
             break
         tried.add(key)
         start = time.monotonic()
-        row = _visit(store, lane, points[key])
+        try:
+            row = _visit(store, lane, points[key])
+        except (
+            UsageError
+        ) as error:  # this one's artifact is missing or damaged; if it is more than that, the next one says the same
+            if error.problem in refused:
+                raise
+            refused.add(error.problem)
+            job.notes.append(f"{points[key].name} is left predicted: {error.problem}")
+            continue
         seconds = time.monotonic() - start
         job.seconds += seconds
         longest = seconds if len(tried) == 1 else max(longest, seconds)
@@ -165,7 +174,7 @@ def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: 
 def _visit(store: Store, lane: Measurer, point: Point) -> TargetRow | None:
     artifact = store.artifact(point.key)
     if artifact is None:
-        raise EnvironmentProblem(f"{point.name} has no artifact", "")
+        raise UsageError(f"{point.name} has no artifact", "")
     try:
         return lane.measure(point.candidate, artifact)
     except Infeasible as error:

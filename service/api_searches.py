@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Response
@@ -28,7 +29,7 @@ Key = Annotated[
 
 def searches_router(service: Service) -> APIRouter:
     """Routes of /v1 about searches."""
-    router = APIRouter()
+    router, planning = APIRouter(), threading.Lock()
 
     @router.get("/health")
     def health() -> Health:
@@ -49,7 +50,8 @@ def searches_router(service: Service) -> APIRouter:
         from paretune.search.prepare import prepare
 
         settings = check_settings(resolved(asked.spec, service.home))
-        return dict(prepare(Spec.model_validate(settings), service.home).plan.__dict__)
+        with planning:  # a plan loads the teacher: one at a time
+            return dict(prepare(Spec.model_validate(settings), service.home).plan.__dict__)
 
     @router.post("/studies", status_code=201, responses={200: {"model": JobModel, "description": "known by its key"}})
     def submit(asked: Submission, response: Response, key: Key = None) -> JobModel:

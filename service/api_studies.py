@@ -62,7 +62,7 @@ def studies_router(service: Service) -> APIRouter:
         """Progress as server-sent events: `status` when something has changed, `end` when nothing will."""
         if service.queue.job(study) is None:
             service.studies.known(study)
-        if not streams.take():
+        if streams.is_full:
             raise QueueFull("too many streams are open", "close some")
         return StreamingResponse(progress(service, study, streams), media_type="text/event-stream")
 

@@ -36,6 +36,7 @@ class Studies:
     def __init__(self, home: Path) -> None:
         self.folder = home / "studies"
         self._kept: dict[str, _Kept] = {}
+        self._told: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -79,13 +80,18 @@ class Studies:
 
     def summaries(self) -> list[dict[str, Any]]:
         """How every study stands, the one written last first; one that cannot be read is listed with its problem."""
-        found = []
-        for name in self.names():
-            try:
-                found.append(summary(self.view(name)))
-            except ParetuneError as error:
-                found.append({"study": name, "state": "unreadable", "problem": error.problem})
-        return found
+        return [self._summary(name) for name in self.names()]
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        """Kept apart from the views, of which only some are: a home may have hundreds of studies that do not change."""
+        try:
+            stamp = stamp_of(self.known(name))
+            kept = self._told.get(name)
+            if kept is None or kept[0] != stamp:
+                kept = self._told[name] = (stamp, summary(self.view(name)))
+            return kept[1]
+        except ParetuneError as error:
+            return {"study": name, "state": "unreadable", "problem": error.problem}
 
     def _forget(self) -> None:
         with self._lock:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from paretune.hardware_profiles.errors import ParetuneError
@@ -23,22 +24,25 @@ class Streams:
     def __init__(self) -> None:
         self.open = 0
 
-    def take(self) -> bool:
-        """Whether there is room for one more; it must be given back."""
-        if self.open >= MOST_STREAMS:
-            return False
-        self.open += 1
-        return True
+    @property
+    def is_full(self) -> bool:
+        return self.open >= MOST_STREAMS
 
-    def give_back(self) -> None:
-        self.open -= 1
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """While a stream is sent: one whose client went away before it began is never counted."""
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
 
 
 async def progress(service: Service, study: str, streams: Streams) -> AsyncIterator[str]:
     """The stream of one client. Ends when the study has, or after LONGEST_S: browsers connect again by themselves."""
     loop = asyncio.get_running_loop()
     last, silent, start = "", 0.0, loop.time()
-    try:
+    with streams.one():
         yield "retry: 3000\n\n"
         while loop.time() - start < LONGEST_S:
             data = await asyncio.to_thread(status, service, study)
@@ -54,8 +58,6 @@ async def progress(service: Service, study: str, streams: Streams) -> AsyncItera
             if silent >= HEARTBEAT_S:
                 silent = 0.0
                 yield ": still here\n\n"
-    finally:
-        streams.give_back()
 
 
 def status(service: Service, study: str) -> dict[str, Any]:

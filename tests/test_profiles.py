@@ -351,3 +351,13 @@ def test_a_gpu_build_of_the_engine_has_its_version(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(metadata, "version", version)
     assert package_version("onnxruntime") == "9.8.7" and package_version("torch") == "not installed"
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("CUDAExecutionprovider", "CUDAExecutionProvider"), ("CUDA", "there are"), ("", "there are")]
+)
+def test_an_execution_provider_is_one_that_an_engine_knows(given: str, near: str, tmp_path: Path) -> None:
+    known = detected_profile().model_dump(mode="json")
+    Profile.model_validate(known | {"execution_provider": "TensorrtExecutionProvider"})
+    with pytest.raises(ValueError, match=near):
+        Profile.model_validate(known | {"execution_provider": given})

@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -521,7 +521,6 @@ def test_an_objective_needs_its_figure_of_every_target(searched, call, tmp_path)
 
 
 def test_a_cell_of_which_one_side_is_unknown_is_not_measured(searched):
-    from types import SimpleNamespace
 
     comparison = compare(view_of(searched))
     known = next(p.key for p in comparison.view.front)
@@ -607,3 +606,33 @@ def test_visits_are_kept_per_threads_and_only_if_quiet(searched, tmp_path):
     assert kept.is_measured and set(kept.measurements) == {DECODE, "ttft_ms", "throughput_tokens_per_s"}
     assert kept.measurements[DECODE] == row.measurements[DECODE]
     assert lane(1).kept(candidate) is None
+
+
+def test_one_missing_artifact_costs_that_candidate_only(tmp_path, monkeypatch):
+    """The rest of the target is measured; if the next one says the same, it is the engine's problem and ends the target."""
+    module = targets
+    seen = []
+
+    def visit(_store, _lane, point):
+        seen.append(point.key)
+        if len(seen) == 1:
+            raise UsageError(f"{point.name} has no artifact", "")
+        return TargetRow({})
+
+    points = [SimpleNamespace(key=key, name=f"name {key}") for key in ("a", "b", "c")]
+    view = SimpleNamespace(confirmed=points)
+    job = SimpleNamespace(measured={}, predicted={}, notes=[], seconds=0.0, target=lambda: None)
+    monkeypatch.setattr(module, "_visit", visit)
+    monkeypatch.setattr(module, "_wanted", lambda *_: iter(["a", "b", "c"]))
+    monkeypatch.setattr(module, "keep_targets", lambda *_: None)
+    assert module._visits(None, view, job, None, module.time.monotonic() + 1000) == 0
+    assert seen == ["a", "b", "c"] and set(job.measured) == {"b", "c"}
+    assert job.notes == ["name a is left predicted: name a has no artifact"]
+
+    def refuse(*_):
+        raise UsageError("the engine is gone", "")
+
+    monkeypatch.setattr(module, "_visit", refuse)
+    job.measured.clear()
+    with pytest.raises(UsageError, match="the engine is gone"):
+        module._visits(None, view, job, None, module.time.monotonic() + 1000)
