@@ -17,10 +17,11 @@ from datetime import date
 from pathlib import Path
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import write_atomically
 from paretune.hardware_profiles.lock import MachineLock
-from paretune.hardware_profiles.profile import LOCAL, local_profile
+from paretune.hardware_profiles.profile import LOCAL, load_profile, local_profile
 from paretune.hardware_profiles.schema import Profile
-from paretune.hardware_profiles.yaml_file import load_model, set_keys
+from paretune.hardware_profiles.yaml_file import dump_model, load_model, set_keys
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 MORE_SECONDS = 60.0
@@ -67,12 +68,18 @@ def calibrate(threads: int, seconds: float = 3.0) -> Peaks:
     return Peaks(threads, **json.loads(done.stdout))
 
 
-def write_peaks(peaks: Peaks, home: Path) -> Profile:
-    """Put the peaks with their source into `<home>/profiles/local-cpu.yaml`, comments and other keys as they are.
+def write_peaks(peaks: Peaks, home: Path, name: str = LOCAL) -> Profile:
+    """Put the peaks with their source into `<home>/profiles/<name>.yaml`, comments and other keys as they are; a shipped way to use
+    this machine gets a file of its own then.
 
     Raises UsageError if the file would not be a valid profile then; it is left alone in that case.
     """
-    local_profile(home)
+    path = home / "profiles" / f"{name}.yaml"
+    if name == LOCAL:
+        local_profile(home)
+    elif not path.exists():
+        told = f"{name} with what was measured; remove this file to follow {LOCAL} again."
+        write_atomically(path, dump_model(load_profile(name, home), told).encode())
     source = f"measured by `paretune hardware calibrate` on {date.today().isoformat()}, {peaks.threads} thread(s)"
     figures: dict[str, float] = {
         "bandwidth_gb_per_s": _short(peaks.bandwidth_gb_per_s),
@@ -82,7 +89,6 @@ def write_peaks(peaks: Peaks, home: Path) -> Profile:
         figures["peak_int8_tops"] = _short(peaks.int8_gop_per_s / 1e3)
     if peaks.cache_bytes is not None and peaks.cache_gb_per_s is not None:
         figures |= {"cache_bytes": peaks.cache_bytes, "cache_gb_per_s": _short(peaks.cache_gb_per_s)}
-    path = home / "profiles" / f"{LOCAL}.yaml"
     sources = dict.fromkeys(figures, source)
     changes: dict[str, object] = {**figures, **PRIORS_OF_MEASURED}
     changes["sources"] = sources | dict.fromkeys(PRIORS_OF_MEASURED, "prior for peaks that were measured, not read")

@@ -70,7 +70,8 @@ def predict(
 def require_figures(profile: Profile) -> None:
     """Raises UsageError where a prediction on `profile` is impossible."""
     if missing := profile.missing_figures:
-        remedy = "run `paretune hardware calibrate`" if profile.at_hand else "add them, each with its source"
+        option = "" if profile.name == "local-cpu" else f" --profile {profile.name}"
+        remedy = f"run `paretune hardware calibrate{option}`" if profile.at_hand else "add them, each with its source"
         raise UsageError(f"the profile {profile.name} lacks {' and '.join(missing)}, which a prediction needs", remedy)
 
 

@@ -276,3 +276,13 @@ def test_check_tells_valid_from_invalid(tmp_path: Path) -> None:
     good.write_text(BOARD.replace("power_watts: 15", "power_kilowatts: 0.015"))
     with pytest.raises(UsageError, match="unknown key 'power_kilowatts'; did you mean 'power_watts'"):
         run("hardware", "check", good)
+
+
+def test_another_way_to_use_this_machine_is_calibrated_by_itself(tmp_path: Path) -> None:
+    """Its peaks hold for its own threads, and a prediction is possible then."""
+    before = load_profile("cpu-1-thread", tmp_path)
+    found = write_peaks(Peaks(1, 20.0, 80.0, 300.0, 2**24, 90.0), tmp_path, "cpu-1-thread")
+    assert found.name == "cpu-1-thread" and found.can_predict and found.bandwidth_gb_per_s == 20.0
+    assert load_profile("cpu-1-thread", tmp_path) == found
+    assert load_profile("local-cpu", tmp_path).bandwidth_gb_per_s == before.bandwidth_gb_per_s
+    assert "1 thread(s)" in found.sources["bandwidth_gb_per_s"]

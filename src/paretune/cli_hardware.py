@@ -54,22 +54,29 @@ def hardware_detect(home: Home = HOME, json: Json = False) -> None:
 @hardware.command("calibrate")
 def hardware_calibrate(
     seconds: Annotated[float, typer.Option(min=0.1, max=600.0, help="How long to measure, about.")] = 3.0,
+    profile: Annotated[str, typer.Option(help="A way to use this machine, such as cpu-2-threads.")] = "local-cpu",
     home: Home = HOME,
     json: Json = False,
 ) -> None:
     """Measure this machine's bandwidth and peaks and write them into its profile, so that it can be predicted too."""
     from paretune.hardware_profiles.calibrate import calibrate, write_peaks
-    from paretune.hardware_profiles.profile import local_profile
+    from paretune.hardware_profiles.profile import load_profile, profile_names
 
-    peaks = calibrate(local_profile(home.resolve()).threads, seconds)
-    profile = write_peaks(peaks, home.resolve())
+    wanted = load_profile(profile, home.resolve())
+    if not wanted.at_hand or wanted.agent is not None or profile not in profile_names(home.resolve()):
+        raise UsageError(
+            f"only a way to use this machine can be calibrated here, but got {profile!r}",
+            "name local-cpu or another of `paretune hardware list` that is measured here",
+        )
+    peaks = calibrate(wanted.threads, seconds)
+    found = write_peaks(peaks, home.resolve(), wanted.name)
     if json:
         print_json(peaks.__dict__)
         return
-    print_text(f"{profile.bandwidth_gb_per_s:g} GB/s, {peaks.fp32_gflop_per_s:.4g} GFLOP/s in fp32")
+    print_text(f"{found.bandwidth_gb_per_s:g} GB/s, {peaks.fp32_gflop_per_s:.4g} GFLOP/s in fp32")
     if peaks.int8_gop_per_s is not None:
         print_text(f"{peaks.int8_gop_per_s:.4g} GOP/s in int8")
-    print_text(f"{peaks.threads} thread(s); written to {home / 'profiles' / 'local-cpu.yaml'}")
+    print_text(f"{peaks.threads} thread(s); written to {home / 'profiles' / f'{found.name}.yaml'}")
 
 
 @hardware.command("check")
