@@ -205,7 +205,7 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None) -> None:
         )
     if code == 130:
         ended = view.meta["state"]
-        talk.print(ended if ended == "cancelled" else f"{ended}; the same command or `{program()} resume` goes on")
+        talk.print(ended if ended == "cancelled" else f"{ended}; the same command goes on, or `{program()} resume`")
 
 
 def _show_plan(plan: Plan, json: bool) -> None:
