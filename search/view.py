@@ -223,6 +223,20 @@ def tied(a: Point, b: Point, objective: str) -> bool:
     return one.overlaps(other)
 
 
+def standing(view: StudyView) -> dict[str, Any]:
+    """How far a study is: budget used, and how many points of each kind."""
+    return {
+        "spent_s": view.meta["spent_s"] or 0.0,
+        "budget_s": view.meta["budget_s"],
+        "explored": len(view.rung0),
+        "confirmed": len(view.confirmed),
+        "front": len(view.front),
+        "ties": len(view.ties),
+        "failures": len(view.failures),
+        "seconds_by_stage": view.seconds_by_stage,
+    }
+
+
 def failure_counts(view: StudyView) -> Counter[str]:
     """Reasons of failed, infeasible and lost evaluations with their number."""
     return Counter(

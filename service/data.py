@@ -13,7 +13,7 @@ from paretune.hardware_profiles.errors import ParetuneError
 from paretune.search.database import is_taken
 from paretune.search.store import Store
 from paretune.search.studies import STUDY_NAME
-from paretune.search.view import StudyView, load_view
+from paretune.search.view import StudyView, load_view, standing
 from paretune.service.job import Unknown
 
 # A view of a running search is read again at most so often, and never longer than this part of the time: reading 10,000
@@ -122,12 +122,5 @@ def summary(view: StudyView) -> dict[str, Any]:
         "profile": (meta["profile"] or {}).get("name"),
         "targets": [t.name for t in view.targets],
         "objectives": list(view.objectives),
-        "spent_s": meta["spent_s"] or 0.0,
-        "budget_s": meta["budget_s"],
-        "explored": len(view.rung0),
-        "confirmed": len(view.confirmed),
-        "front": len(view.front),
-        "ties": len(view.ties),
-        "failures": len(view.failures),
-        "seconds_by_stage": view.seconds_by_stage,
+        **standing(view),
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import json
 import threading
 import time
@@ -156,16 +155,6 @@ class Headers:
 def session_key(token: str) -> str:
     """What the cookie holds."""
     return hmac.new(token.encode(), b"paretune session", hashlib.sha256).hexdigest()
-
-
-def is_loopback_host(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _is_open(path: str) -> bool:

@@ -17,7 +17,6 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives import agent_access
 from paretune.service.data import Studies
 from paretune.service.queue import Queue
-from paretune.service.security import is_loopback_host
 from paretune.service.state import Service
 from paretune.service.supervisor import TOKEN, Supervisor
 
@@ -107,7 +106,7 @@ def token_for(home: Path, settings: Settings) -> tuple[str, bool]:
     known = None if settings.new_token else agent_access.kept_token(TOKEN, folder / "token")
     if known is not None:
         return known, False
-    if not is_loopback_host(settings.host) and not settings.new_token:
+    if not agent_access.is_loopback(settings.host) and not settings.new_token:
         raise UsageError(
             f"{settings.host} can be reached from elsewhere, so the service needs a token of yours",
             f"set {TOKEN}, or make one with `paretune serve --new-token`",

@@ -129,18 +129,13 @@ def _tell(found: Advice, folder: Path, delivered: Path | None) -> None:
 
 def status_of(view: StudyView) -> dict[str, Any]:
     """How a study stands, as JSON-able data."""
+    from paretune.search.view import standing
+
     meta = view.meta
     return {
         "study": view.study,
         "state": meta["state"],
-        "spent_s": meta["spent_s"] or 0.0,
-        "budget_s": meta["budget_s"],
-        "explored": len(view.rung0),
-        "confirmed": len(view.confirmed),
-        "front": len(view.front),
-        "ties": len(view.ties),
-        "failures": len(view.failures),
-        "seconds_by_stage": view.seconds_by_stage,
+        **standing(view),
         "calibration": meta["calibration"],
         "latency_fit": meta["fit_error"],
         "folder": str(view.folder),
