@@ -12,11 +12,21 @@ from paretune.search.compare import compare, comparison_dict
 from paretune.search.recommend import Limits, point_dict
 from paretune.search.view import Point, StudyView, label_of
 from paretune.service.data import summary
-from paretune.service.job import Unknown
+from paretune.service.job import Unknown, shown_state
 from paretune.service.state import Service
 
 Kind = Literal["confirmed", "rung0"]
 MOST_COMPARED = 12
+
+
+def listed(service: Service) -> list[dict[str, Any]]:
+    """Studies, and searches that wait, the newest first: their summaries, with the state that is shown, and their `job`."""
+    jobs = {job.study: job for job in service.queue.jobs()}
+    found = [{**told, "job": jobs.pop(told["study"], None)} for told in service.studies.summaries()]
+    for told in found:
+        told["state"] = shown_state(told["job"], told["state"])
+    waiting = [{"study": name, "state": job.state, "job": job} for name, job in jobs.items()]
+    return [*reversed(waiting), *found]
 
 
 def front(service: Service, view: StudyView, profile: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from paretune.service.api_models import Artifact, JobModel, Page, Problem, Study
 from paretune.service.artifacts import files_of, find_file
 from paretune.service.data import summary
 from paretune.service.events import Streams, progress
-from paretune.service.job import QueueFull, Unknown
+from paretune.service.job import QueueFull, Unknown, shown_state
 from paretune.service.state import Service
 
 StudyId = Annotated[str, Path(max_length=100, description="A study's id.")]
@@ -36,10 +36,10 @@ def studies_router(service: Service) -> APIRouter:
     @router.get("/studies")
     def studies() -> list[StudyModel]:
         """All studies of the home, and searches that wait, the newest first."""
-        jobs = {job.study: JobModel.of(job) for job in service.queue.jobs()}
-        found = [StudyModel(**told, job=jobs.pop(told["study"], None)) for told in service.studies.summaries()]
-        waiting = [StudyModel(study=name, state=job.state, job=job) for name, job in jobs.items()]
-        return [*reversed(waiting), *found]
+        return [
+            StudyModel(**{**told, "job": None if told["job"] is None else JobModel.of(told["job"])})
+            for told in answers.listed(service)
+        ]
 
     @router.get("/studies/{study}")
     def study(study: StudyId) -> StudyModel:
@@ -47,7 +47,8 @@ def studies_router(service: Service) -> APIRouter:
         job = service.queue.job(study)
         model = None if job is None else JobModel.of(job)
         try:
-            return StudyModel(**summary(service.studies.view(study)), job=model)
+            told = summary(service.studies.view(study))
+            return StudyModel(**{**told, "state": shown_state(job, told["state"])}, job=model)
         except Unknown:
             if model is None:
                 raise
@@ -129,7 +130,7 @@ def studies_router(service: Service) -> APIRouter:
     ) -> dict[str, Any]:
         """Studies or candidates side by side."""
         names = [name for name in studies.split(",") if name]
-        pairs = [_pair(text) for text in candidates.split(",") if text]
+        pairs = [pair_of(text) for text in candidates.split(",") if text]
         return answers.compared(service, names, pairs)
 
     @router.get(
@@ -157,7 +158,8 @@ def studies_router(service: Service) -> APIRouter:
     return router
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair_of(text: str) -> tuple[str, str]:
+    """(study, key) of `id:key`. Raises UsageError."""
     study, colon, key = text.partition(":")
     if not (study and colon and key):
         raise UsageError(f"a candidate is named id:key, but got {text[:100]!r}", "separate several by commas")

@@ -36,6 +36,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "no token or cookie"},
     403: {"model": Problem, "description": "a foreign Host or Origin"},
     404: {"model": Problem, "description": "there is no such study, candidate, profile or file"},
+    408: {"model": Problem, "description": "the body came too slowly"},
     409: {"model": Problem, "description": "the study's state does not allow it"},
     413: {"model": Problem, "description": "the body is too large"},
     414: {"model": Problem, "description": "path or query are too long"},

@@ -10,7 +10,7 @@ from typing import Any
 
 from paretune.hardware_profiles.errors import ParetuneError
 from paretune.service.data import summary
-from paretune.service.job import ENDED
+from paretune.service.job import LIVE, shown_state
 from paretune.service.state import Service
 
 EVERY_S, HEARTBEAT_S, LONGEST_S = 1.0, 15.0, 3600.0
@@ -63,11 +63,12 @@ async def progress(service: Service, study: str, streams: Streams) -> AsyncItera
 def status(service: Service, study: str) -> dict[str, Any]:
     """How the study and its job stand, with the last events; a job that waits has no study yet."""
     job = service.queue.job(study)
-    found: dict[str, Any] = {"study": study, "state": "queued" if job is None else job.state}
+    found: dict[str, Any] = {"study": study, "state": shown_state(job, None)}
     try:
         view = service.studies.view(study)
         events = [{"at": e.at, "kind": e.kind, "text": e.text} for e in view.events[-LAST_EVENTS:]]
-        found |= {**summary(view), "events": events}
+        told = summary(view)
+        found |= {**told, "state": shown_state(job, told["state"]), "events": events}
     except ParetuneError as error:
         found["problem"] = error.problem
     found["job"] = None if job is None else job.to_dict()
@@ -76,7 +77,6 @@ def status(service: Service, study: str) -> dict[str, Any]:
 
 def is_over(data: dict[str, Any]) -> bool:
     """Whether nothing will change any more."""
-    job = data["job"]
-    if job is not None:
-        return job["state"] in ENDED
-    return data["state"] in ("complete", "cancelled")
+    return data["state"] in ("complete", "cancelled", "failed") and (
+        data["job"] is None or data["job"]["state"] not in LIVE
+    )

@@ -36,6 +36,16 @@ class Job:
         return {name: value for name, value in self.__dict__.items() if name != "client_key"}
 
 
+def shown_state(job: Job | None, study: str | None) -> str:
+    """What people are shown: the job's state while it waits, runs or has failed, else what the study's own store says (`study`): a
+    command line may have gone on with it since."""
+    if job is None or study is None:
+        return str(job.state if job is not None else study)
+    if job.state in (*LIVE, "queued") or (job.state == "failed" and study in ("new", "interrupted")):
+        return job.state
+    return study
+
+
 class Conflict(UsageError):
     """A client's key or a study's name was used before, for something else."""
 

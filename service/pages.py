@@ -1,4 +1,4 @@
-"""The pages: rendered here, brought to life by the scripts of static/, which talk to /v1 like every other client."""
+"""The pages: rendered here, brought to life by the scripts of static/, which talk to /v1 and take a chart's numbers from here."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from starlette.staticfiles import StaticFiles
 from paretune import __version__
 from paretune.hardware_profiles.errors import NothingFeasible, ParetuneError
 from paretune.search.compare import compare
+from paretune.search.recommend import Limits
 from paretune.search.spec import PRESETS, Spec
 from paretune.search.view import StudyView, failure_counts
 from paretune.service import answers
 from paretune.service.allowed import choices
-from paretune.service.api_studies import CandidateKey, Profile, StudyId
+from paretune.service.api_studies import CandidateKey, Profile, StudyId, pair_of
 from paretune.service.artifacts import files_of
 from paretune.service.chart_data import chart_data, slider_ranges
 from paretune.service.data import summary
@@ -102,7 +103,7 @@ def pages_router(service: Service) -> APIRouter:
 
     @router.get("/")
     def studies() -> HTMLResponse:
-        return render("studies.html", studies=listed(service))
+        return render("studies.html", studies=[{**UNKNOWN, **known} for known in answers.listed(service)])
 
     @router.get("/new")
     def new() -> HTMLResponse:
@@ -112,10 +113,8 @@ def pages_router(service: Service) -> APIRouter:
     def comparison(
         studies: Annotated[str, Query(max_length=2000)] = "", candidates: Annotated[str, Query(max_length=2000)] = ""
     ) -> HTMLResponse:
-        from paretune.service.api_studies import _pair
-
         names = [name for name in studies.split(",") if name]
-        pairs = [_pair(text) for text in candidates.split(",") if text]
+        pairs = [pair_of(text) for text in candidates.split(",") if text]
         if not names and not pairs:
             return render("compare.html", names=[], table=None, all=service.studies.names(), rows=[])
         return render("compare.html", **_compared(service, names, pairs), all=service.studies.names())
@@ -133,7 +132,7 @@ def pages_router(service: Service) -> APIRouter:
     @router.get("/studies/{study}/chart")
     def chart(study: StudyId, profile: Profile = None) -> dict[str, Any]:
         found = answers.answered(service, service.studies.view(study), profile)
-        return {**chart_data(found.view, found.name, found.kept), "limits": slider_ranges(found.view)}
+        return chart_data(found.view, found.name, found.kept)
 
     @router.get("/studies/{study}/report")
     def report(study: StudyId) -> HTMLResponse:
@@ -151,14 +150,6 @@ def pages_router(service: Service) -> APIRouter:
     return router
 
 
-def listed(service: Service) -> list[dict[str, Any]]:
-    """Studies and searches that wait, the newest first."""
-    jobs = {job.study: job for job in service.queue.jobs()}
-    found = [{**UNKNOWN, **known, "job": jobs.pop(known["study"], None)} for known in service.studies.summaries()]
-    waiting = [{**UNKNOWN, "study": name, "state": job.state, "job": job} for name, job in jobs.items()]
-    return [*reversed(waiting), *found]
-
-
 def _study(service: Service, view: StudyView, profile: str | None) -> dict[str, Any]:
     """What the page of a study shows before any script runs."""
     answer = answers.answered(service, view, profile)
@@ -166,7 +157,7 @@ def _study(service: Service, view: StudyView, profile: str | None) -> dict[str, 
     found = compare(view)
     own = named(view.meta.get("profile"))
     try:
-        advice = answers.recommendation(service, view, _no_limits(), None, profile)
+        advice = answers.recommendation(service, view, Limits(), None, profile)
     except NothingFeasible as error:
         advice, problem = None, error.problem
     else:
@@ -190,12 +181,6 @@ def _study(service: Service, view: StudyView, profile: str | None) -> dict[str, 
         "comparison": found,
         "sliders": slider_ranges(there),
     }
-
-
-def _no_limits() -> Any:
-    from paretune.search.recommend import Limits
-
-    return Limits()
 
 
 def _row(view: StudyView, point: Any, columns: list[str]) -> dict[str, Any]:
@@ -245,7 +230,7 @@ def _compared(service: Service, names: list[str], pairs: list[tuple[str, str]]) 
     for name in names:
         view = service.studies.view(name)
         try:
-            chosen = answers.recommendation(service, view, _no_limits(), None, None).chosen
+            chosen = answers.recommendation(service, view, Limits(), None, None).chosen
         except ParetuneError:
             chosen = None
         if chosen is not None:

@@ -31,6 +31,7 @@ from paretune.service.job import ENDED, LIVE, Conflict, Job, QueueFull, State, U
 MOST_WAITING = 1000
 CLIENT_KEY = re.compile(r"[\x21-\x7e]{1,200}")
 DATABASE = "jobs.db"
+STATES_OF: dict[str, State] = {"complete": "complete", "cancelled": "cancelled", "paused": "paused"}
 ASKED: dict[Verb, State] = {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}
 
 metadata = sa.MetaData()
@@ -150,8 +151,9 @@ class Queue:
             raise UsageError(
                 f"only a search that rests can be resumed, but {study} is {job.state}", "wait, or pause it"
             )
-        if job.state in ("cancelled", "complete"):
-            raise UsageError(f"a search that has ended is not resumed, but {study} is {job.state}", "submit a new one")
+        ended = next((s for s in (job.state, study_state(folder)) if s in ("cancelled", "complete")), None)
+        if ended is not None:
+            raise UsageError(f"a search that has ended is not resumed, but {study} is {ended}", "submit a new one")
         return self.put(study, "queued", attempts=0, reason="")
 
     # what the supervisor writes
@@ -178,19 +180,25 @@ class Queue:
     def _ask(self, study: str, verb: Verb) -> Job:
         folder = self.home / "studies" / study
         with self._lock:
-            job = self.job(study)
-            if job is None:
-                if not (folder / "study.db").is_file():
-                    raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
-                order(folder, verb)  # a search of the command line obeys, too
-                return self._adopt(folder)
+            job, begun = self.job(study), (folder / "study.db").is_file()
+            if job is None and not begun:
+                raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
+            if begun and (job is None or (job.state not in LIVE and is_taken(folder))):
+                return self._ask_other(folder, verb)
+            assert job is not None
             if job.state in ENDED:
                 raise UsageError(f"only a search that has not ended takes a {verb}, but {study} is {job.state}", "")
             if job.state not in LIVE:
                 return self._ask_resting(job, folder, verb)
-            if (folder / "study.db").is_file() and is_taken(folder):
+            if begun and is_taken(folder):
                 order(folder, verb)
             return self.put(study, ASKED[verb])  # the supervisor orders it of a search that is only starting
+
+    def _ask_other(self, folder: Path, verb: Verb) -> Job:
+        """A study that a command line runs, or began, obeys too; it is no job of this queue."""
+        order(folder, verb)
+        state = ASKED[verb] if is_taken(folder) else STATES_OF.get(state_of(folder), "paused")
+        return Job(folder.name, state, {}, reason="not begun by this service")
 
     def _ask_resting(self, job: Job, folder: Path, verb: Verb) -> Job:
         if verb == "pause":
@@ -211,8 +219,7 @@ class Queue:
             settings, state, created = store.meta("spec"), str(store.meta("state")), str(store.meta("created"))
         finally:
             store.close()
-        known: dict[str, State] = {"complete": "complete", "cancelled": "cancelled", "paused": "paused"}
-        own = known.get(state, "paused")
+        own = STATES_OF.get(state, "paused")
         with self._writing() as connection:
             if _one(connection, job_table.c.study == folder.name) is None:
                 row = {"study": folder.name, "state": own, "settings": json.dumps(settings), "created": created}

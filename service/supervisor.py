@@ -22,16 +22,16 @@ from paretune.search.control import Verb, order, ordered
 from paretune.search.database import is_taken
 from paretune.search.records import now
 from paretune.service.job import LIVE, Job, State
-from paretune.service.queue import Queue, study_state
+from paretune.service.queue import STATES_OF, Queue, study_state
 
 TOKEN = "PARETUNE_TOKEN"
 EVERY_S = 0.25
 MOST_LOG_BYTES = 8 * 2**20
 TOLD_BYTES = 2000
 FINAL = (0, 2, 3, 4, 5)  # exit codes of a search that the same command would only repeat
+UNSEEN = -1  # of a search that was not started here
 WORDS: dict[State, Verb] = {"pausing": "pause", "stopping": "stop", "cancelling": "cancel"}
 RESTED: dict[State, State] = {"pausing": "paused", "stopping": "complete", "cancelling": "cancelled"}
-BY_STUDY: dict[str, State] = {"paused": "paused", "cancelled": "cancelled", "complete": "complete"}
 Command = Callable[[Job, Path, Path], list[str]]
 
 
@@ -122,7 +122,7 @@ class Supervisor:
     def _look(self, study: str, running: Running) -> int | None:
         """The exit code of a search that has ended; of one that was taken over it is not known and counts as a crash."""
         if running.process is None:
-            return None if is_taken(self._folder(study)) else -1
+            return None if is_taken(self._folder(study)) else UNSEEN
         log = self.log_file(study)
         with contextlib.suppress(OSError):
             if log.stat().st_size > MOST_LOG_BYTES:
@@ -184,10 +184,10 @@ class Supervisor:
         assert job is not None
         if code in FINAL:
             self._final(job, code, state)
-        elif job.state in RESTED and (code == 130 or state == BY_STUDY.get(RESTED[job.state])):
+        elif job.state in RESTED and (code == 130 or state == STATES_OF.get(RESTED[job.state])):
             self.queue.put(study, RESTED[job.state], reason="")
-        elif code == 130 and state in BY_STUDY:
-            self.queue.put(study, BY_STUDY[state], reason="")
+        elif code in (130, UNSEEN) and state in STATES_OF:
+            self.queue.put(study, STATES_OF[state], reason="")
         elif self._ending.is_set():
             self.queue.put(study, "queued", reason="the service ended; the next one goes on")
         elif code == 130:
@@ -216,7 +216,7 @@ class Supervisor:
 
     def _crashed(self, job: Job, code: int) -> None:
         attempts = job.attempts + 1
-        how = f"signal {-code}" if code < -1 else f"exit code {code}" if code >= 0 else "with its service"
+        how = f"signal {-code}" if code < UNSEEN else f"exit code {code}" if code >= 0 else "with its service"
         if attempts > self.most_restarts:
             reason = f"the search died {attempts} times, the last time by {how}: {self._last_words(job.study)}"
             self.queue.put(job.study, "failed", attempts=attempts, reason=reason[:TOLD_BYTES])
@@ -231,8 +231,8 @@ class Supervisor:
             self.running[job.study] = Running(None)
             return
         state = study_state(folder)
-        if state in BY_STUDY:
-            self.queue.put(job.study, BY_STUDY[state], reason="")
+        if state in STATES_OF:
+            self.queue.put(job.study, STATES_OF[state], reason="")
         elif job.state in RESTED:
             self._rest_dead(job)
         else:

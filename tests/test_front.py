@@ -39,6 +39,11 @@ def test_the_front_is_what_nothing_dominates_and_keeps_duplicates(points: list[V
     assert bool(found) == bool(points)
 
 
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 1.0, float("inf"), float("nan")])] * 3), max_size=20))
+def test_the_front_is_by_definition_with_infinities_and_nan_too(points: list[Vector]) -> None:
+    assert non_dominated(points) == [i for i, p in enumerate(points) if not any(dominates(q, p) for q in points)]
+
+
 @given(fronts())
 def test_ranks_are_the_longest_chains_of_domination(points: list[Vector]) -> None:
     """Oracle: a point's rank is the length of the longest chain of points that dominate one another and it."""

@@ -1,10 +1,12 @@
 """The service's queue: nothing is taken twice, nothing that was answered is lost, every word has one meaning in every state."""
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from paretune.hardware_profiles import EnvironmentProblem, UsageError
+from paretune.search import control
+from paretune.search.store import Store
 from paretune.service import queue as module
-from paretune.service.job import Conflict, QueueFull, Unknown
+from paretune.service.job import Conflict, Job, QueueFull, Unknown, shown_state
 from paretune.service.queue import Queue
 
 SMALL = {"budget": "60s"}
@@ -141,7 +145,6 @@ class QueueModel(RuleBasedStateMachine):
     @initialize(folder=st.just(None))
     def begin(self, folder):
         import tempfile
-        from pathlib import Path
 
         self.folder = tempfile.TemporaryDirectory()
         self.queue = Queue(Path(self.folder.name))
@@ -200,3 +203,36 @@ class QueueModel(RuleBasedStateMachine):
 
 TestQueueModel = QueueModel.TestCase
 TestQueueModel.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+
+
+@pytest.mark.parametrize(
+    ("job", "study", "shown"),
+    [
+        ("queued", "interrupted", "queued"),
+        ("running", "new", "running"),
+        ("paused", "running", "running"),
+        ("paused", "complete", "complete"),
+        ("failed", "interrupted", "failed"),
+        ("failed", "complete", "complete"),
+        ("cancelled", None, "cancelled"),
+        (None, "paused", "paused"),
+    ],
+)
+def test_what_is_shown_is_what_happens_whoever_does_it(job, study, shown):
+    assert shown_state(None if job is None else Job("s", job, {}), study) == shown
+
+
+def test_a_search_of_the_command_line_obeys_without_becoming_a_job(queue, tmp_path, simulated_home):
+    """Its lock is held as a search holds it. It is told what it was asked, and the queue stays empty."""
+    folder = Path(shutil.copytree(simulated_home / "studies" / "nightly", tmp_path / "studies" / "nightly"))
+    store = Store.open_study(folder)
+    store.set_meta(state="running")
+    assert queue.pause("nightly").state == "pausing" and control.ordered(folder) == "pause"
+    assert queue.cancel("nightly").state == "cancelling" and control.ordered(folder) == "cancel"
+    assert queue.jobs() == []
+    with pytest.raises(UsageError, match="rests"):
+        queue.resume("nightly")
+    store.set_meta(state="complete")
+    store.close()
+    with pytest.raises(UsageError, match="has ended"):
+        queue.resume("nightly")

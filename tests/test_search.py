@@ -8,8 +8,6 @@ from collections import Counter
 from typing import ClassVar
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from paretune.hardware_profiles import EnvironmentProblem, NothingFeasible, UsageError
 from paretune.hardware_profiles.profile import detected_profile
@@ -19,7 +17,7 @@ from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
 from paretune.search.execute import run_inline
 from paretune.search.finalists import Explored, gaps, next_finalist, perceived
-from paretune.search.front import dominates, non_dominated
+from paretune.search.front import dominates
 from paretune.search.plan import Plan
 from paretune.search.prepare import Ready
 from paretune.search.recommend import Limits, recommend
@@ -634,11 +632,3 @@ def test_optuna_never_hears_of_a_baseline_as_a_failure(finished):
     study = rebuild(director.estimates, make_sampler("tpe", 0), distributions(ready.space))
     assert len(study.trials) == len(director.explored_keys())
     assert {t.state.name for t in study.trials} == {"COMPLETE"}
-
-
-@settings(max_examples=200)
-@given(st.lists(st.tuples(*[st.sampled_from([0.0, 1.0, 2.0, math.inf, math.nan])] * 3), max_size=25))
-def test_the_front_is_what_the_definition_says(points):
-    """Against the definition itself, with ties, duplicates, infinities and NaN."""
-    slow = [i for i, p in enumerate(points) if not any(dominates(q, p) for q in points)]
-    assert non_dominated(points) == slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -219,6 +220,35 @@ def test_large_bodies_are_refused_whatever_they_say_of_their_length(client: Test
     answer = client.post("/v1/studies", content=pieces(), headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
     assert client.get("/v1/studies?" + "x" * 5000).status_code == 414
+
+
+def test_a_slow_body_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte, and then nothing for ever."""
+    monkeypatch.setattr("paretune.service.security.BODY_S", 0.05)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not sent:
+            sent.append("asked")
+            return {"type": "http.request", "body": b"{", "more_body": True}
+        await asyncio.sleep(30)
+        raise AssertionError("nobody waits so long")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = {"host": "127.0.0.1:8765", "content-type": "application/json", **KNOWN}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/studies",
+        "query_string": b"",
+        "server": ("127.0.0.1", 8765),
+        "client": ("127.0.0.1", 1),
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+    }
+    asyncio.run(create_app(service)(scope, receive, send))
+    assert sent[1]["status"] == 408 and b"within" in sent[2]["body"]
 
 
 TRICKS = [

@@ -1,11 +1,13 @@
 """The supervisor with real processes: searches that end, crash, hang, are steered, and services that die."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -191,6 +193,21 @@ def test_a_killed_service_leaves_no_orphan_and_the_next_one_goes_on(made, tmp_pa
     supervisor.start()
     wait(lambda: queue.job(study).state == "complete", 120, "the end")
     assert not is_taken(folder)
+
+
+def test_a_search_that_a_command_line_ends_is_no_crash(made, simulated_home, tmp_path):
+    """A job waits, a command line goes on with its study: the service watches, and takes over how it ended."""
+    queue, supervisor = made(script("raise SystemExit('nothing is to be started')"))
+    queue.submit(SPEC, name="nightly")
+    folder = Path(shutil.copytree(simulated_home / "studies" / "nightly", tmp_path / "studies" / "nightly"))
+    store = Store.open_study(folder)
+    store.set_meta(state="running")
+    supervisor.start()
+    wait(lambda: queue.job("nightly").state == "running", what="the watching")
+    store.set_meta(state="complete")
+    store.close()
+    job = wait(lambda: (j := queue.job("nightly")).state == "complete" and j, what="the end")
+    assert job.attempts == 0
 
 
 def explored(folder):

@@ -10,12 +10,8 @@ export function follow(study, told) {
   addEventListener("pagehide", () => source.close());
 }
 
-export function stateOf(status) {
-  return status.job && !["complete", "failed"].includes(status.job.state) ? status.job.state : status.state;
-}
-
 export function showState(status) {
-  const state = stateOf(status), badge = document.getElementById("state");
+  const { state } = status, badge = document.getElementById("state");
   badge.textContent = state;
   badge.className = `state ${state}`;
   for (const button of document.querySelectorAll("#actions button")) {

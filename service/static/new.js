@@ -4,17 +4,16 @@ import { ask, duration, element } from "./base.js";
 const form = document.getElementById("new"), problem = document.getElementById("problem"), planned = document.getElementById("planned");
 const TEXTS = ["teacher", "data", "field", "profile", "budget", "sampler", "max_loss"];
 let key = crypto.randomUUID?.() ?? String(Math.random()).slice(2);
-const BUDGETS = { quick: "9m", overnight: "8h" };
+const presets = JSON.parse(form.dataset.presets);
 
 function settings() {
-  const spec = {};
+  const spec = { ...presets[form.preset.value] };
   for (const name of TEXTS) if (form[name].value !== "") spec[name] = form[name].value;
   const targets = [...form.targets.selectedOptions].map((option) => option.value);
   if (targets.length) spec.targets = targets;
   if (form.seed.value !== "") spec.seed = Number(form.seed.value);
   spec.mixed_precision = form.mixed_precision.checked;
   spec.second_order = form.second_order.checked;
-  if (form.preset.value === "overnight") Object.assign(spec, { report_tokens: 1000000, fit_points: 80, finalists: 60 });
   if (form.more.value.trim()) {
     let more;
     try { more = JSON.parse(form.more.value); } catch (error) { throw Object.assign(new Error(`more: no JSON: ${error.message}`), { remedy: "write {\"name\": value}" }); }
@@ -39,7 +38,7 @@ function show(error) {
   field.focus();
 }
 
-form.preset.addEventListener("change", () => { form.budget.value = BUDGETS[form.preset.value] ?? form.budget.value; });
+form.preset.addEventListener("change", () => { form.budget.value = presets[form.preset.value].budget; });
 form.addEventListener("input", () => { key = crypto.randomUUID?.() ?? String(Math.random()).slice(2); });
 
 document.getElementById("plan").addEventListener("click", async () => {

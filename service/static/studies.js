@@ -11,7 +11,7 @@ async function refresh() {
       const row = document.querySelector(`tr[data-study="${CSS.escape(told.study)}"]`);
       known.add(told.study);
       if (!row) { location.reload(); return; }
-      const live = told.job && !["complete", "failed"].includes(told.job.state) ? told.job.state : told.state;
+      const live = told.state;
       busy ||= ["running", "queued", "pausing", "stopping", "cancelling"].includes(live);
       const field = (name) => row.querySelector(`[data-field=${name}]`);
       const state = field("state");

@@ -1,7 +1,7 @@
 // A study's page: the live chart, limits that move the recommendation, progress, the four words.
 import { ask, duration, element } from "./base.js";
 import { draw } from "./chart.js";
-import { follow, showState, stateOf, steer } from "./live.js";
+import { follow, showState, steer } from "./live.js";
 
 const page = document.getElementById("study"), { study, profile, own } = page.dataset;
 const here = `/studies/${encodeURIComponent(study)}`, suffix = profile === own ? "" : `?profile=${encodeURIComponent(profile)}`;
@@ -85,7 +85,7 @@ follow(study, (status) => {
   showState(status);
   if (status.explored === undefined) return;
   document.getElementById("spent").value = status.spent_s;
-  document.getElementById("live").textContent = `${duration(status.spent_s)} of ${duration(status.budget_s)}${status.stage && stateOf(status) === "running" ? `, ${status.stage}` : ""}; ` +
+  document.getElementById("live").textContent = `${duration(status.spent_s)} of ${duration(status.budget_s)}${status.stage && status.state === "running" ? `, ${status.stage}` : ""}; ` +
     `${status.explored} explored, ${status.confirmed} confirmed, front of ${status.front - status.ties}, ${status.failures} failures`;
   const list = document.getElementById("events");
   const newest = list.firstElementChild?.lastElementChild?.textContent;
