@@ -167,7 +167,9 @@ def test_wrong_tokens_are_counted_as_logins(service: Service) -> None:
     assert client.post("/login", json={"token": TOKEN}).status_code == 429, "it is one bucket"
     assert read(other, Authorization="Bearer no") == 401
     assert other.post("/login", json={"token": TOKEN}).status_code == 204
-    assert read(client, Authorization=f"Bearer {TOKEN}") == 200, "a token that cannot be guessed opens whatever others try"
+    assert read(client, Authorization=f"Bearer {TOKEN}") == 200, (
+        "a token that cannot be guessed opens whatever others try"
+    )
 
 
 def test_a_short_token_is_not_tried_when_the_guesses_are_used_up(service: Service) -> None:
