@@ -74,7 +74,7 @@ class AgentServer(ThreadingHTTPServer):
     for them; so are those that give way to a new one."""
 
     daemon_threads = True
-    request_queue_size = MOST_CONNECTIONS
+    request_queue_size = 128  # beyond it a client waits a second or more for its next try
 
     def __init__(self, address: tuple[str, int], agent: Agent) -> None:
         self.agent = agent

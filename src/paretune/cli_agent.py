@@ -36,6 +36,7 @@ def agent(
     json: Json = False,
 ) -> None:
     """Measure artifacts for a search on another machine, until Ctrl-C."""
+    from paretune.hardware_profiles.files import require_folder
     from paretune.hardware_profiles.profile import load_profile
     from paretune.objectives import agent_start
     from paretune.objectives.agent_access import allowed_names, url_to_open
@@ -48,6 +49,7 @@ def agent(
     if new_token:
         print_text(agent_start.new_token(folder))
         return
+    require_folder(folder)
     found = load_profile(profile, folder)
     token = agent_start.token_for(host, folder)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
