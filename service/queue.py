@@ -90,9 +90,8 @@ class Queue:
             known = None if client_key is None else _one(connection, job_table.c.client_key == client_key)
             if known is not None:
                 if known.settings != checked or name not in (None, known.study):
-                    raise Conflict(
-                        f"the key was used before, for the study {known.study!r} with other settings", "use a new key"
-                    )
+                    other = "with other settings" if known.settings != checked else f"not under the name {name!r}"
+                    raise Conflict(f"the key was used before, for the study {known.study!r}, {other}", "use a new key")
                 return self._placed(connection, known), False
             waiting = connection.execute(
                 sa.select(sa.func.count()).select_from(job_table).where(job_table.c.state == "queued")
