@@ -145,6 +145,7 @@ META = (
     "versions",
     "machine",
     "spent_s",
+    "spent_at",
     "budget_s",
     "fit_error",
     "calibration",
@@ -169,12 +170,12 @@ def load_view(store: Store) -> StudyView:
         meta["state"] = "interrupted"  # killed, so that nobody could write it down
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
     figures = Figures.of(meta["figures"])
-    confirmed = tuple(_point(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
-    rung0 = tuple(_point(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
+    confirmed = tuple(point_of(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
+    rung0 = tuple(point_of(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
     front, ties = front_of(confirmed, objectives)
     failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
     return StudyView(
-        store.meta("study"),
+        store.folder.name,  # of a copy under another name, too
         store.folder,
         meta,
         objectives,
@@ -224,9 +225,10 @@ def tied(a: Point, b: Point, objective: str) -> bool:
 
 
 def standing(view: StudyView) -> dict[str, Any]:
-    """How far a study is: budget used, and how many points of each kind."""
+    """How far a study is: budget used (`spent_s`, as it was at `spent_at`), and how many points of each kind."""
     return {
         "spent_s": view.meta["spent_s"] or 0.0,
+        "spent_at": view.meta["spent_at"],
         "budget_s": view.meta["budget_s"],
         "explored": len(view.rung0),
         "confirmed": len(view.confirmed),
@@ -249,7 +251,8 @@ def _names(formats: Sequence[Format]) -> str:
     return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
-def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+def point_of(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+    """A candidate with what an evaluation of it found."""
     return Point(
         row.key,
         row.number,
