@@ -103,11 +103,11 @@ def status(service: Service, study: str) -> dict[str, Any]:
 def clock(data: dict[str, Any]) -> dict[str, Any]:
     """`elapsed_s`: the budget used at this moment, since searches write it only now and then; and how long a search without a study
     has been starting. Nothing where no time runs."""
-    job = data.get("job") or {}
     if data.get("spent_s") is not None:
         since, before = data.get("spent_at"), data["spent_s"]
     else:
-        since, before = job.get("started"), 0.0
+        job = data.get("job")
+        since, before = job["started"] if isinstance(job, dict) else None, 0.0
     if data["state"] not in LIVE or not since:
         return {}
     passed = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(since)).total_seconds()
