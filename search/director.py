@@ -334,4 +334,5 @@ class Director:
     def _charge(self, work: Work, seconds: float) -> None:
         stage = self._stage_of(work)
         self.budget.charge(stage, seconds)
-        self.store.set_meta(spent_s=self.budget.elapsed_s, spent_at=now(), seconds_by_stage=self.budget.stages)
+        spent = self.budget.elapsed_s
+        self.store.set_meta(spent_s=spent, spent_at=[spent, now()], seconds_by_stage=self.budget.stages)

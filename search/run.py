@@ -34,7 +34,9 @@ def run_study(
     launches = int(store.meta("launches", 0)) + 1
     lost = store.recover(MAX_ATTEMPTS)
     budget = Budget(ready.search_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {})))
-    store.set_meta(launches=launches, state="running", stage="starting", pid=os.getpid(), spent_s=budget.elapsed_s, spent_at=now())
+    store.set_meta(
+        launches=launches, state="running", stage="starting", pid=os.getpid(), spent_s=budget.spent_s, spent_at=[budget.spent_s, now()]
+    )
     store.event(
         "launch", f"launch {launches}" + (f", {lost} evaluations of a dead process are due again" if lost else "")
     )

@@ -10,7 +10,7 @@ from paretune.search.database import is_taken
 from paretune.search.records import Event
 from paretune.search.store import Store
 from paretune.search.target_records import NAMES
-from paretune.search.view import DEFAULT_OBJECTIVES, StudyView, front_of, point_of, standing
+from paretune.search.view import DEFAULT_OBJECTIVES, StudyView, front_of, point_of, standing, written_at
 
 META = (
     "state",
@@ -52,7 +52,7 @@ def load_standing(store: Store) -> Standing:
     told = {
         **_described(store.folder.name, meta, meta[NAMES] or [], objectives),
         "spent_s": meta["spent_s"] or 0.0,
-        "spent_at": meta["spent_at"],
+        "spent_at": written_at(meta),
         "budget_s": meta["budget_s"],
         "explored": counts.get(("rung0", "complete"), (0, 0))[1],
         "confirmed": len(latest),

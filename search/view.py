@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -201,9 +201,10 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
     chosen.sort(key=lambda p: (p.value(p.figures.quality).value, p.vector(objectives)))
     ties: dict[str, str] = {}
+    quick_first = sorted(objectives, key=lambda name: any(name == p.figures.quality for p in chosen))  # the quality resamples
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:
-            if earlier.key not in ties and all(tied(point, earlier, name) for name in objectives):
+            if earlier.key not in ties and all(tied(point, earlier, name) for name in quick_first):
                 ties[point.key] = earlier.key
                 break
     return tuple(chosen), ties
@@ -228,7 +229,7 @@ def standing(view: StudyView) -> dict[str, Any]:
     """How far a study is: budget used (`spent_s`, as it was at `spent_at`), and how many points of each kind."""
     return {
         "spent_s": view.meta["spent_s"] or 0.0,
-        "spent_at": view.meta["spent_at"],
+        "spent_at": written_at(view.meta),
         "budget_s": view.meta["budget_s"],
         "explored": len(view.rung0),
         "confirmed": len(view.confirmed),
@@ -237,6 +238,12 @@ def standing(view: StudyView) -> dict[str, Any]:
         "failures": len(view.failures),
         "seconds_by_stage": view.seconds_by_stage,
     }
+
+
+def written_at(meta: Mapping[str, Any]) -> str | None:
+    """When `spent_s` was written; None where a version that does not say so has written it since."""
+    spent, at = meta["spent_at"] or (None, None)
+    return at if spent == meta["spent_s"] else None
 
 
 def failure_counts(view: StudyView) -> Counter[str]:

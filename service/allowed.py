@@ -46,9 +46,7 @@ def choices(home: Path) -> dict[str, list[str]]:
 
 def not_offered(home: Path) -> list[str]:
     """What lies in the home's folders and cannot be named, each with its reason."""
-    return [
-        f"{folder}/{name}: {reason}" for folder in FOLDERS.values() for name, reason in _look(home / folder).others
-    ]
+    return [f"{folder}/{name}: {reason}" for folder in FOLDERS.values() for name, reason in _look(home / folder).others]
 
 
 def known_profiles(home: Path) -> list[str]:

@@ -77,7 +77,9 @@ def studies_router(service: Service) -> APIRouter:
 
     @router.get("/events", response_class=StreamingResponse, responses=EVENTS)
     def all_events(
-        studies: Annotated[str, Query(max_length=4000, pattern=SEVERAL, description="Up to 50 ids, separated by commas.")],
+        studies: Annotated[
+            str, Query(max_length=4000, pattern=SEVERAL, description="Up to 50 ids, separated by commas.")
+        ],
     ) -> StreamingResponse:
         """Progress of several studies in one stream: `status` when one has changed, `end` when one will not any more."""
         names = followed(service, studies)

@@ -133,7 +133,9 @@ def pages_router(service: Service) -> APIRouter:
         pairs = [pair_of(text) for text in candidates.split(",") if text]
         if not names and not pairs:
             found = answers.listed(service, ROWS, offset, q)
-            return render("compare.html", names=[], table=None, studies=found.studies, rows=[], **_paged(found, ROWS, q))
+            return render(
+                "compare.html", names=[], table=None, studies=found.studies, rows=[], **_paged(found, ROWS, q)
+            )
         return render("compare.html", **_compared(service, names, pairs))
 
     @router.get("/studies/{study}")

@@ -29,7 +29,9 @@ class OneAtATime:
     async def run(self, work: Callable[[], T]) -> T:
         """The work's result. Raises Busy if there is one already. A client that goes away does not free the thread early."""
         if not self._free.acquire(blocking=False):
-            raise Busy(f"one {self.what} is made at a time, and another one is being made", "send it again in some seconds")
+            raise Busy(
+                f"one {self.what} is made at a time, and another one is being made", "send it again in some seconds"
+            )
         future = self._pool.submit(work)
         future.add_done_callback(lambda _: self._free.release())  # also where it was taken back before it began
         return await asyncio.wrap_future(future)

@@ -182,7 +182,7 @@ def test_a_confirmation_leaves_what_was_set(entered: Callable[..., Any], live: S
 def test_time_goes_on_between_two_reports(entered: Callable[..., Any], live: Store) -> None:
     from paretune.search.records import now
 
-    live.set_meta(spent_s=100.0, spent_at=now(), stage="latency fit")
+    live.set_meta(spent_s=100.0, spent_at=[100.0, now()], stage="latency fit")
     found = entered("/studies/live")
     page = found.page
     page.wait_for_function("() => document.getElementById('live').textContent.includes('latency fit')")
@@ -238,7 +238,9 @@ def test_many_studies_and_long_names(
     found = entered()
     page = found.page
     assert page.locator("tbody tr").count() == 50
-    assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('.wide'))"), "no column is pushed off"
+    assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('.wide'))"), (
+        "no column is pushed off"
+    )
     picture(page, "service-studies.png")
     page.click("a[rel=next]")
     page.wait_for_url("**offset=50*")
