@@ -183,7 +183,7 @@ def _listed(request: Request, found: answers.Listed, limit: int) -> Response:
         StudyModel(**{**s, "job": None if s["job"] is None else JobModel.of(s["job"])}).model_dump(mode="json")
         for s in found.studies
     ]
-    answer = Json(told)
+    answer: Response = Json(told)
     tag = f'"{hashlib.sha256(bytes(answer.body)).hexdigest()[:32]}"'
     if request.headers.get("if-none-match") == tag:
         answer = Response(status_code=304)
