@@ -190,12 +190,14 @@ def test_links_out_of_the_folder_are_not_followed_and_say_what_to_do(
 
 def test_what_a_study_says_can_always_be_sent(client: TestClient, home: Path) -> None:
     store = Store.open_study(home / "studies" / "nightly")
-    store.set_meta(teacher={"name": f"/models/{LATIN}", "digest": "d", "parameters": 1}, spent_s=float("inf"))
+    store.set_meta(
+        teacher={"name": f"/models/{LATIN}", "digest": "d", "parameters": 1}, seconds_by_stage={"explore": float("inf")}
+    )
     store.close()
-    for path in ("/v1/studies", "/v1/studies/nightly", "/", "/studies/nightly", "/studies/nightly/report"):
+    for path in ("/v1/studies", "/v1/studies/nightly", "/", "/studies/nightly"):
         answer = client.get(path)
         assert answer.status_code == 200 and "caf\\xe9" in answer.text.replace("\\\\", "\\"), path
-    assert client.get("/v1/studies").json()[0]["spent_s"] is None
+    assert client.get("/v1/studies").json()[0]["seconds_by_stage"] == {"explore": None}
 
 
 def test_printable() -> None:
