@@ -15,6 +15,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.validation import OWN_RULE, said
 
 MAX_BYTES = 1_000_000
 MAX_ALIASES = 20
@@ -128,8 +129,8 @@ def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: Vali
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"{path}:{line}:{column}: unknown key {name!r}; {hint}"
     if not name:  # a rule over several keys says itself what it got
-        return f"{path}:{line}:{column}: {first['msg']}"
-    return f"{path}:{line}:{column}: {name}: {first['msg']}, but got {first.get('input')!r}"
+        return f"{path}:{line}:{column}: {str(first['msg']).removeprefix(OWN_RULE)}"
+    return f"{path}:{line}:{column}: {name}: {said(first)}"
 
 
 def _position(tree: Any, location: list[str | int]) -> tuple[int, int]:

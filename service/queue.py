@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.validation import said
 from paretune.search.control import Verb, order, state_of
 from paretune.search.database import is_taken, open_engine, take_lock
 from paretune.search.records import now
@@ -274,7 +275,7 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UsageError(f"{where}: {first['msg']}, but got {first.get('input')!r}"[:500], f"change {where}") from None
+        raise UsageError(f"{where}: {said(first)}"[:500], f"change {where}") from None
 
 
 def study_state(folder: Path, otherwise: str = "") -> str:
