@@ -16,6 +16,8 @@ from paretune.teachers.special_tokens import NAMES, read_json
 TOKENIZER = "tokenizer.json"
 SAMPLING = ("dropout", "alpha", "nbest_size")
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes that go by tokenizer.json alone; those of a family follow the keys `add_bos_token` and `add_eos_token`."""
 BATCH_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "padding")
 
 
@@ -29,7 +31,8 @@ def plain_tokenizer_json(folder: Path) -> dict[str, Any]:
     if isinstance(found.get("model"), dict):
         found["model"] = {key: None if key in SAMPLING else value for key, value in found["model"].items()}
     config = read_json(folder / "tokenizer_config.json")
-    if "add_bos_token" in config or "add_eos_token" in config:
+    keyed = "add_bos_token" in config or "add_eos_token" in config
+    if keyed and config.get("tokenizer_class", GENERIC[0]) not in GENERIC:
         found["post_processor"] = _template(found, config, folder)
     return found
 
@@ -59,6 +62,7 @@ def plain_tokenizer_config(folder: Path) -> dict[str, Any]:
         found.get("extra_special_tokens"), list
     ):  # transformers 4 wants a dict there, and a list under this name
         found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    found |= _added(load_tokenizer(folder))  # onnxruntime-genai goes by these keys, transformers by the template
     templates = chat_templates(folder)
     found.pop("chat_template", None)
     if "default" in templates:  # onnxruntime-genai reads one string here, and no list
@@ -81,6 +85,14 @@ def chat_templates(folder: Path) -> dict[str, str]:
     if not isinstance(given, dict):
         return {}
     return {n: t for n, t in given.items() if isinstance(n, str) and isinstance(t, str) and _is_plain_name(n)}
+
+
+def _added(tokenizer: Any) -> dict[str, bool]:
+    """Whether the template adds tokens before a text and behind it."""
+    plain, full = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    more = len(full) - len(plain)
+    before = next((i for i in range(more + 1) if full[i : i + len(plain)] == plain), 0)
+    return {"add_bos_token": before > 0, "add_eos_token": more > before}
 
 
 def _is_plain_name(name: str) -> bool:

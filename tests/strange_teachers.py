@@ -31,27 +31,8 @@ BASE = {
     "tie_word_embeddings": False,
     "initializer_range": 0.15,
 }
-WORDS = [
-    "the",
-    "model",
-    "reads",
-    "a",
-    "line",
-    "and",
-    "writes",
-    "another",
-    "while",
-    "small",
-    "numbers",
-    "grow",
-    "into",
-    "large",
-    "ones",
-    "because",
-    "every",
-    "layer",
-    "adds",
-]
+SENTENCE = "the model reads a line and writes another while small numbers grow into large ones because every layer adds"
+WORDS = SENTENCE.split()
 
 
 def document(seed: int, words: int = 700) -> str:
