@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -42,9 +43,6 @@ def stream(
         raise EnvironmentProblem(
             f"onnxruntime-genai cannot be imported: {error}", "pip install onnxruntime-genai"
         ) from None
-    config = og.Config(str(artifact / "onnx"))
-    config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
-    model = og.Model(config)
     tokenizer = load_tokenizer(
         artifact / "onnx"
     )  # not og.Tokenizer: it adds no BOS by itself, and cannot read every kind
@@ -52,6 +50,11 @@ def stream(
     context = _context(artifact)
     if len(ids) == 0 or len(ids) >= context:
         raise UsageError(f"the prompt must have 1 to {context - 1} tokens, but has {len(ids)}", "give another --prompt")
+    config = og.Config(str(artifact / "onnx"))
+    config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
+    # it takes tokens at the end of a prompt that equal the one for padding as padding
+    config.overlay(f'{{"model": {{"pad_token_id": {next(i for i in itertools.count() if i not in ids)}}}}}')
+    model = og.Model(config)
     parameters = og.GeneratorParams(model)
     longest = min(context, len(ids) + max_tokens)
     parameters.set_search_options(
