@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -43,9 +42,8 @@ def stream(
         raise EnvironmentProblem(
             f"onnxruntime-genai cannot be imported: {error}", "pip install onnxruntime-genai"
         ) from None
-    tokenizer = load_tokenizer(
-        artifact / "onnx"
-    )  # not og.Tokenizer: it adds no BOS by itself, and cannot read every kind
+    # not og.Tokenizer: it adds no BOS by itself, and cannot read every kind
+    tokenizer = load_tokenizer(artifact / "onnx")
     ids = tokenizer.encode(prompt).ids
     context = _context(artifact)
     if len(ids) == 0 or len(ids) >= context:
@@ -53,7 +51,7 @@ def stream(
     config = og.Config(str(artifact / "onnx"))
     config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
     # it takes tokens at the end of a prompt that equal the one for padding as padding
-    config.overlay(f'{{"model": {{"pad_token_id": {next(i for i in itertools.count() if i not in ids)}}}}}')
+    config.overlay(f'{{"model": {{"pad_token_id": {0 if ids[-1] else 1}}}}}')
     model = og.Model(config)
     parameters = og.GeneratorParams(model)
     longest = min(context, len(ids) + max_tokens)
