@@ -24,6 +24,7 @@ import onnxruntime_genai as og
 
 model = og.Model("onnx")
 tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # BOS, where the tokenizer's template adds one
 parameters = og.GeneratorParams(model)
 parameters.set_search_options(max_length=64)
 generator = og.Generator(model, parameters)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paretune import __version__
+from paretune.engines.genai_tokenizer import tokenizer_problem
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
@@ -107,7 +108,7 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
     )
     space = with_students(space, spec.student_configs)
     require_predictions(targets, space.baselines()[0], teacher.shape)
-    notes = []
+    notes = runtime_notes(teacher)
     if spec.mixed_precision:
         tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)
         space = replace(space, mixed=tokens > 0)
@@ -142,6 +143,24 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
     )
     check_affordable(plan, spec, home)
     return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), targets=targets)
+
+
+def runtime_notes(teacher: Teacher) -> list[str]:
+    """What will not work with the artifacts of this teacher in onnxruntime-genai, tried before any work."""
+    if teacher.name == EMBEDDED:
+        return []
+    notes = []
+    if problem := tokenizer_problem(teacher.folder):
+        notes.append(
+            f"onnxruntime-genai cannot use the teacher's tokenizer: {problem}. `paretune generate` and transformers can; other "
+            "programs must encode prompts with the tokenizers library, or the teacher needs a byte-level BPE tokenizer"
+        )
+    if not teacher.special.stop:
+        notes.append(
+            "no file of the teacher names a token that ends a text, so nothing but the length ends one, and onnxruntime-genai, "
+            "which must have such a token, takes 0. Name it as eos_token_id in generation_config.json"
+        )
+    return notes
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:

@@ -17,6 +17,8 @@ from paretune.teachers.text import SPLITS, Corpus, Document, Split
 
 MIN_TOKENS: dict[Split, int] = {"train": 20_000, "calibration": 512, "search": 512, "report": 512}
 BATCH_DOCUMENTS = 64
+# Raised when the ids that a text is encoded to change.
+ENCODING = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def token_splits(teacher: Teacher, corpus: Corpus, cache: Path) -> dict[Split, T
 
     Raises UsageError if a split is too small to train on or to judge with.
     """
-    folder = cache / "tokens" / f"{teacher.digest}-{corpus.fingerprint()}"
+    folder = cache / "tokens" / _key(teacher, corpus)
     found = {split: _one(teacher, corpus.splits[split], folder, split) for split in SPLITS}
     for split in MIN_TOKENS:
         _check_size(found[split], split, corpus)
@@ -83,10 +85,15 @@ def token_splits(teacher: Teacher, corpus: Corpus, cache: Path) -> dict[Split, T
 
 def token_split(teacher: Teacher, corpus: Corpus, split: Split, cache: Path) -> TokenSplit:
     """One of the splits that `token_splits` gives, without encoding the others. Raises UsageError if it is too small."""
-    folder = cache / "tokens" / f"{teacher.digest}-{corpus.fingerprint()}"
+    folder = cache / "tokens" / _key(teacher, corpus)
     found = _one(teacher, corpus.splits[split], folder, split)
     _check_size(found, split, corpus)
     return found
+
+
+def _key(teacher: Teacher, corpus: Corpus) -> str:
+    """Names what decides the ids; the end token may come from a file that the teacher's digest does not cover."""
+    return f"{teacher.digest}-{corpus.fingerprint()}-{teacher.end_token}-{ENCODING}"
 
 
 def _check_size(found: TokenSplit, split: Split, corpus: Corpus) -> None:
@@ -129,10 +136,10 @@ def _kept_index(index: Path, data: Path) -> dict[str, Any] | None:
 
 def _encode(teacher: Teacher, documents: tuple[Document, ...]) -> tuple[npt.NDArray[np.uint32], list[int]]:
     pieces: list[npt.NDArray[np.uint32]] = []
-    offsets = [0]
+    offsets, end = [0], teacher.special.stop[:1]
     for start in range(0, len(documents), BATCH_DOCUMENTS):
         texts = [d.text for d in documents[start : start + BATCH_DOCUMENTS]]
         for encoding in teacher.tokenizer.encode_batch(texts, add_special_tokens=False):
-            pieces.append(np.array([*encoding.ids, teacher.end_token], np.uint32))
+            pieces.append(np.array([*encoding.ids, *end], np.uint32))
             offsets.append(offsets[-1] + len(pieces[-1]))
     return (np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)), offsets
