@@ -80,4 +80,4 @@ def require_text(prompt: str) -> None:
 def _context(artifact: Path) -> int:
     import json
 
-    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text())["model"]["context_length"])
+    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"])

@@ -29,7 +29,7 @@ def local_profile(home: Path) -> Profile:
                 profile,
                 "Detected by `paretune hardware detect`. Edit it freely: it is read, never overwritten,\n"
                 "until you detect again. `threads` is what latency is measured with.",
-            )
+            ), encoding="utf-8"
         )
     except OSError as error:
         raise EnvironmentProblem(

@@ -79,7 +79,7 @@ def take_lock(folder: Path) -> IO[str]:
     Raises EnvironmentProblem if another process has it or the folder cannot be written.
     """
     try:
-        lock = (folder / "lock").open("a+")
+        lock = (folder / "lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise EnvironmentProblem(
             f"the study folder {folder} cannot be written: {error.strerror}",
@@ -106,7 +106,7 @@ def take_lock(folder: Path) -> IO[str]:
 def is_taken(folder: Path) -> bool:
     """Whether a process holds the study's lock, that is, a search or `sync` runs on it just now."""
     try:
-        with (folder / "lock").open() as lock:
+        with (folder / "lock").open(encoding="utf-8") as lock:
             return not _locked(lock, fcntl.LOCK_SH)
     except OSError:
         return False

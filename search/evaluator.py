@@ -231,7 +231,7 @@ class Evaluator:
             Path(path).unlink(missing_ok=True)
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
-        return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
+        return scores, Scores.from_dict(json.loads(teacher_scores.read_text(encoding="utf-8")))
 
     def _score_in_slices(self, child: EngineChild, request: Mapping[str, Any], rows: int) -> None:
         """Score all rows, letting go of the machine every few seconds."""

@@ -126,7 +126,7 @@ def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
     """What a trial asks of Ray: CPUs; and where a node was started with the study's profile as a resource
     (`ray start --resources='{"profile:NAME": 1}'`), what is timed goes there. Weights and artifacts stay in the study folder, which
     all nodes must share."""
-    profile = Profile.model_validate(json.loads((folder / "setup.json").read_text())["profile"])
+    profile = Profile.model_validate(json.loads((folder / "setup.json").read_text(encoding="utf-8"))["profile"])
     name = f"profile:{profile.name}"
     if name not in cluster:
         if not (profile.at_hand or profile.agent):

@@ -85,7 +85,7 @@ def export_artifact(view: StudyView, point: Point, folder: Path) -> Path:
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, temporary)
-        (temporary / GUIDE).write_text(guide(view, point))
+        (temporary / GUIDE).write_text(guide(view, point), encoding="utf-8")
         write_checksums(temporary)
         if folder.exists():
             folder.rmdir()

@@ -237,7 +237,7 @@ class PluginEvaluator:
                 save_model(self.space.graph(teacher).fill(self.space.sparsify(teacher)[0], {}), file)
                 judged = self._judge_in_engine(file)
             write_atomically(kept, json.dumps(judged.scores.__dict__).encode())
-        return Scores.from_dict(json.loads(kept.read_text()))
+        return Scores.from_dict(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def parity(found: Outputs, wanted: Outputs) -> float:

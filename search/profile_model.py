@@ -82,7 +82,7 @@ def _profile_artifact(folder: Path, work: Work) -> Profiled:
         raise UsageError(
             f"{folder / FACTS} does not describe a decoder: {error!r}", "copy the artifact again"
         ) from None
-    context = json.loads((folder / "onnx" / "genai_config.json").read_text())["model"]["context_length"]
+    context = json.loads((folder / "onnx" / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
     _require_context(work, int(context))
     subject = Subject(f"{teacher} {candidate.key[:8]}", "artifact", digest, candidate.describe())
     found = _profile_graph(subject, (folder / MODEL).resolve(), candidate, work)

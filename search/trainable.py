@@ -30,7 +30,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
     """Runs `Evaluator.run`; the evaluator lives as long as the process."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1)
+        log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1, encoding="utf-8", errors="replace")
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
         self._evaluator = make_evaluator(Path(os.environ[FOLDER]), Path(os.environ[HOME]))
@@ -85,7 +85,7 @@ def _disk_outcome(error: OSError) -> Outcome:
 
 def make_evaluator(folder: Path, home: Path) -> Any:
     """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
-    usual = json.loads((folder / "setup.json").read_text()).get("evaluator", "paretune.search.evaluator:Evaluator")
+    usual = json.loads((folder / "setup.json").read_text(encoding="utf-8")).get("evaluator", "paretune.search.evaluator:Evaluator")
     name = os.environ.get(EVALUATOR, usual)
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

@@ -28,7 +28,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises UsageError.
     """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path.parent} has no config.json", "name a complete Hugging Face folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:

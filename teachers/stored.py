@@ -90,7 +90,7 @@ def read_index(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text())["weight_map"]
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not found or not all(isinstance(shard, str) for shard in found.values()):
             raise ValueError("weight_map must say a file for every tensor")
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:

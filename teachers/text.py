@@ -109,7 +109,7 @@ def library_corpus() -> Corpus:
 
 def library_mismatches(heldout_file: Path) -> list[str]:
     """Held-out modules whose text differs from the one the embedded teacher was judged on (another Python version)."""
-    expected: dict[str, str] = json.loads(heldout_file.read_text())["modules"]
+    expected: dict[str, str] = json.loads(heldout_file.read_text(encoding="utf-8"))["modules"]
     actual = {
         name: hashlib.sha256(path.read_text("utf8", "ignore").encode()).hexdigest()
         for name, path in library_modules()

@@ -145,7 +145,7 @@ class MlflowSink:
     def _alone(self) -> Iterator[None]:
         """One writer per home: two processes on a fresh database would both migrate it."""
         self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / "mlflow.lock").open("a") as lock:
+        with (self.home / "mlflow.lock").open("a", encoding="utf-8") as lock:
             _poll_lock(lock.fileno(), time.monotonic() + LOCK_S)
             yield
 

@@ -76,7 +76,7 @@ def write_artifact(
         save_model(model, temporary / MODEL)
         del model  # as large as all weights
         _write_tokenizer(teacher, temporary / "onnx")
-        (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
+        (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1), encoding="utf-8")
         # what a standard config can express
         uniform = len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1
         if uniform:
@@ -109,9 +109,9 @@ def write_artifact(
 def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add `facts` to paretune.json, write the card from all of them, and renew the checksums."""
     path = folder / FACTS
-    told = {**(json.loads(path.read_text()) if path.exists() else {}), **facts}
-    path.write_text(json.dumps(told, indent=1))
-    (folder / "README.md").write_text(card(told))
+    told = {**(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}), **facts}
+    path.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    (folder / "README.md").write_text(card(told), encoding="utf-8")
     write_checksums(folder)
 
 
@@ -221,11 +221,11 @@ def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
         if (teacher.folder / name).exists():
             shutil.copyfile(teacher.folder / name, folder / name)
     path = teacher.folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config.pop("auto_map", None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("backend", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _write_hugging_face(
@@ -239,7 +239,7 @@ def _write_hugging_face(
     config = student_config(teacher.config, candidate, teacher.shape).to_dict()
     architecture = student_family(candidate, teacher.shape).architecture
     config |= {"tie_word_embeddings": tied, "architectures": [architecture], "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
     stored = {name: value.float() for name, value in to_stored(effective, teacher.shape).items()}
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
     _write_tokenizer(teacher, folder)

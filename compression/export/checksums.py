@@ -36,7 +36,7 @@ def check_artifact(folder: Path) -> dict[str, Any]:
     for path in sorted({folder / MODEL, folder / FACTS} | present):
         if path not in listed:
             raise UsageError(f"{sums} does not vouch for {path}", "copy the artifact again, and put nothing into it")
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
 
 
@@ -45,7 +45,7 @@ def write_checksums(folder: Path) -> None:
     sync_tree(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    with (folder / CHECKSUMS).open("w") as stream:
+    with (folder / CHECKSUMS).open("w", encoding="utf-8") as stream:
         stream.writelines(lines)
         stream.flush()
         os.fsync(stream.fileno())
