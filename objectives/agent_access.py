@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -43,7 +44,8 @@ def kept_token(variable: str, *paths: Path) -> str | None:
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:
                 raise EnvironmentProblem(
-                    f"{path} must be readable by you alone, but its mode is {mode:04o}", f"run `chmod 600 {path}`"
+                    f"{path} must be readable by you alone, but its mode is {mode:04o}",
+                    f"run `chmod 600 {shlex.quote(str(path))}`",
                 )
             return _checked(path.read_text("ascii", "replace").strip(), str(path))
     return None

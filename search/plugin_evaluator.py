@@ -25,7 +25,7 @@ from paretune.objectives.module_quality import Judged, judge, module_measurement
 from paretune.objectives.quality import Scores
 from paretune.search.plugin_measuring import PluginMeasuring
 from paretune.search.plugin_workspace import PluginWorkspace
-from paretune.search.work import Outcome, Work
+from paretune.search.work import Outcome, Work, fatal
 from paretune.spaces.module_candidate import ModuleCandidate
 from paretune.teachers.checkpoint import load_tensors, save_tensors
 from paretune.teachers.plugin import Outputs
@@ -55,7 +55,7 @@ class PluginEvaluator:
         except Infeasible as error:
             return Outcome("infeasible", reason=str(error))
         except ParetuneError as error:
-            return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
+            return fatal(error)
 
     def close(self) -> None:
         """Nothing is held between pieces of work."""

@@ -153,6 +153,8 @@ META = (
     "elastic",
     "launches",
     "stage",
+    "ended",
+    "remedy",
     "seed",
     "command",
     "figures",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives import agent_access
 from paretune.service.data import Studies
@@ -109,7 +110,7 @@ def token_for(home: Path, settings: Settings) -> tuple[str, bool]:
     if not agent_access.is_loopback(settings.host) and not settings.new_token:
         raise UsageError(
             f"{settings.host} can be reached from elsewhere, so the service needs a token of yours",
-            f"set {TOKEN}, or make one with `paretune serve --new-token`",
+            f"set {TOKEN}, or make one with `{pasted('serve', '--new-token', home=home)}`",
         )
     return agent_access.write_token(folder), True
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from paretune.hardware_profiles.access import unreadable
 from paretune.hardware_profiles.errors import UsageError
 
 Split = Literal["train", "calibration", "search", "report"]
@@ -210,7 +211,7 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise _wrong_encoding(path, data, error.start) from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "check the permissions") from None
+        raise unreadable(path, error) from None
     if "\0" in text:
         raise _wrong_encoding(path, data, data.index(b"\0"))
     return text.replace("\r\n", "\n").replace("\r", "\n")

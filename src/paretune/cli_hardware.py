@@ -9,6 +9,7 @@ import typer
 
 from paretune.cli_options import HOME, Home, Json
 from paretune.console import print_json, print_text
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def hardware_calibrate(
     if not wanted.at_hand or wanted.agent is not None or profile not in profile_names(home.resolve()):
         raise UsageError(
             f"only a way to use this machine can be calibrated here, but got {profile!r}",
-            "name local-cpu or another of `paretune hardware list` that is measured here",
+            f"name local-cpu or another of `{pasted('hardware', 'list', home=home)}` that is measured here",
         )
     peaks = calibrate(wanted.threads, seconds)
     found = write_peaks(peaks, home.resolve(), wanted.name)
