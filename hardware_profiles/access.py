@@ -97,27 +97,27 @@ def is_file(path: Path) -> bool:
     return mode is not None and stat.S_ISREG(mode)
 
 
-def is_folder(path: Path) -> bool:
+def is_folder(path: Path, what: str = "the folder") -> bool:
     """Whether there is a folder that can be listed; else as `is_file`."""
-    mode = _mode(path)
+    mode = _mode(path, what)
     if mode is None or not stat.S_ISDIR(mode):
         return False
     try:
         with os.scandir(path):
             return True
     except OSError as error:
-        raise unreadable(path, error, "the folder") from None
+        raise unreadable(path, error, what) from None
 
 
-def _mode(path: Path) -> int | None:
+def _mode(path: Path, what: str = "") -> int | None:
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
-            raise unreadable(path, error) from None
+            raise unreadable(path, error, what) from None
         return None
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, what) from None
 
 
 def _told(path: Path) -> str:

@@ -160,7 +160,7 @@ def load_teacher(name_or_folder: str) -> Teacher:
 
 def is_folder(path: str) -> bool:
     """Whether an existing folder is named; an empty path, or one with a zero byte, names none. Raises as `access.unreadable`."""
-    return bool(path) and "\0" not in path and access.is_folder(Path(path))
+    return bool(path) and "\0" not in path and access.is_folder(Path(path), "--teacher")
 
 
 def _check(name: str, folder: Path) -> Teacher:

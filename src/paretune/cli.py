@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, NoReturn
 
@@ -49,6 +50,7 @@ app.command()(profile)
 def main() -> None:
     """Entry point: runs a command and turns errors into one sentence and an exit code."""
     show_all_characters()
+    _let_warnings_be_warnings()
     try:
         code = app(standalone_mode=False)  # typer hands an Exit's code back instead of raising it
         if isinstance(code, int) and code:
@@ -64,6 +66,12 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         _usage_or_bug(error)
+
+
+def _let_warnings_be_warnings() -> None:
+    """PYTHONWARNINGS=error makes an error of the first deprecated call in any library; it is for those who develop them."""
+    os.environ.pop("PYTHONWARNINGS", None)
+    warnings.filters[:] = [f for f in warnings.filters if f[0] != "error"]  # type: ignore[index]
 
 
 def _refuse(error: ParetuneError) -> NoReturn:
