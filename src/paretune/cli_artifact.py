@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    artifact: Annotated[Path, typer.Argument(readable=False, help="Folder of an artifact.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
@@ -52,7 +52,7 @@ def generate(
 
 
 def measure(
-    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    artifact: Annotated[Path, typer.Argument(readable=False, help="Folder of an artifact.")],
     profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
     agent: Annotated[
         str | None, typer.Option(help="URL of a `paretune agent` that measures it on its machine.")

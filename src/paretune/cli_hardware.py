@@ -81,7 +81,9 @@ def hardware_calibrate(
 
 
 @hardware.command("check")
-def hardware_check(file: Annotated[Path, typer.Argument(help="A profile's YAML file.")], json: Json = False) -> None:
+def hardware_check(
+    file: Annotated[Path, typer.Argument(readable=False, help="A profile's YAML file.")], json: Json = False
+) -> None:
     """Whether a YAML file is a valid profile: keys and their units, figures and their sources. Exit code 2 if not."""
     from paretune.hardware_profiles.profile import Profile
     from paretune.hardware_profiles.yaml_file import load_model

@@ -30,7 +30,7 @@ MOST_FAILURES_TOLD = 3
 
 def search(
     spec_file: Annotated[
-        Path | None, typer.Argument(metavar="SPEC.yaml", help="Settings; options override them.")
+        Path | None, typer.Argument(metavar="SPEC.yaml", readable=False, help="Settings; options override them.")
     ] = None,
     preset: Annotated[
         str | None,
