@@ -46,12 +46,12 @@ def test_a_short_temporary_folder_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_without_any_place_the_search_says_so_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surroundings, "_candidates", lambda: [tmp_path / "gone", tmp_path / ("x" * 90)])
-    with pytest.raises(EnvironmentProblem, match="107|bytes") as caught:
+    with pytest.raises(EnvironmentProblem, match="at most") as caught:
         session_folder()
     assert "TMPDIR" in caught.value.remedy and caught.value.exit_code == 5
 
 
-@pytest.mark.parametrize("home", [None, "", "/nonexistent", "relative", "/proc"])
+@pytest.mark.parametrize("home", [None, "", "/nonexistent", "relative"])
 def test_a_home_that_cannot_be_written_is_replaced(home: str | None, tmp_path: Path) -> None:
     environment = {} if home is None else {"HOME": home}
     prepare_environment(environment, tmp_path)

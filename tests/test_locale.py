@@ -16,19 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = [
-    "compression",
-    "engines",
-    "hardware_profiles",
-    "objectives",
-    "search",
-    "service",
-    "spaces",
-    "teachers",
-    "tracking",
-    "docs",
-    "benchmarks",
-]
+FOLDERS = [p.name for p in ROOT.iterdir() if (p / "__init__.py").exists()] + ["docs", "benchmarks"]
 SOURCES = [*(ROOT / "src" / "paretune").glob("*.py"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.py"))]
 OTHERS = {"os", "webbrowser", "tarfile", "zipfile", "Image"}  # their open() takes no encoding
 

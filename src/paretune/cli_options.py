@@ -21,7 +21,11 @@ HOME = Path(USUAL_HOME)
 Home = Annotated[
     Path,
     typer.Option(
-        "--home", envvar=HOME_VARIABLE, callback=use_home, help="Where studies, caches and the MLflow database live."
+        "--home",
+        envvar=HOME_VARIABLE,
+        callback=use_home,
+        readable=False,
+        help="Where studies, caches and the MLflow database live.",
     ),
 ]
 
