@@ -48,7 +48,7 @@ def unreadable(path: Path, error: OSError, what: str = "") -> ParetuneError:
         return UsageError(f"{named} cannot be read: {reason}", "bring that file back, or copy the file itself")
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in MACHINE:
-        return EnvironmentProblem(f"{named} cannot be read: {reason}", MACHINE[error.errno])
+        return EnvironmentProblem(f"{named} cannot be read: {reason}", MACHINE[error.errno or 0])
     return UsageError(f"{named} cannot be read: {reason}", REMEDIES.get(error.errno or 0, "check the path"))
 
 
@@ -73,7 +73,7 @@ def path_problem(error: OSError) -> ParetuneError | None:
     if error.errno not in known or (error.filename is None and error.errno not in MACHINE):
         return None
     if error.filename is None:
-        return EnvironmentProblem(error.strerror, MACHINE[error.errno])
+        return EnvironmentProblem(error.strerror or str(error), MACHINE[error.errno or 0])
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else Path(str(error.filename))
     if error.errno in (errno.EACCES, errno.EPERM):
         problem, remedy = _permission(path, "used")

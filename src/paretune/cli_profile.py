@@ -112,7 +112,7 @@ def _ops(found: Profiled, phase: str) -> FittedTable:
         Column("of the roof", rank=2),
         Column("bound by", right=False, rank=5),
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for t in found.totals(phase, "ops")[:MOST_OPS]:
         figures = (
             f"{t.ms:.4f}",
