@@ -62,7 +62,7 @@ def main() -> None:
         for found in BENCHMARKS[name]():
             line = json.dumps({**found, **known, "command": f"make bench NAME={name}"})
             print(line, flush=True)
-            with RESULTS.open("a") as stream:
+            with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
 

@@ -38,14 +38,14 @@ def write_job(
         "shape": asdict(teacher.shape),
         "digest": teacher.digest,
     }
-    (folder / JOB).write_text(json.dumps(job))
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
     np.save(folder / IDS, ids)
     np.save(folder / TARGETS, targets)
 
 
 def score(folder: Path, rank: int, degree: int) -> None:
     """Score all windows together with the other ranks."""
-    job = json.loads((folder / JOB).read_text())
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     teacher = Teacher(job["name"], Path(job["folder"]), job["config"], Shape(**job["shape"]), job["digest"])
     ids, targets = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (IDS, TARGETS))
     torch.set_num_interop_threads(1)

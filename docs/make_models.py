@@ -371,10 +371,10 @@ def same_page(a: str, b: str) -> bool:
 def main() -> int:
     text = render({model: measure(model) for model in MODELS})
     if "--check" in sys.argv[1:]:
-        fresh = PAGE.exists() and same_page(PAGE.read_text(), text)
+        fresh = PAGE.exists() and same_page(PAGE.read_text(encoding="utf-8"), text)
         print(f"{PAGE} is {'up to date' if fresh else 'stale: run python docs/make_models.py'}", file=sys.stderr)
         return 0 if fresh else 1
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
     return 0
 

@@ -74,9 +74,8 @@ def read_kept(path: Path) -> Any | None:
 def warn_damaged(path: Path, error: Exception) -> None:
     """Say that a kept file is not used."""
     reason = " ".join(str(error).split())[:200]
-    warnings.warn(
-        f"{path} is damaged and is made anew ({type(error).__name__}: {reason})", RuntimeWarning, stacklevel=3
-    )
+    what = "cannot be read" if isinstance(error, OSError) else "is damaged"
+    warnings.warn(f"{path} {what} and is made anew ({type(error).__name__}: {reason})", RuntimeWarning, stacklevel=3)
 
 
 def disk_problem(error: OSError) -> EnvironmentProblem | None:

@@ -13,7 +13,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.access import unreadable, unwritable
+from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import write_atomically
 from paretune.hardware_profiles.validation import OWN_RULE, said
 
@@ -66,16 +67,14 @@ def set_keys(path: Path, changes: dict[str, Any], model: type[BaseModel]) -> Non
     try:
         write_atomically(path, buffer.getvalue().encode())
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} cannot be written: {error.strerror}", "choose a writable folder with --home"
-        ) from None
+        raise unwritable(path, error, "choose a writable folder with --home") from None
 
 
 def _parse(path: Path) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+        raise unreadable(path, error) from None
     if len(data) > MAX_BYTES:
         raise UsageError(f"{path} has {len(data):,} bytes, the limit is {MAX_BYTES:,}", "name a settings file")
     try:

@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -45,7 +46,8 @@ def kept_token(variable: str, *paths: Path) -> str | None:
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:
                 raise EnvironmentProblem(
-                    f"{path} must be readable by you alone, but its mode is {mode:04o}", f"run `chmod 600 {path}`"
+                    f"{path} must be readable by you alone, but its mode is {mode:04o}",
+                    f"run `chmod 600 {shlex.quote(str(path))}`",
                 )
             try:
                 return _checked(path.read_text("ascii", "replace").strip(), str(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune import __version__
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.detect import detect_local, fingerprint, package_version
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.files import disk_problem, require_folder
@@ -34,7 +35,7 @@ def token_for(host: str, home: Path) -> str | None:
     if token is None and not is_loopback(host):
         raise UsageError(
             f"an agent that listens on {host or 'every address'} needs a token, but there is none",
-            "run `paretune agent --new-token` first, or set PARETUNE_AGENT_TOKEN",
+            f"run `{pasted('agent', '--new-token', home=home)}` first, or set PARETUNE_AGENT_TOKEN",
         )
     return token
 

@@ -56,6 +56,7 @@ class Director:
         self.out: Work | None = None
         self.stop_reason: str | None = None
         self.exit_code = 0
+        self.remedy = ""
         self.is_interrupted = False
         self.obeyed: Verb | None = None
         self._failures: list[Outcome] = []
@@ -137,7 +138,7 @@ class Director:
         self._require_folder()
         self._charge(work, seconds)
         if outcome.status == "fatal":
-            self._give_up(outcome.reason, outcome.exit_code)
+            self._give_up(outcome.reason, outcome.exit_code, outcome.facts.get("remedy", ""))
         if work.kind == "fit":
             self._fit_came_back(outcome)
         elif work.kind == "elastic":
@@ -309,9 +310,9 @@ class Director:
         if not self.store.is_there:
             raise folder_gone(self.store.folder)
 
-    def _give_up(self, reason: str, exit_code: int) -> None:
-        self.stop_reason, self.exit_code = reason, exit_code
-        self.store.event("stopped", reason)
+    def _give_up(self, reason: str, exit_code: int, remedy: str = "") -> None:
+        self.stop_reason, self.exit_code, self.remedy = reason, exit_code, remedy
+        self.store.event("stopped", f"{reason}; {remedy}" if remedy else reason)
 
     def _tell_stage(self, decision: Decision) -> None:
         """Write what is done now where readers see it, when it changes."""

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.objectives.directions import minimized
+from paretune.objectives.units import BYTES
 from paretune.search.front import Vector, dominates, non_dominated
 from paretune.spaces.candidate import FP32, Candidate
 
@@ -141,6 +142,6 @@ def _optimistic(tried: Tried, stakes: Stakes) -> Vector:
 
 def _told(objectives: tuple[str, ...], vector: Vector) -> str:
     return ", ".join(
-        f"{value / 1e6:.2f} MB" if name.endswith("bytes") else f"{minimized(name, value):.3f} {UNITS[name]}"
+        f"{value / 1e6:.2f} MB" if name in BYTES else f"{minimized(name, value):.3f} {UNITS[name]}"
         for name, value in zip(objectives, vector, strict=True)
     )

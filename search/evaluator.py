@@ -24,7 +24,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
 from paretune.search.measuring import Measuring
 from paretune.search.recovering import Recovering, sparsity_of
-from paretune.search.work import Outcome, Work
+from paretune.search.work import Outcome, Work, fatal
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate, Format
 from paretune.teachers.checkpoint import load_tensors
@@ -61,7 +61,7 @@ class Evaluator:
         except Infeasible as error:
             return Outcome("infeasible", reason=str(error))
         except ParetuneError as error:
-            return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
+            return fatal(error)
 
     def close(self) -> None:
         """Nothing is held between pieces of work."""
@@ -231,7 +231,7 @@ class Evaluator:
             Path(path).unlink(missing_ok=True)
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
-        return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
+        return scores, Scores.from_dict(json.loads(teacher_scores.read_text(encoding="utf-8")))
 
     def _score_in_slices(self, child: EngineChild, request: Mapping[str, Any], rows: int) -> None:
         """Score all rows, letting go of the machine every few seconds."""

@@ -137,7 +137,7 @@ def available_memory() -> int:
 
 
 def _left_on_machine() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return sys.maxsize
@@ -146,8 +146,8 @@ def _left_on_machine() -> int:
 def _left_in_group() -> int:
     """By cgroup v2; file pages that can be dropped count as free. No limit where there is none, or it cannot be read."""
     try:
-        most, used = ((CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        most, used = ((CONTROL_GROUP / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
         return sys.maxsize if most == "max" else int(most) - int(used) + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
         return sys.maxsize

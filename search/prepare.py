@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from paretune import __version__
 from paretune.engines.genai_tokenizer import tokenizer_problem
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
+from paretune.hardware_profiles.access import unwritable
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
 from paretune.search.follow import check_figures
@@ -201,7 +202,6 @@ def check_home(home: Path) -> None:
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the home folder {home} cannot be written: {error.strerror}",
-            "choose a writable folder with --home or PARETUNE_HOME",
+        raise unwritable(
+            home, error, "choose a writable folder with --home or PARETUNE_HOME", "the home folder"
         ) from None

@@ -62,6 +62,7 @@ def run_study(
         spent_s=budget.elapsed_s,
         exit_code=code,
         ended=director.stop_reason,
+        remedy=director.remedy,
     )
     store.event("end", f"{director.stop_reason} (exit code {code})")
     withdraw(store.folder)

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import sqlalchemy as sa
 
+from paretune.hardware_profiles.access import require_readable, unwritable
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
@@ -45,9 +46,8 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
         except OSError as error:
-            raise EnvironmentProblem(
-                f"the study folder {folder} cannot be written: {error.strerror}",
-                "free the disk or choose a folder with --home",
+            raise unwritable(
+                folder, error, "free the disk or choose a folder with --home", "the study folder"
             ) from None
 
         def fill(engine: sa.Engine) -> None:
@@ -66,12 +66,14 @@ class Store:
     def open_study(cls, folder: Path) -> Store:
         """Open for writing; raises UsageError if there is no study, EnvironmentProblem if another search runs on it."""
         require_study(folder)
+        require_readable(folder / "study.db")
         return _checked(cls(folder, open_engine(folder, "rw"), take_lock(folder)))
 
     @classmethod
     def reader(cls, folder: Path) -> Store:
         """Open read-only, also while a search runs."""
         require_study(folder)
+        require_readable(folder / "study.db")
         return _checked(cls(folder, open_engine(folder, "ro"), None))
 
     def close(self) -> None:

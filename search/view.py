@@ -154,6 +154,8 @@ META = (
     "elastic",
     "launches",
     "stage",
+    "ended",
+    "remedy",
     "seed",
     "command",
     "figures",

@@ -82,7 +82,7 @@ class Workspace:
     """Lazily loaded state of one worker process for one study."""
 
     def __init__(self, folder: Path, home: Path) -> None:
-        setup = json.loads((folder / "setup.json").read_text())
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
         self.folder, self.home, self.cache = folder, home, home / "cache"
         self.spec, self.profile = Spec.model_validate(setup["spec"]), Profile.model_validate(setup["profile"])
         self._mild = bool(setup["mild"])

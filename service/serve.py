@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.files import disk_problem, require_folder
 from paretune.objectives import agent_access
@@ -101,7 +102,7 @@ def token_for(home: Path, settings: Settings) -> str | None:
     if known is None and not agent_access.is_loopback(settings.host):
         raise UsageError(
             f"{settings.host or 'every address'} can be reached from elsewhere, so the service needs a token of yours",
-            f"set {TOKEN}, or make one with `paretune serve --new-token`",
+            f"set {TOKEN}, or make one with `{pasted('serve', '--new-token', home=home)}`",
         )
     return known
 

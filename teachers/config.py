@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paretune.hardware_profiles.access import is_file, unreadable
 from paretune.hardware_profiles.errors import UsageError
 from paretune.spaces.candidate import Shape
 from paretune.teachers.families import FAMILIES, Family
@@ -58,11 +59,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UsageError.
     """
+    if not is_file(path):
+        raise UsageError(f"{path.parent} has no file config.json", "name a complete Hugging Face folder")
     try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path.parent} has no config.json", "name a complete Hugging Face folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} is not readable JSON: {error}", "copy the folder again, it may be half-written"
         ) from None

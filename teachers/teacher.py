@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.hardware_profiles import access
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import warn_damaged
 from paretune.spaces.candidate import Shape
@@ -173,11 +174,8 @@ def load_teacher(name_or_folder: str) -> Teacher:
 
 
 def is_folder(path: str) -> bool:
-    """Whether an existing folder is named; an empty or impossible path (too long, with a zero byte) names none."""
-    try:
-        return bool(path) and Path(path).is_dir()
-    except (OSError, ValueError):
-        return False
+    """Whether an existing folder is named; an empty path, or one with a zero byte, names none. Raises as `access.unreadable`."""
+    return bool(path) and "\0" not in path and access.is_folder(Path(path), "--teacher")
 
 
 def _check(name: str, folder: Path) -> Teacher:
@@ -188,10 +186,11 @@ def _check(name: str, folder: Path) -> Teacher:
     check_token_ids(read_json(folder / "generation_config.json"), shape.vocab, folder / "generation_config.json")
     files = weight_files(folder)
     check_tensors(read_headers(files), shape, folder)
-    if not (folder / "tokenizer.json").exists():
+    if not access.is_file(folder / "tokenizer.json"):
         raise UsageError(
-            f"{folder} holds no tokenizer.json", "save the tokenizer into it: tokenizer.save_pretrained(DIR)"
+            f"{folder} holds no file tokenizer.json", "save the tokenizer into it: tokenizer.save_pretrained(DIR)"
         )
+    access.require_readable(folder / "tokenizer.json")
     teacher = Teacher(name, folder, config, shape, _digest([folder / "config.json", folder / "tokenizer.json", *files]))
     known = teacher.tokenizer.get_vocab()
     vocabulary = 1 + max(known.values(), default=-1)  # more than the number of tokens where ids are left out

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from paretune.hardware_profiles.access import unreadable
 from paretune.hardware_profiles.errors import UsageError
 
 Split = Literal["train", "calibration", "search", "report"]
@@ -109,7 +110,7 @@ def library_corpus() -> Corpus:
 
 def library_mismatches(heldout_file: Path) -> list[str]:
     """Held-out modules whose text differs from the one the embedded teacher was judged on (another Python version)."""
-    expected: dict[str, str] = json.loads(heldout_file.read_text())["modules"]
+    expected: dict[str, str] = json.loads(heldout_file.read_text(encoding="utf-8"))["modules"]
     actual = {
         name: hashlib.sha256(path.read_text("utf8", "ignore").encode()).hexdigest()
         for name, path in library_modules()
@@ -210,7 +211,7 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise _wrong_encoding(path, data, error.start) from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "check the permissions") from None
+        raise unreadable(path, error) from None
     if "\0" in text:
         raise _wrong_encoding(path, data, data.index(b"\0"))
     return text.replace("\r\n", "\n").replace("\r", "\n")

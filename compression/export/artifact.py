@@ -112,8 +112,8 @@ def write_artifact(
 def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add `facts` to paretune.json, write the card from all of them, and renew the checksums."""
     path = folder / FACTS
-    told = {**(json.loads(path.read_text()) if path.exists() else {}), **facts}
-    path.write_text(json.dumps(told, indent=1))
+    told = {**(json.loads(path.read_text(encoding="utf8")) if path.exists() else {}), **facts}
+    path.write_text(json.dumps(told, indent=1), encoding="utf8")
     (folder / "README.md").write_text(card(told), encoding="utf8")
     write_checksums(folder)
 
