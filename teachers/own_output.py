@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from paretune.hardware_profiles.errors import UsageError
 
 # A file that says that a folder is a home: studies, caches and the MLflow database, never text.
 HOME_MARKER = ".paretune-home"
 HOME_ENTRIES = {"studies", "cache", "artifacts", "profiles", "service", "agent", "README.md"}
 ARTIFACT_FACTS = "paretune.json"
+PROFILE_FILES = {"profile.json", "profile.html"}
 OTHERS_FOLDERS = {"__pycache__", "node_modules", "site-packages", "mlruns", "mlartifacts"}
 MODEL_NAMES = {"merges.txt", "vocab.txt", "added_tokens.txt", "license.txt", "notice.txt"}
 MODEL_SUFFIXES = {".json", ".md", ".py"}
@@ -46,18 +49,21 @@ class Walked:
 def walk(root: Path) -> Walked:
     """All regular files below `root` that may be text. Folders behind links are not entered, so that no link can go in circles.
 
-    Left out: hidden files and folders, homes and artifacts of this program, MLflow's folders, virtual environments, caches of Python
-    and Node, and the files that a model's folder consists of.
+    Left out: hidden files and folders, homes, artifacts and profiles of this program, MLflow's folders, virtual environments, caches of
+    Python and Node, and the files that a model's folder consists of. Raises UsageError for a folder that cannot be read.
     """
     found = Walked()
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_refuse):
         here = Path(folder)
         if here != root and (reason := _not_entered(here)):
             found.skipped[reason] += 1
             folders.clear()
             continue
-        own, model = here == root and is_home(here), is_model(here, names)
-        for name in [name for name in folders if name in HOME_ENTRIES] if own else []:
+        own = (HOME_ENTRIES if here == root and is_home(here) else set()) | (
+            PROFILE_FILES if set(names) >= PROFILE_FILES else set()
+        )
+        model = is_model(here, names)
+        for name in [name for name in folders if name in own]:
             folders.remove(name)
             found.skipped["output of this program"] += 1
         for name in list(folders):
@@ -84,6 +90,12 @@ def is_model(folder: Path, names: list[str]) -> bool:
     )
 
 
+def _refuse(error: OSError) -> None:
+    raise UsageError(
+        f"the folder {error.filename} cannot be read: {error.strerror}", "check the permissions, or name another folder"
+    ) from None
+
+
 def _not_entered(folder: Path) -> str:
     if folder.name in OTHERS_FOLDERS:
         return f"folder {folder.name}"
@@ -92,10 +104,10 @@ def _not_entered(folder: Path) -> str:
     return "virtual environment" if (folder / "pyvenv.cfg").exists() else ""
 
 
-def _not_read(file: Path, own: bool, model: bool) -> str:
+def _not_read(file: Path, own: Set[str], model: bool) -> str:
     if file.name.startswith("."):
         return "hidden file"
-    if own and file.name in HOME_ENTRIES:
+    if file.name in own:
         return "output of this program"
     if model and (file.name.lower() in MODEL_NAMES or file.suffix.lower() in MODEL_SUFFIXES):
         return "file of a model"

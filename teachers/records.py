@@ -77,7 +77,7 @@ def _json(path: Path, text: str, field: str) -> Iterator[Record]:
         value = _array_in(path, value, field)
     if not isinstance(value, list):
         raise UsageError(
-            f"{path} must hold an array of records, or one record per line, but holds a {_kind(value)}",
+            f"{path} must hold an array of records, or one record per line, but holds {_kind(value)}",
             "save it as JSON lines",
         )
     for number, record in enumerate(value, 1):
@@ -159,7 +159,7 @@ def _text(where: str, record: Any, field: str) -> str | None:
         remedy = (
             "write each as one string, such as the tokenizer's chat template gives" if listed else _nearest(record, "")
         )
-        raise UsageError(f"{where}: the field {field!r} must hold text, but holds a {_kind(value)}", remedy)
+        raise UsageError(f"{where}: the field {field!r} must hold text, but holds {_kind(value)}", remedy)
     return value.encode("utf8", "replace").decode()  # lone surrogates become "?"
 
 
@@ -206,6 +206,13 @@ def _few(keys: list[str]) -> str:
 def _kind(value: Any) -> str:
     if isinstance(value, list):
         messages = value and all(isinstance(v, dict) and "content" in v for v in value)
-        return f"list of {len(value)} messages" if messages else f"list of {len(value)}"
-    names = {dict: "object", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+        return f"a list of {len(value)}{' messages' if messages else ''}"
+    names = {
+        dict: "an object",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)

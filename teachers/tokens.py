@@ -17,6 +17,8 @@ from paretune.teachers.text import SPLITS, Corpus, Document, Split
 
 MIN_TOKENS: dict[Split, int] = {"train": 20_000, "calibration": 512, "search": 512, "report": 512}
 BATCH_DOCUMENTS = 64
+# Characters of a document that are looked at when it is only asked whether there is enough.
+PIECE = 100_000
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,48 @@ def token_split(teacher: Teacher, corpus: Corpus, split: Split, cache: Path) -> 
     return found
 
 
+def require_enough_tokens(teacher: Teacher, corpus: Corpus) -> None:
+    """Raises UsageError if a split is too small, as `token_splits` would, but encodes no more than it takes to know."""
+    for split, least in MIN_TOKENS.items():
+        documents, found = corpus.splits[split], 0
+        for start in range(0, len(documents), BATCH_DOCUMENTS):
+            pieces = [d.text[:PIECE] for d in documents[start : start + BATCH_DOCUMENTS]]
+            encoded = teacher.tokenizer.encode_batch(pieces, add_special_tokens=False)
+            found += sum(len(encoding.ids) + 1 for encoding in encoded)
+            if found >= least:
+                break
+        else:
+            if all(len(d.text) <= PIECE for d in documents):
+                raise _too_small(split, corpus, found)
+            _check_size(_split_of(teacher, documents), split, corpus)
+
+
+def _split_of(teacher: Teacher, documents: tuple[Document, ...]) -> TokenSplit:
+    ids, offsets = _encode(teacher, documents)
+    sizes = [len(d.text.encode("utf8", "replace")) for d in documents]
+    return TokenSplit(ids, np.array(offsets, np.int64), np.array(sizes, np.int64), tuple(d.name for d in documents))
+
+
 def _check_size(found: TokenSplit, split: Split, corpus: Corpus) -> None:
     if len(found.ids) < MIN_TOKENS[split]:
-        raise UsageError(
-            f"the {split} split must have at least {MIN_TOKENS[split]:,} tokens, but {corpus.source} gives {len(found.ids):,}",
-            "give more text with --data",
-        )
+        raise _too_small(split, corpus, len(found.ids))
+
+
+def _too_small(split: Split, corpus: Corpus, tokens: int) -> UsageError:
+    read = f" ({'; '.join(corpus.read)})" if corpus.read else ""
+    return UsageError(
+        f"the {split} split must have at least {MIN_TOKENS[split]:,} tokens, but {corpus.source} gives {tokens:,}{read}",
+        "give more text with --data",
+    )
 
 
 def _one(teacher: Teacher, documents: tuple[Document, ...], folder: Path, split: str) -> TokenSplit:
     index, data = folder / f"{split}.json", folder / f"{split}.u32"
     meta = _kept_index(index, data)
     if meta is None:
-        ids, offsets = _encode(teacher, documents)
-        write_atomically(data, ids.tobytes())
-        meta = {
-            "offsets": offsets,
-            "sizes": [len(d.text.encode("utf8", "replace")) for d in documents],
-            "names": [d.name for d in documents],
-        }
+        made = _split_of(teacher, documents)
+        write_atomically(data, made.ids.tobytes())
+        meta = {"offsets": made.offsets.tolist(), "sizes": made.sizes.tolist(), "names": list(made.names)}
         write_atomically(index, json.dumps(meta).encode())
     ids = np.memmap(data, np.uint32, "r") if data.stat().st_size else np.zeros(0, np.uint32)
     return TokenSplit(ids, np.array(meta["offsets"], np.int64), np.array(meta["sizes"], np.int64), tuple(meta["names"]))
