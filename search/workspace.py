@@ -172,7 +172,7 @@ class Workspace:
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
-        return torch.from_numpy(self.tokens["calibration"].windows(self.window, CALIBRATION_TOKENS).ids)
+        return torch.from_numpy(self.tokens["calibration"].calibration(self.window, CALIBRATION_TOKENS))
 
     @cached_property
     def _elastic(self) -> tuple[dict[str, torch.Tensor], Importance]:

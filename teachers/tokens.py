@@ -17,6 +17,8 @@ from paretune.teachers.text import SPLITS, Corpus, Document, Split
 
 MIN_TOKENS: dict[Split, int] = {"train": 20_000, "calibration": 512, "search": 512, "report": 512}
 BATCH_DOCUMENTS = 64
+# Share of tokens that are no padding in windows that statistics are taken over.
+LEAST_FILL = 0.6
 # Characters of a document that are looked at when it is only asked whether there is enough.
 PIECE = 100_000
 
@@ -31,7 +33,7 @@ class TokenSplit:
     names: tuple[str, ...]
 
     def windows(self, length: int, most_tokens: int | None = None) -> Windows:
-        """Consecutive windows of `length` tokens inside each document, the last one of a document padded.
+        """Consecutive windows of `length` tokens inside each document, the last one of a document padded to the longest of all.
 
         `most_tokens` thins the windows evenly. A target is every token but the first of its window; single tokens are dropped.
         """
@@ -41,16 +43,29 @@ class TokenSplit:
             for s in range(int(a), int(b), length)
             if min(s + length, int(b)) - s >= 2
         ]
-        total = sum(e - s - 1 for _, s, e in spans)
+        total, width = sum(e - s - 1 for _, s, e in spans), max((e - s for _, s, e in spans), default=length)
         if most_tokens is not None and total > most_tokens:
             keep = max(1, round(len(spans) * most_tokens / total))
             spans = [spans[i] for i in np.unique(np.linspace(0, len(spans) - 1, keep).round().astype(int))]
-        ids = np.zeros((len(spans), length), np.int64)
+        ids = np.zeros((len(spans), width), np.int64)
         targets = np.zeros(len(spans), np.int64)
         for row, (_, start, end) in enumerate(spans):
             ids[row, : end - start] = self.ids[start:end]
             targets[row] = end - start - 1
         return Windows(ids, targets, np.array([d for d, _, _ in spans], np.int64), self.bytes_per_token())
+
+    def calibration(self, length: int, most_tokens: int) -> npt.NDArray[np.int64]:
+        """Token ids [n, length or less] of about `most_tokens` tokens to take statistics over, with little padding or none.
+
+        They are `windows`, but where less than LEAST_FILL of those is text, documents are joined as in training: statistics
+        over padding are none of the text.
+        """
+        windows = self.windows(length, most_tokens)
+        filled = windows.total_targets + len(windows.ids)
+        if filled >= LEAST_FILL * windows.ids.size:
+            return windows.ids
+        rows = max(1, min(most_tokens, len(self.ids)) // length)
+        return self.ids[: rows * length].astype(np.int64).reshape(rows, -1)
 
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of the text per token (the end tokens counted)."""
