@@ -41,7 +41,9 @@ def score_teacher(
     batch = batch_within_memory(BATCH, windows.ids.shape[1], teacher.shape)
     with tempfile.TemporaryDirectory(prefix="paretune-ranks-") as name:
         folder = Path(name)
-        write_job(folder, teacher, windows.ids, windows.targets, even_batches(windows.targets, batch * windows.ids.shape[1]))
+        write_job(
+            folder, teacher, windows.ids, windows.targets, even_batches(windows.targets, batch * windows.ids.shape[1])
+        )
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         run_ranks(PROGRAM, ranks, folder, timeout_s, threads)
         nll = np.load(folder / NLL, allow_pickle=False)

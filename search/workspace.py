@@ -46,15 +46,7 @@ from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.candidate import Candidate, Format
 from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
-from paretune.teachers import (
-    Corpus,
-    Split,
-    Teacher,
-    TokenSplit,
-    chosen_corpus,
-    load_teacher,
-    token_splits,
-)
+from paretune.teachers import Corpus, Split, Teacher, TokenSplit, chosen_corpus, load_teacher, token_splits
 from paretune.teachers.checkpoint import DAMAGED, load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 

@@ -131,6 +131,11 @@ def _split_of(teacher: Teacher, documents: tuple[Document, ...]) -> TokenSplit:
 def _check_size(found: TokenSplit, split: Split, corpus: Corpus) -> None:
     if len(found.ids) < MIN_TOKENS[split]:
         raise _too_small(split, corpus, len(found.ids))
+    if not (np.diff(found.offsets) > 1).any():
+        raise UsageError(
+            f"a document must have a token to predict, but none of the {split} split of {corpus.source} has two tokens",
+            "give longer documents with --data",
+        )
 
 
 def _too_small(split: Split, corpus: Corpus, tokens: int) -> UsageError:
