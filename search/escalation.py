@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.objectives.directions import minimized
+from paretune.objectives.quality import relative
 from paretune.objectives.units import BYTES
 from paretune.search.front import Vector, dominates, non_dominated
 from paretune.spaces.candidate import FP32, Candidate
@@ -124,7 +125,7 @@ def unrounded(candidate: Candidate) -> Candidate:
 
 
 def _classical(tried: Tried, teacher: float, max_loss: float) -> Escalation:
-    loss = tried.ptq_nll / teacher - 1
+    loss = relative(tried.ptq_nll - teacher, teacher)
     told = f"post-training quantization loses {loss:.2%} of the teacher's NLL"
     if loss > max_loss:
         return Escalation(True, f"{told}, more than the {max_loss:.2%} that --max-loss allows")

@@ -34,7 +34,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search will cost, told before it starts (`--dry-run`)."""
+    """What a search will cost, told before it starts (`--dry-run`). `read`: what of --data is read, what is left out and why."""
 
     teacher: str
     parameters: int
@@ -55,6 +55,7 @@ class Plan:
     mild: bool = False
     text_what: str = "text"
     text_unit: str = "characters"
+    read: tuple[str, ...] = ()
 
 
 def memory_needed(teacher: Teacher) -> int:

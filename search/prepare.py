@@ -23,10 +23,12 @@ from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
 from paretune.search.target_profiles import further_profiles, require_measurable, require_predictions, reserved_share
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
-from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
+from paretune.teachers import EMBEDDED, Teacher, chosen_corpus, load_teacher
+from paretune.teachers.own_output import mark_home
 from paretune.teachers.plugin_name import is_plugin
 from paretune.teachers.teacher import EMBEDDED_FOLDER
 from paretune.teachers.text import SPLITS, library_mismatches
+from paretune.teachers.tokens import require_enough_tokens
 
 if TYPE_CHECKING:
     from paretune.teachers.plugin import PluginTeacher
@@ -91,7 +93,8 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
     require_measurable(profile, address)
     for target in targets:
         check_figures(spec.model_copy(update={"limits": {}}), target)  # limits are for the searched one
-    corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
+    corpus = chosen_corpus(spec.data, spec.field)
+    require_enough_tokens(teacher, corpus)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     if missing := spec.choices.missing(profile.weight_formats):
         raise UsageError(
@@ -142,6 +145,7 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
         home,
         notes,
     )
+    plan = replace(plan, read=corpus.read)
     check_affordable(plan, spec, home)
     return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), targets=targets)
 
@@ -205,3 +209,4 @@ def check_home(home: Path) -> None:
         raise unwritable(
             home, error, "choose a writable folder with --home or PARETUNE_HOME", "the home folder"
         ) from None
+    mark_home(home)

@@ -91,6 +91,7 @@ def _write_setup(ready: Ready, folder: Path) -> None:
         "spec": ready.spec.model_dump(mode="json"),
         "profile": ready.profile.model_dump(mode="json"),
         "mild": ready.space.mild,
+        "text": ready.text,
     }
     if ready.plugin is not None:
         setup |= {"evaluator": PLUGIN_EVALUATOR, "plugin_folder": str(ready.plugin.folder)}

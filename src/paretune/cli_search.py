@@ -44,8 +44,8 @@ def search(
             help="stdlib-coder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2), or plugin:NAME (plugin:MODULE:CLASS)."
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
-    field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your text: a text file, records (.jsonl, .json, .csv, .tsv, .parquet) or a folder of them.")] = None,
+    field: Annotated[str | None, typer.Option(help="Text field of records; keys joined by dots for a nested one.")] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -261,6 +261,8 @@ def _show_plan(plan: Plan, json: bool) -> None:
         f"{plan.teacher}: {plan.parameters / 1e6:.1f}M parameters, {plan.space_size:,} candidates for {plan.profile}"
     )
     print_text(f"{plan.text_what}: {', '.join(f'{name} {n:,}' for name, n in plan.text.items())} {plan.text_unit}")
+    for line in plan.read:
+        print_text(f"  {line}")
     print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
     print_text(
         f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
