@@ -73,7 +73,11 @@ def create_app(service: Service) -> Guard:
         from paretune.service.pages import mount_pages
 
         mount_pages(app, service)
-    return Guard(app, service)
+    if service.mlflow_socket is None:
+        return Guard(app, service)
+    from paretune.service.mlflow_page import MlflowProxy
+
+    return Guard(MlflowProxy(app, service.mlflow_socket), service)
 
 
 def status_of(error: ParetuneError) -> int:

@@ -13,13 +13,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from paretune.objectives.agent_access import host_is_known, host_problem, own_hosts, token_matches
 from paretune.objectives.connections import client_of
 from paretune.service.proxies import forwarded_client, forwarded_scheme
-from paretune.service.sessions import session_names
-from paretune.service.state import Service
+from paretune.service.sessions import Sessions, session_names
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,6 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BODY, MOST_QUERY = 256 * 1024, 4096
+MLFLOW, MLFLOW_QUERY = "/mlflow/", 32 * 1024  # its charts ask for many runs at once
 BODY_S = 15.0
 REQUESTS_PER_S, BURST = 200.0, 400.0
 LOGINS_PER_S, LOGIN_BURST = 0.5, 10.0
@@ -83,10 +83,25 @@ class Refused(Exception):
         self.status, self.problem, self.remedy = status, problem, remedy
 
 
+class Visitors(Protocol):
+    """Who may come in: holders of the token, and of a session."""
+
+    @property
+    def token(self) -> str: ...
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]: ...
+
+    @property
+    def sessions(self) -> Sessions: ...
+
+    def is_proxy(self, address: str) -> bool: ...
+
+
 class Guard:
     """Wraps an application; every answer, refusals too, gets the security headers."""
 
-    def __init__(self, app: App, service: Service) -> None:
+    def __init__(self, app: App, service: Visitors) -> None:
         self.app, self.service = app, service
         self.requests, self.logins = Buckets(REQUESTS_PER_S, BURST), Buckets(LOGINS_PER_S, LOGIN_BURST)
         self._wrong: OrderedDict[bytes, None] = OrderedDict()
@@ -111,8 +126,9 @@ class Guard:
         """Raises Refused: 400, 401, 403, 405, 413, 414, 415, 429."""
         headers = Headers(scope)
         path, method = str(scope["path"]), str(scope["method"])
-        if len(scope.get("query_string", b"")) > MOST_QUERY or len(scope.get("raw_path") or b"") > MOST_QUERY:
-            raise Refused(414, f"path and query have at most {MOST_QUERY} bytes")
+        most_query = MLFLOW_QUERY if path.startswith(MLFLOW) else MOST_QUERY
+        if len(scope.get("query_string", b"")) > most_query or len(scope.get("raw_path") or b"") > MOST_QUERY:
+            raise Refused(414, f"path and query have at most {most_query} bytes")
         address, port = _local(scope)
         host = headers.single("host")
         if not host_is_known(host, address, port, self.service.allowed_hosts):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paretune.hardware_profiles.command_line import pasted
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError, UsageError
 from paretune.hardware_profiles.files import disk_problem, require_folder
 from paretune.objectives import agent_access
 from paretune.search.database import is_taken
@@ -23,6 +21,8 @@ from paretune.service.proxies import Network
 from paretune.service.queue import Queue
 from paretune.service.state import Service
 from paretune.service.supervisor import TOKEN, Supervisor
+from paretune.tracking.mlflow_app import PREFIX
+from paretune.tracking.ui import start_page
 
 if TYPE_CHECKING:
     import uvicorn
@@ -61,16 +61,18 @@ def run_service(home: Path, settings: Settings) -> int:
         stack.callback(queue.close)
         listening = bind(settings.host, settings.port)
         stack.callback(listening.close)
-        port = listening.getsockname()[1]
-        mlflow = stack.enter_context(mlflow_beside(home, port + 1)) if settings.mlflow else None
+        mlflow = _mlflow_of(home, stack) if settings.mlflow else None
+        mlflow_url = None if mlflow is None else start_page(home, f"{PREFIX}/")
         fresh = token is None
         token = token or agent_access.write_token(home / FOLDER)
-        service = Service(home, Studies(home), queue, token, settings.allowed_hosts, mlflow, proxies=settings.proxies)
+        service = Service(
+            home, Studies(home), queue, token, settings.allowed_hosts, mlflow_url, mlflow, proxies=settings.proxies
+        )
         if settings.searches:
             supervisor = Supervisor(queue, at_once=settings.searches, threads=settings.threads)
             supervisor.start()
             stack.callback(supervisor.stop)
-        _tell(settings.host, port, token if fresh else None, home, mlflow)
+        _tell(settings.host, listening.getsockname()[1], token if fresh else None, home, mlflow_url)
         server = server_of(create_app(service), service.is_proxy)
         server.capture_signals = lambda: ended_by_signals(server)  # type: ignore[method-assign]
         server.run(sockets=[listening])
@@ -145,18 +147,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-@contextlib.contextmanager
-def mlflow_beside(home: Path, port: int) -> Iterator[str]:
-    """MLflow's page on 127.0.0.1:`port`, ended with the service; its address."""
-    from paretune.tracking.ui import QUIET, end_server, server_command, start_page
+def _mlflow_of(home: Path, stack: contextlib.ExitStack) -> Path | None:
+    """The socket of MLflow's page over `home`; None, and a word, if it does not come up: the service does not need it."""
+    from paretune.service.mlflow_page import mlflow_process
 
-    server = subprocess.Popen(
-        server_command(home, port), env=os.environ | QUIET, start_new_session=True, stdout=subprocess.DEVNULL
-    )
     try:
-        yield start_page(home, port)
-    finally:
-        end_server(server)
+        return stack.enter_context(mlflow_process(home))
+    except ParetuneError as error:
+        print(f"note: MLflow is not served: {error.problem}; {error.remedy}", file=sys.stderr)
+        return None
 
 
 def _tell(host: str, port: int, token: str | None, home: Path, mlflow: str | None) -> None:
@@ -168,5 +167,5 @@ def _tell(host: str, port: int, token: str | None, home: Path, mlflow: str | Non
     else:
         print(f"open {address}/login; the token is in {home / FOLDER / 'token'} or {TOKEN}", file=sys.stderr)
     if mlflow is not None:
-        print(f"MLflow: {mlflow}", file=sys.stderr)
+        print(f"MLflow: {address}{mlflow}, behind the same login", file=sys.stderr)
     print(address, flush=True)

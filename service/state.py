@@ -14,8 +14,8 @@ from paretune.service.sessions import Sessions
 @dataclass(frozen=True)
 class Service:
     """`token` is what clients and browsers must know; `allowed_hosts` are further names under which the service answers;
-    `mlflow_url` is where MLflow's page is, if it is served; `sessions` are the browsers that are logged in, `proxies` the networks
-    whose word for a client's address and scheme is taken."""
+    `mlflow_url` is where MLflow's page is below the service, if it is served, and `mlflow_socket` where its process listens;
+    `sessions` are the browsers that are logged in, `proxies` the networks whose word for a client's address and scheme is taken."""
 
     home: Path
     studies: Studies
@@ -23,6 +23,7 @@ class Service:
     token: str
     allowed_hosts: frozenset[str] = field(default_factory=frozenset)
     mlflow_url: str | None = None
+    mlflow_socket: Path | None = None
     sessions: Sessions = field(default_factory=Sessions)
     proxies: tuple[Network, ...] = ()
 

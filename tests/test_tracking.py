@@ -29,17 +29,19 @@ from paretune.search.store import Store
 from paretune.search.target_records import Target, TargetRow, keep_targets
 from paretune.search.target_view import view_on
 from paretune.search.view import Point, StudyView, load_view
+from paretune.service.mlflow_ui import serve_ui
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
 from paretune.tracking import MlflowSink, front_figure, front_png, rebuild, report_html, try_drain, write_report
 from paretune.tracking import housekeeper as housekeeper_module
 from paretune.tracking.housekeeper import Housekeeper
 from paretune.tracking.mlflow_experiment import CHOICES, EXPERIMENT, VIEW_TAG, VIEWS
+from paretune.tracking.mlflow_paths import database_uri
 from paretune.tracking.mlflow_registry import alias_of, model_name
 from paretune.tracking.mlflow_sink import tracking_uri
 from paretune.tracking.mlflow_texts import candidate_params, run_names, study_params
 from paretune.tracking.page import flat
 from paretune.tracking.points import AXES, groups, staircase, window
-from paretune.tracking.ui import serve_ui, server_command, start_page
+from paretune.tracking.ui import end_server, start_page
 from paretune.tracking.wording import recommended
 
 INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")
@@ -661,32 +663,29 @@ def test_ui_needs_a_database_and_a_free_port(recorded: Recorded, tmp_path: Path)
         taken.listen()
         with pytest.raises(EnvironmentProblem, match="--port"):
             serve_ui(recorded.home, taken.getsockname()[1])
-    assert f"sqlite:///{recorded.home.resolve() / 'mlflow.db'}" in server_command(recorded.home, 5000)
 
 
 def test_ui_names_the_page_of_the_fronts(recorded: Recorded, tmp_path: Path) -> None:
     experiment = recorded.client.get_experiment_by_name(EXPERIMENT).experiment_id
-    address = start_page(recorded.home, 5000)
-    assert address.startswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?")
+    address = start_page(recorded.home, "/mlflow/")
+    assert address.startswith(f"/mlflow/#/experiments/{experiment}/runs?")
     assert f"viewStateShareKey={VIEWS[0].key}&" in address
     (tmp_path / "mlflow.db").write_bytes(b"")
-    assert start_page(tmp_path, 5000) == "http://127.0.0.1:5000"
+    assert start_page(tmp_path, "/mlflow/") == "/mlflow/"
 
 
-def test_ui_serves_and_ends_with_its_workers(
+def test_a_study_can_be_told_to_a_server(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And a study can be told to a server as to a file, without a word on stdout."""
+    """As to a file, without a word on stdout; `paretune ui` is no such server, it only shows."""
     port = closed_port()
-    code = (
-        "import sys; from pathlib import Path; from paretune.tracking.ui import serve_ui; "
-        "sys.exit(serve_ui(Path(sys.argv[1]), int(sys.argv[2])))"
-    )
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(recorded.home), str(port)],
+        [*command, "--backend-store-uri", database_uri(recorded.home)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         assert answers(port, 90)
@@ -695,11 +694,9 @@ def test_ui_serves_and_ends_with_its_workers(
             patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
             assert try_drain(recorded.home, recorded.store, recorded.view) is None
         assert recorded.store.outbox() == [] and capfd.readouterr().out == ""
-        process.terminate()
-        assert process.wait(30) == 0
-        assert not answers(port, 0)
     finally:
-        process.kill()
+        end_server(process)
+    assert not answers(port, 0)
 
 
 def answers(port: int, patience_s: float) -> bool:

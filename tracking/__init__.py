@@ -4,6 +4,5 @@ from paretune.tracking.charts import front_figure
 from paretune.tracking.mlflow_sink import MlflowSink, rebuild, try_drain
 from paretune.tracking.picture import front_png
 from paretune.tracking.report import report_html, write_report
-from paretune.tracking.ui import serve_ui
 
-__all__ = ["MlflowSink", "front_figure", "front_png", "rebuild", "report_html", "serve_ui", "try_drain", "write_report"]
+__all__ = ["MlflowSink", "front_figure", "front_png", "rebuild", "report_html", "try_drain", "write_report"]

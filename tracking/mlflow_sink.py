@@ -25,6 +25,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
 from paretune.tracking.mlflow_experiment import experiment_of
+from paretune.tracking.mlflow_paths import artifact_root, database_uri, follow_home, remove_stray
 from paretune.tracking.mlflow_runs import StudyRuns
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ DEFAULTS = {
 
 def tracking_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI if the user set it, else the SQLite file in `home`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(home)
 
 
 def try_drain(home: Path, store: Store, view: StudyView, turn: Turn = contextlib.nullcontext) -> str | None:
@@ -99,6 +100,7 @@ class MlflowSink:
         """
         with self._alone():
             self._require_there()
+            self._follow_home()
             with turn():
                 runs = StudyRuns(_client(self.uri), self._artifact_location(), store, view)
             published = self._publish(store, runs, view, time.monotonic() + within_s, turn)
@@ -112,6 +114,7 @@ class MlflowSink:
         """A client and the id of our experiment, while no other process writes. Raises EnvironmentProblem, or what MLflow raises."""
         with self._alone():
             self._require_there()
+            self._follow_home()
             client = _client(self.uri)
             yield client, experiment_of(client, self._artifact_location())
 
@@ -122,6 +125,10 @@ class MlflowSink:
             _require_writable(self.home / "mlflow.db")
         elif self.uri.startswith(("http://", "https://")):
             _require_answer(self.uri)
+
+    def _follow_home(self) -> None:
+        if self.uri == database_uri(self.home):
+            follow_home(self.home)
 
     def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float, turn: Turn) -> int:
         points = {p.key: p for p in view.confirmed}
@@ -140,7 +147,7 @@ class MlflowSink:
 
     def _artifact_location(self) -> str | None:
         """Absolute, because MLflow's default depends on the working directory; a remote server decides itself."""
-        return (self.home / "artifacts").as_uri() if self.uri.startswith("sqlite:") else None
+        return artifact_root(self.home) if self.uri.startswith("sqlite:") else None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -148,7 +155,10 @@ class MlflowSink:
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / "mlflow.lock").open("a", encoding="utf-8") as lock:
             _poll_lock(lock.fileno(), time.monotonic() + LOCK_S)
-            yield
+            try:
+                yield
+            finally:
+                remove_stray(self.home)
 
 
 def _client(uri: str) -> MlflowClient:

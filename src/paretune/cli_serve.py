@@ -29,7 +29,7 @@ def serve(
     ] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Threads that each search trains on.")] = 1,
     mlflow: Annotated[
-        bool, typer.Option("--mlflow", help="Serve the MLflow UI beside it, on the next port of 127.0.0.1.")
+        bool, typer.Option("--mlflow", help="Serve the MLflow UI, too, under /mlflow/ and behind the same login.")
     ] = False,
     new_token: Annotated[
         bool, typer.Option("--new-token", help="Make a new token; the old one and all logins are void.")

@@ -24,10 +24,10 @@ def report(study: Study = None, home: Home = HOME, json: Json = False) -> None:
 
 
 def ui(
-    home: Home = HOME, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000
+    home: Home = HOME, port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 5000
 ) -> None:
-    """Open the MLflow UI on this home: one worker, loopback only."""
-    from paretune.tracking.ui import serve_ui
+    """Open the MLflow UI on this home, for looking and comparing: loopback only, by a link that opens once."""
+    from paretune.service.mlflow_ui import serve_ui
 
     raise typer.Exit(serve_ui(home.resolve(), port))
 
