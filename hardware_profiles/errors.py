@@ -4,6 +4,7 @@
     ├── UsageError          the user changes the command or the file (exit 2)
     ├── NothingFeasible     the constraints exclude everything (exit 4)
     ├── EnvironmentProblem  the user mends disk, memory, package or machine (exit 5)
+    │   └── DiskProblem     the disk takes nothing just now: what waits goes on when it does again
     └── Infeasible          this one candidate cannot be built or run; the search goes on
 
 Every message states the rule and the actual value; `remedy` says what to do.
@@ -36,6 +37,10 @@ class NothingFeasible(ParetuneError):
 
 class EnvironmentProblem(ParetuneError):
     exit_code = 5
+
+
+class DiskProblem(EnvironmentProblem):
+    """The disk is full, over quota, read-only or out of handles: nothing is wrong with what is kept or asked."""
 
 
 class Infeasible(ParetuneError):

@@ -6,16 +6,19 @@ Starting is recovering: whatever was running when the process died is marked los
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import sqlalchemy as sa
 
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import disk_problem
+from paretune.hardware_profiles.text import clean, loads
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.search.database import create_database, open_engine, require_study, take_lock
+from paretune.search.database_errors import database_problem, told
 from paretune.search.records import CandidateRow, Evaluation, Event, Fidelity, Status, evaluation_of, now
 from paretune.search.tables import (
     SCHEMA_VERSION,
@@ -28,6 +31,10 @@ from paretune.search.tables import (
     outbox_table,
 )
 from paretune.spaces.kinds import AnyCandidate, candidate_from_json
+
+# What a row raises that something else has written.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+Row = TypeVar("Row")
 
 
 class Store:
@@ -45,7 +52,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
         except OSError as error:
-            raise EnvironmentProblem(
+            raise disk_problem(error) or EnvironmentProblem(
                 f"the study folder {folder} cannot be written: {error.strerror}",
                 "free the disk or choose a folder with --home",
             ) from None
@@ -56,10 +63,7 @@ class Store:
         try:
             create_database(folder, metadata, fill)
         except sa.exc.OperationalError as error:
-            raise EnvironmentProblem(
-                f"the study database in {folder} cannot be written: {error.orig}",
-                "free the disk or choose a folder with --home",
-            ) from None
+            raise database_problem(error, folder, "the study database") from None
         return cls(folder, open_engine(folder, "rw"), lock)
 
     @classmethod
@@ -87,7 +91,7 @@ class Store:
     def meta(self, name: str, default: Any = None) -> Any:
         with self._engine.connect() as connection:
             row = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.name == name)).first()
-        return default if row is None else json.loads(row[0])
+        return default if row is None else loads(row[0])
 
     def set_meta(self, **values: Any) -> None:
         rows = [{"name": name, "value": json.dumps(value)} for name, value in values.items()]
@@ -119,13 +123,16 @@ class Store:
             )
         return True
 
-    def candidates(self) -> list[CandidateRow]:
+    def candidates(self, bad: list[str] | None = None) -> list[CandidateRow]:
+        """In the order of their proposal. Rows that cannot be read are left out and told in `bad`; without it they raise."""
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(candidate_table).order_by(candidate_table.c.number)).all()
-        return [
-            CandidateRow(r.key, r.number, r.source, candidate_from_json(r.candidate), json.loads(r.params))
-            for r in rows
-        ]
+        return _each(
+            rows,
+            lambda r: CandidateRow(r.key, r.number, r.source, candidate_from_json(r.candidate), loads(r.params)),
+            "candidate",
+            bad,
+        )
 
     def start(self, key: str, fidelity: Fidelity) -> int:
         """A candidate is being evaluated: returns which attempt this is, from 1."""
@@ -167,7 +174,7 @@ class Store:
             "measurements": json.dumps({n: m.to_dict() for n, m in (measurements or {}).items()}),
             "scores": json.dumps(None if scores is None else scores.__dict__),
             "facts": json.dumps(dict(facts or {})),
-            "reason": reason,
+            "reason": clean(reason),
             "seconds": seconds,
             "at": now(),
         }
@@ -183,14 +190,18 @@ class Store:
                 )
         return True
 
-    def evaluations(self, fidelity: Fidelity | None = None, status: Status | None = None) -> list[Evaluation]:
+    def evaluations(
+        self, fidelity: Fidelity | None = None, status: Status | None = None, bad: list[str] | None = None
+    ) -> list[Evaluation]:
+        """Oldest first. Rows that cannot be read are left out and told in `bad`; without it they raise."""
         query = sa.select(evaluation_table).order_by(evaluation_table.c.id)
         if fidelity is not None:
             query = query.where(evaluation_table.c.fidelity == fidelity)
         if status is not None:
             query = query.where(evaluation_table.c.status == status)
         with self._engine.connect() as connection:
-            return [evaluation_of(row) for row in connection.execute(query)]
+            rows = connection.execute(query).all()
+        return _each(rows, evaluation_of, "evaluation", bad)
 
     def evaluations_of(self, key: str) -> list[Evaluation]:
         """All evaluations of one candidate, oldest first."""
@@ -240,14 +251,14 @@ class Store:
 
     def event(self, kind: str, text: str, **data: Any) -> None:
         with self._engine.begin() as connection:
-            connection.execute(sa.insert(event_table).values(at=now(), kind=kind, text=text, data=json.dumps(data)))
+            connection.execute(
+                sa.insert(event_table).values(at=now(), kind=kind, text=clean(text), data=json.dumps(data))
+            )
 
     def events(self) -> list[Event]:
+        """Oldest first; one whose details cannot be read says so."""
         with self._engine.connect() as connection:
-            return [
-                Event(r.at, r.kind, r.text, json.loads(r.data))
-                for r in connection.execute(sa.select(event_table).order_by(event_table.c.id))
-            ]
+            return [_event(r) for r in connection.execute(sa.select(event_table).order_by(event_table.c.id))]
 
     def outbox(self) -> list[tuple[int, str, str]]:
         """What MLflow has not seen: (id, kind, key), oldest first."""
@@ -271,20 +282,37 @@ class Store:
 
 def _checked(store: Store) -> Store:
     try:
-        version = store.meta("schema")
-    except sa.exc.DatabaseError as error:
-        reason = str(error.orig)
-        if "unable to open" in reason or "readonly" in reason:
-            raise EnvironmentProblem(
-                f"the study database in {store.folder} cannot be opened: {reason}",
-                "look at the folder's disk and permissions",
-            ) from None
-        raise EnvironmentProblem(
-            f"the study database in {store.folder} is damaged: {reason}", "restore the folder from a backup"
-        ) from None
+        with told(store.folder, "the study database"):
+            version = store.meta("schema")
+    except BaseException:
+        store.close()
+        raise
     if version != SCHEMA_VERSION:
+        store.close()
         raise UsageError(
             f"the study has schema {version}, this paretune reads {SCHEMA_VERSION}",
             "use the paretune version that wrote it",
         )
     return store
+
+
+def _each(rows: Iterable[Any], read: Callable[[Any], Row], what: str, bad: list[str] | None) -> list[Row]:
+    if bad is None:
+        return [read(row) for row in rows]
+    found = []
+    for row in rows:
+        try:
+            found.append(read(row))
+        except UNREADABLE as error:
+            bad.append(
+                f"the {what} {str(row.key)[:20]} cannot be read: {type(error).__name__}: {clean(str(error))[:200]}"
+            )
+    return found
+
+
+def _event(row: Any) -> Event:
+    at, kind, text = (clean(str(value)) for value in (row.at, row.kind, row.text))
+    try:
+        return Event(at, kind, text, loads(row.data))
+    except UNREADABLE as error:
+        return Event(at, kind, f"{text} (its details cannot be read: {type(error).__name__})", {})

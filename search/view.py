@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from paretune.hardware_profiles.errors import EnvironmentProblem
+from paretune.hardware_profiles.text import clean
 from paretune.objectives.directions import minimized
 from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.database import is_taken
+from paretune.search.database_errors import told
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
-from paretune.search.store import Store
+from paretune.search.store import UNREADABLE, Store
 from paretune.search.target_records import Target, load_targets
 from paretune.spaces.candidate import ALGORITHM_NAMES, Format
 from paretune.spaces.kinds import AnyCandidate
@@ -39,6 +42,7 @@ LABELS = {
     "relative_loss": "NLL increase (fraction)",
     "load_ms": "load (ms)",
 }
+MOST_TOLD = 20  # rows that cannot be read
 DEFAULT_OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
 
 
@@ -160,9 +164,24 @@ META = (
 
 
 def load_view(store: Store) -> StudyView:
-    """Read the whole study."""
-    rows = {row.key: row for row in store.candidates()}
-    evaluations = store.evaluations()
+    """Read the whole study. A row that cannot be read is left out and told as an event.
+
+    Raises EnvironmentProblem if the study as a whole cannot be read.
+    """
+    try:
+        with told(store.folder, "the study database"):
+            return _load_view(store)
+    except UNREADABLE as error:
+        raise EnvironmentProblem(
+            f"the study {store.folder.name!r} cannot be read: {type(error).__name__}: {clean(str(error))[:300]}",
+            "restore its folder from a backup",
+        ) from error
+
+
+def _load_view(store: Store) -> StudyView:
+    bad: list[str] = []
+    rows = {row.key: row for row in store.candidates(bad)}
+    evaluations = [e for e in store.evaluations(bad=bad) if e.key in rows]
     complete = {(e.key, e.fidelity): e for e in evaluations if e.status == "complete"}.values()
     meta = {name: store.meta(name) for name in META}
     if meta["state"] == "running" and not is_taken(store.folder):
@@ -183,7 +202,7 @@ def load_view(store: Store) -> StudyView:
         front,
         ties,
         failures,
-        tuple(store.events()),
+        (*store.events(), *(Event("", "unreadable", text, {}) for text in bad[:MOST_TOLD])),
         store.meta("seconds_by_stage", {}),
         figures,
         load_targets(store),
