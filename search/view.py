@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from paretune.hardware_profiles.errors import EnvironmentProblem
-from paretune.hardware_profiles.text import clean
 from paretune.objectives.directions import minimized
 from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.database import is_taken
-from paretune.search.database_errors import told
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
-from paretune.search.store import UNREADABLE, Store
+from paretune.search.store import Store, reading
 from paretune.search.target_records import Target, load_targets
 from paretune.spaces.candidate import ALGORITHM_NAMES, Format
 from paretune.spaces.kinds import AnyCandidate
@@ -149,6 +146,7 @@ META = (
     "versions",
     "machine",
     "spent_s",
+    "spent_at",
     "budget_s",
     "fit_error",
     "calibration",
@@ -157,6 +155,8 @@ META = (
     "elastic",
     "launches",
     "stage",
+    "ended",
+    "remedy",
     "seed",
     "command",
     "figures",
@@ -168,19 +168,13 @@ def load_view(store: Store) -> StudyView:
 
     Raises EnvironmentProblem if the study as a whole cannot be read.
     """
-    try:
-        with told(store.folder, "the study database"):
-            return _load_view(store)
-    except UNREADABLE as error:
-        raise EnvironmentProblem(
-            f"the study {store.folder.name!r} cannot be read: {type(error).__name__}: {clean(str(error))[:300]}",
-            "restore its folder from a backup",
-        ) from error
+    with reading(store):
+        return _load_view(store)
 
 
 def _load_view(store: Store) -> StudyView:
     bad: list[str] = []
-    rows = {row.key: row for row in store.candidates(bad)}
+    rows = {row.key: row for row in store.candidates(bad=bad)}
     evaluations = [e for e in store.evaluations(bad=bad) if e.key in rows]
     complete = {(e.key, e.fidelity): e for e in evaluations if e.status == "complete"}.values()
     meta = {name: store.meta(name) for name in META}
@@ -188,12 +182,12 @@ def _load_view(store: Store) -> StudyView:
         meta["state"] = "interrupted"  # killed, so that nobody could write it down
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
     figures = Figures.of(meta["figures"])
-    confirmed = tuple(_point(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
-    rung0 = tuple(_point(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
+    confirmed = tuple(point_of(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
+    rung0 = tuple(point_of(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
     front, ties = front_of(confirmed, objectives)
     failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
     return StudyView(
-        store.meta("study"),
+        store.folder.name,  # of a copy under another name, too
         store.folder,
         meta,
         objectives,
@@ -219,9 +213,10 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
     chosen.sort(key=lambda p: (p.value(p.figures.quality).value, p.vector(objectives)))
     ties: dict[str, str] = {}
+    quick_first = sorted(objectives, key=lambda name: any(name == p.figures.quality for p in chosen))  # the quality resamples
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:
-            if earlier.key not in ties and all(tied(point, earlier, name) for name in objectives):
+            if earlier.key not in ties and all(tied(point, earlier, name) for name in quick_first):
                 ties[point.key] = earlier.key
                 break
     return tuple(chosen), ties
@@ -243,9 +238,10 @@ def tied(a: Point, b: Point, objective: str) -> bool:
 
 
 def standing(view: StudyView) -> dict[str, Any]:
-    """How far a study is: budget used, and how many points of each kind."""
+    """How far a study is: budget used (`spent_s`, as it was at `spent_at`), and how many points of each kind."""
     return {
         "spent_s": view.meta["spent_s"] or 0.0,
+        "spent_at": written_at(view.meta),
         "budget_s": view.meta["budget_s"],
         "explored": len(view.rung0),
         "confirmed": len(view.confirmed),
@@ -254,6 +250,12 @@ def standing(view: StudyView) -> dict[str, Any]:
         "failures": len(view.failures),
         "seconds_by_stage": view.seconds_by_stage,
     }
+
+
+def written_at(meta: Mapping[str, Any]) -> str | None:
+    """When `spent_s` was written; None where a version that does not say so has written it since."""
+    spent, at = meta["spent_at"] or (None, None)
+    return at if spent == meta["spent_s"] else None
 
 
 def failure_counts(view: StudyView) -> Counter[str]:
@@ -268,7 +270,8 @@ def _names(formats: Sequence[Format]) -> str:
     return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
-def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+def point_of(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+    """A candidate with what an evaluation of it found."""
     return Point(
         row.key,
         row.number,
