@@ -111,6 +111,11 @@ def disk_problem(error: OSError) -> DiskProblem | None:
     return DiskProblem(f"{rule} ({os.strerror(error.errno)}){where}", remedy)
 
 
+def tells_of_disk(text: str) -> bool:
+    """Whether a text, as kept of a search that has ended, is one of `disk_problem`."""
+    return any(rule in text for rule, _ in REMEDIES.values())
+
+
 def disk_lack(folder: Path) -> OSError | None:
     """The error with which a file of 64 kB in `folder` cannot be written just now; None if it can."""
     probe = folder / f".probe-{os.getpid()}"

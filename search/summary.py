@@ -71,7 +71,9 @@ def _load_standing(store: Store) -> Standing:
         "failures": sum(rows for (_, status), (rows, _) in counts.items() if status in FAILURES),
         "seconds_by_stage": meta["seconds_by_stage"] or {},
     }
-    return Standing(told, tuple([*store.events(LAST_EVENTS), *(Event("", "unreadable", text) for text in bad)][-LAST_EVENTS:]))
+    return Standing(
+        told, tuple([*store.events(LAST_EVENTS), *(Event("", "unreadable", text) for text in bad)][-LAST_EVENTS:])
+    )
 
 
 def summary(view: StudyView) -> dict[str, Any]:

@@ -213,7 +213,9 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
     chosen.sort(key=lambda p: (p.value(p.figures.quality).value, p.vector(objectives)))
     ties: dict[str, str] = {}
-    quick_first = sorted(objectives, key=lambda name: any(name == p.figures.quality for p in chosen))  # the quality resamples
+    quick_first = sorted(
+        objectives, key=lambda name: any(name == p.figures.quality for p in chosen)
+    )  # the quality resamples
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:
             if earlier.key not in ties and all(tied(point, earlier, name) for name in quick_first):
