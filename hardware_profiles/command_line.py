@@ -26,6 +26,11 @@ def use_home(home: Path) -> Path:
     return home
 
 
+def home_now() -> Path:
+    """The home of this process."""
+    return (_now.get("home") or usual_home()).resolve()
+
+
 def usual_home() -> Path:
     """The home of a command without --home."""
     return Path(os.environ.get(HOME_VARIABLE) or USUAL_HOME).resolve()
@@ -46,7 +51,7 @@ def pasted(*words: object, home: Path | None = None, stored: bool = False) -> st
 
 def home_words(home: Path | None = None, stored: bool = False) -> list[str]:
     """`--home FOLDER`, quoted, or nothing where a command finds that home without it."""
-    found = (home or _now.get("home") or usual_home()).resolve()
+    found = home_now() if home is None else home.resolve()
     return [] if found == usual_home() and not stored else ["--home", shlex.quote(str(found))]
 
 

@@ -4,6 +4,8 @@
     ├── UsageError          the user changes the command or the file (exit 2)
     ├── NothingFeasible     the constraints exclude everything (exit 4)
     ├── EnvironmentProblem  the user mends disk, memory, package or machine (exit 5)
+    │   └── Shortage        the machine lacks memory, disk or handles just now: what waits goes on when it has them again
+    │       └── DiskProblem its disk is full, over quota or read-only
     └── Infeasible          this one candidate cannot be built or run; the search goes on
 
 Every message states the rule and the actual value; `remedy` says what to do.
@@ -36,6 +38,14 @@ class NothingFeasible(ParetuneError):
 
 class EnvironmentProblem(ParetuneError):
     exit_code = 5
+
+
+class Shortage(EnvironmentProblem):
+    """Nothing is wrong with what is kept or asked; the machine lacks something for now."""
+
+
+class DiskProblem(Shortage):
+    """The disk is full, over quota, read-only or fails."""
 
 
 class Infeasible(ParetuneError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from paretune.hardware_profiles.errors import EnvironmentProblem
+from paretune.hardware_profiles.errors import DiskProblem, EnvironmentProblem
+from paretune.hardware_profiles.text import clean
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -78,13 +80,62 @@ def warn_damaged(path: Path, error: Exception) -> None:
     warnings.warn(f"{path} {what} and is made anew ({type(error).__name__}: {reason})", RuntimeWarning, stacklevel=3)
 
 
-def disk_problem(error: OSError) -> EnvironmentProblem | None:
-    """What to tell the user of a disk that cannot be written; None for other errors."""
-    remedies = {
-        errno.ENOSPC: "free the disk, then run the same command again: it goes on",
-        errno.EDQUOT: "free some of your quota, then run the same command again: it goes on",
-        errno.EROFS: "mount it writable, then run the same command again: it goes on; or choose another disk with --home",
-    }
-    if error.errno not in remedies:
+REMEDIES = {
+    errno.ENOSPC: ("the disk is full", "free the disk, then run the same command again: it goes on"),
+    errno.EDQUOT: ("the disk quota is used up", "free some of your quota, then run the same command again: it goes on"),
+    errno.EROFS: (
+        "the disk is read-only",
+        "mount it writable, then run the same command again: it goes on; or choose another disk with --home",
+    ),
+    errno.EMFILE: (
+        "too many files are open",
+        "raise the limit with `ulimit -n`, then run the same command again: it goes on",
+    ),
+    errno.ENFILE: (
+        "too many files are open on this machine",
+        "end other programs, then run the same command again: it goes on",
+    ),
+    errno.EIO: (
+        "the disk has failed to read or write",
+        "look at the disk, then run the same command again: it goes on",
+    ),
+}
+
+
+def disk_problem(error: OSError) -> DiskProblem | None:
+    """What to tell the user of a disk that takes nothing; None for other errors."""
+    if error.errno not in REMEDIES:
         return None
-    return EnvironmentProblem(f"{error.strerror}: {error.filename}", remedies[error.errno])
+    rule, remedy = REMEDIES[error.errno]
+    where = "" if error.filename is None else f": {clean(os.fsdecode(error.filename))}"
+    return DiskProblem(f"{rule} ({os.strerror(error.errno)}){where}", remedy)
+
+
+def tells_of_disk(text: str) -> bool:
+    """Whether a text, as kept of a search that has ended, is one of `disk_problem`."""
+    return any(rule in text for rule, _ in REMEDIES.values())
+
+
+def disk_lack(folder: Path) -> OSError | None:
+    """The error with which a file of 64 kB in `folder` cannot be written just now; None if it can."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(65536))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return None
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that we can still write where `folder` is; 0 where there is no more inode, or it cannot be asked."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return 0
+    return 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize

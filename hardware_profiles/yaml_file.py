@@ -16,6 +16,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from paretune.hardware_profiles.access import unreadable, unwritable
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.text import require_text
 from paretune.hardware_profiles.validation import OWN_RULE, said
 
 MAX_BYTES = 1_000_000
@@ -33,9 +34,13 @@ def load_model(path: Path, model: type[Model]) -> Model:
             f"{path}:1:1: a mapping of settings is expected, but got {type(tree).__name__}", "write `key: value` lines"
         )
     try:
-        return model.model_validate(_plain(tree))
+        plain = _plain(tree)
+        require_text(plain)
+        return model.model_validate(plain)
     except ValidationError as error:
         raise UsageError(_explain(path, tree, model, error), "mend that line") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}", "mend that text") from None
     except RecursionError:
         raise UsageError(f"{path} contains itself", "write plain `key: value` lines") from None
 

@@ -11,6 +11,7 @@ The search reads the file between two pieces of work and while one runs, so no p
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,8 +20,9 @@ from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import read_kept, write_atomically
 from paretune.search.database import is_taken, require_study
+from paretune.search.database_errors import told
 from paretune.search.records import now
-from paretune.search.store import Store
+from paretune.search.store import Store, reading
 
 Verb = Literal["pause", "stop", "cancel"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
@@ -35,6 +37,10 @@ TOLD: dict[Verb, str] = {
 }
 
 
+class WrongState(UsageError):
+    """The study's state does not allow what is asked; nothing is wrong with the request itself."""
+
+
 def _resume(folder: Path) -> str:
     return pasted("resume", folder.name, home=folder.parent.parent)
 
@@ -47,24 +53,22 @@ def order(folder: Path, verb: Verb) -> str:
     """
     require_study(folder)
     if is_taken(folder):
-        write_atomically(folder / FILE, json.dumps({"verb": verb, "at": now()}).encode())
+        with told(folder, "the study"):
+            write_atomically(folder / FILE, json.dumps({"verb": verb, "at": now()}).encode())
         return f"{folder.name}: {TOLD[verb].format(resume=_resume(folder))}"
     state = state_of(folder)
     if state in ENDED:
-        raise UsageError(
+        raise WrongState(
             f"only a study that has not ended takes a {verb}, but {folder.name} is {state}", "choose another"
         )
     if verb == "pause":
-        raise UsageError(
+        raise WrongState(
             f"only a running search can be paused, but nothing runs on {folder.name} ({state})",
             f"go on with `{_resume(folder)}`, or end it with stop or cancel",
         )
-    store = Store.open_study(folder)
-    try:
+    with contextlib.closing(Store.open_study(folder)) as store, told(folder, "the study database"):
         store.set_meta(state=STATE_AFTER[verb], ended=REASON[verb])
         store.event("end", f"{REASON[verb]} while nothing ran")
-    finally:
-        store.close()
     withdraw(folder)
     return f"{folder.name} is {STATE_AFTER[verb]}"
 
@@ -83,8 +87,5 @@ def withdraw(folder: Path) -> None:
 
 def state_of(folder: Path) -> str:
     """The state that a study's store says: new, running, paused, interrupted, complete, cancelled."""
-    store = Store.reader(folder)
-    try:
+    with contextlib.closing(Store.reader(folder)) as store, reading(store):
         return str(store.meta("state"))
-    finally:
-        store.close()

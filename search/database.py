@@ -5,6 +5,7 @@ WAL with synchronous=FULL: a committed row survives SIGKILL and power loss.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -18,22 +19,25 @@ import sqlalchemy as sa
 
 from paretune.hardware_profiles.access import is_file, unwritable
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
-from paretune.hardware_profiles.files import sync_folder
+from paretune.hardware_profiles.files import free_bytes, sync_folder
 
 BUSY_TIMEOUT_MS = 20_000
 PROBE_S = 0.2
 UNBORN = "unborn.db"
+LEAST_FREE = 2**18  # bytes that a reader's own files may need
 
 
 def open_engine(folder: Path, mode: str, name: str = "study.db") -> sa.Engine:
     """The study's database by SQLite mode: "ro", "rw", or "rwc" to create it."""
     path = folder.resolve() / name
     address = f"file:{quote(str(path))}?mode={mode}"
-    if mode == "ro" and not os.access(folder, os.W_OK) and not path.with_name(f"{name}-wal").exists():
-        address += "&immutable=1"  # on a read-only disk SQLite could not make the files that even a reader of WAL needs
+    if mode == "ro" and not _can_be_read_as_usual(folder, path):
+        address += "&immutable=1"
 
     def connect() -> sqlite3.Connection:
-        return sqlite3.connect(address, uri=True, check_same_thread=False)
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+        connection.text_factory = _text
+        return connection
 
     engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.QueuePool)
 
@@ -48,6 +52,20 @@ def open_engine(folder: Path, mode: str, name: str = "study.db") -> sa.Engine:
 
     sa.event.listen(engine, "connect", configure)
     return engine
+
+
+def _text(data: bytes) -> str:
+    """Bytes that are no UTF-8 would stop the reading of all rows."""
+    return data.decode("utf8", "replace")
+
+
+def _can_be_read_as_usual(folder: Path, path: Path) -> bool:
+    """Even a reader of WAL makes files beside the database, which a read-only or full disk does not take; where nothing has been
+    written since the log was taken in and nobody writes, the file alone is the whole database."""
+    with contextlib.suppress(OSError):
+        if path.with_name(f"{path.name}-wal").stat().st_size:
+            return True
+    return is_taken(folder) or (os.access(folder, os.W_OK) and free_bytes(folder) >= LEAST_FREE)
 
 
 def create_database(folder: Path, metadata: sa.MetaData, fill: Callable[[sa.Engine], None]) -> None:
@@ -94,10 +112,11 @@ def take_lock(folder: Path) -> IO[str]:
                 "wait for it, or stop it with Ctrl-C there",
             )
         time.sleep(0.02)
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"pid {os.getpid()}")
-    lock.flush()
+    with contextlib.suppress(OSError):  # who holds it is only told: a full disk does not take the lock away
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"pid {os.getpid()}")
+        lock.flush()
     return lock
 
 

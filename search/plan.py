@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -137,6 +139,14 @@ def available_memory() -> int:
     return min(_left_on_machine(), _left_in_group())
 
 
+def all_memory() -> int:
+    """Bytes of memory that this machine, or the control group that holds us, has in all."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):
+        return min(machine, int((CONTROL_GROUP / "memory.max").read_text()))
+    return machine
+
+
 def _left_on_machine() -> int:
     for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
@@ -147,7 +157,9 @@ def _left_on_machine() -> int:
 def _left_in_group() -> int:
     """By cgroup v2; file pages that can be dropped count as free. No limit where there is none, or it cannot be read."""
     try:
-        most, used = ((CONTROL_GROUP / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
+        most, used = (
+            (CONTROL_GROUP / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current")
+        )
         stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
         return sys.maxsize if most == "max" else int(most) - int(used) + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +15,11 @@ from paretune import __version__
 from paretune.engines.genai_tokenizer import tokenizer_problem
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
 from paretune.hardware_profiles.access import unwritable
+from paretune.hardware_profiles.errors import DiskProblem, Shortage
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
 from paretune.search.follow import check_figures
-from paretune.search.plan import Plan, make_plan, training_tokens_per_parameter
+from paretune.search.plan import Plan, all_memory, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
@@ -168,21 +171,29 @@ def runtime_notes(teacher: Teacher) -> list[str]:
     return notes
 
 
-def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:
-    """Raises UsageError if the budget is too small for the baselines, EnvironmentProblem if disk or memory do not suffice."""
-    if spec.budget_s < MIN_BUDGET_S * max(1.0, plan.parameters / 6e6):
-        least = MIN_BUDGET_S * max(1.0, plan.parameters / 6e6)
+def check_budget(spec: Spec, parameters: int) -> None:
+    """Raises UsageError if the budget is too small for the baselines of a teacher with so many parameters."""
+    least = MIN_BUDGET_S * max(1.0, parameters / 6e6)
+    if spec.budget_s < least:
         raise UsageError(
             f"the budget must be at least {least:.0f} s, because the baselines alone take that long, but got {spec.budget}",
-            f"use --budget {least / 60:.0f}m or more",
+            f"use --budget {math.ceil(least / 60)}m or more",
         )
+
+
+def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:
+    """Raises UsageError if the budget is too small for the baselines, EnvironmentProblem if disk or memory do not suffice: a Shortage
+    where they would if others used less of them."""
+    check_budget(spec, plan.parameters)
     if plan.disk_bytes > plan.free_disk_bytes:
-        raise EnvironmentProblem(
+        kind = DiskProblem if plan.disk_bytes < shutil.disk_usage(home).total else EnvironmentProblem
+        raise kind(
             f"the search needs about {plan.disk_bytes / 1e9:.1f} GB of disk, but {home} has {plan.free_disk_bytes / 1e9:.1f} GB free",
             "free some, or choose another disk with --home",
         )
     if plan.memory_bytes > plan.free_memory_bytes:
-        raise EnvironmentProblem(
+        kind = Shortage if plan.memory_bytes < all_memory() else EnvironmentProblem
+        raise kind(
             f"a search on {plan.parameters / 1e6:.0f}M parameters needs about {plan.memory_bytes / 1e9:.1f} GB of memory, but "
             f"{plan.free_memory_bytes / 1e9:.1f} GB are free",
             "end other programs, take a larger machine or a smaller teacher",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from paretune.hardware_profiles.text import loads
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.spaces.kinds import AnyCandidate
@@ -59,15 +59,15 @@ def now() -> str:
 
 def evaluation_of(row: Any) -> Evaluation:
     """A row of the evaluation table as a value."""
-    scores = json.loads(row.scores)
+    scores = loads(row.scores)
     return Evaluation(
         row.key,
         row.fidelity,
         row.status,
         row.attempt,
-        {n: Measurement.from_dict(m) for n, m in json.loads(row.measurements).items()},
+        {n: Measurement.from_dict(m) for n, m in loads(row.measurements).items()},
         None if scores is None else Scores.from_dict(scores),
-        json.loads(row.facts),
+        loads(row.facts),
         row.reason,
         row.seconds,
         row.at,

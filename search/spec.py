@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.text import require_text
 from paretune.hardware_profiles.validation import said
 from paretune.hardware_profiles.yaml_file import load_model
 from paretune.spaces.candidate import PER_CHANNEL, Algorithm
@@ -41,9 +42,21 @@ Limited = Literal[
     "energy_j_per_token",
     "usd_per_million_tokens",
 ]
-Positive = Annotated[float, Field(gt=0)]
-DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
-PERCENTAGE = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
+# Bounds are far beyond what any machine does; they keep infinities and slips of the keyboard out of what is stored and planned.
+MOST_BUDGET_DAYS = 365
+MOST_LOSS = 1e3  # a fraction
+MOST_TOKENS = 10**9
+MOST_CANDIDATES, MOST_FINALISTS = 10**6, 10**4
+MOST_SEED = 2**32 - 1
+MOST_NAME, MOST_PATH, MOST_TARGETS = 200, 4096, 64
+Positive = Annotated[float, Field(gt=0, le=1e18, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Loss = Annotated[float, Field(gt=0, le=MOST_LOSS, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10**7)]
+Name = Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
+Place = Annotated[str, Field(min_length=1, max_length=MOST_PATH)]
+DURATION = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(s|m|h|d)")
+PERCENTAGE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
 UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -52,9 +65,9 @@ class Shares(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    elastic: float = Field(default=0.25, ge=0, le=0.9, description="elastic student")
-    explore: float = Field(default=0.28, gt=0, le=0.9, description="rung-0 candidates")
-    confirm: float = Field(default=0.38, gt=0, le=0.9, description="recovery and confirmation")
+    elastic: float = Field(default=0.25, ge=0, le=0.9, allow_inf_nan=False, description="elastic student")
+    explore: float = Field(default=0.28, gt=0, le=0.9, allow_inf_nan=False, description="rung-0 candidates")
+    confirm: float = Field(default=0.38, gt=0, le=0.9, allow_inf_nan=False, description="recovery and confirmation")
 
     @model_validator(mode="after")
     def _leave_something(self) -> Shares:
@@ -71,8 +84,8 @@ class Reference(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    loss: float = Field(default=0.25, gt=0)
-    times: float = Field(default=1.1, gt=0)
+    loss: Loss = 0.25
+    times: Loss = 1.1
 
 
 class Recovery(BaseModel):
@@ -85,10 +98,10 @@ class Recovery(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: float = Field(default=1.0, gt=0, le=100)
-    kl_weight: float = Field(default=0.9, ge=0)
-    ce_weight: float = Field(default=0.1, ge=0)
-    hidden_weight: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0, le=100, allow_inf_nan=False)
+    kl_weight: Weight = 0.9
+    ce_weight: Weight = 0.1
+    hidden_weight: Weight = 0.0
     cached_labels: int = Field(default=0, ge=0, le=4096)
 
     @model_validator(mode="after")
@@ -105,10 +118,10 @@ class StudentConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: int = Field(ge=1)
-    ffn: int = Field(ge=1)
-    kv_groups: int = Field(ge=1)
-    hidden: int | None = Field(default=None, ge=1)
+    layers: Count
+    ffn: Count
+    kv_groups: Count
+    hidden: Count | None = None
 
 
 class Spec(BaseModel):
@@ -134,15 +147,15 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    teacher: str = "stdlib-coder"
-    data: str | None = None
-    field: str | None = None
-    profile: str = "local-cpu"
-    targets: tuple[str, ...] = ()
-    budget: str = "9m"
+    teacher: Place = "stdlib-coder"
+    data: Place | None = None
+    field: Name | None = None
+    profile: Place = "local-cpu"
+    targets: tuple[Place, ...] = Field(default=(), max_length=MOST_TARGETS)
+    budget: str = Field("9m", max_length=100)
     sampler: Literal["tpe", "nsga2", "sequential"] = "tpe"
-    seed: int = 0
-    objectives: tuple[str, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
+    seed: int = Field(0, ge=0, le=MOST_SEED)
+    objectives: tuple[Name, ...] = ("nll", "decode_ms_per_token", "compressed_bytes")
     limits: dict[Limited, Positive] = Field(default_factory=dict)
     second_order: bool = False
     precisions: tuple[Precision, ...] = DEFAULT_PRECISIONS
@@ -151,17 +164,31 @@ class Spec(BaseModel):
     mixed_precision: bool = True
     hidden: bool = False
     keep_zeros: bool = False
-    loss_of_interest: float = Field(default=0.25, gt=0)
-    max_loss: float | None = Field(default=None, gt=0)
+    loss_of_interest: Loss = 0.25
+    max_loss: Loss | None = None
     recovery: Recovery = Recovery()
     student_configs: tuple[StudentConfig, ...] = Field(default=(), max_length=100)
-    search_tokens: int = Field(24_000, ge=256)
-    report_tokens: int = Field(40_000, ge=256)
+    search_tokens: int = Field(24_000, ge=256, le=MOST_TOKENS)
+    report_tokens: int = Field(40_000, ge=256, le=MOST_TOKENS)
     fit_points: int = Field(40, ge=8, le=200)
-    max_candidates: int = Field(2000, ge=1)
-    finalists: int = Field(9, ge=1)
+    max_candidates: int = Field(2000, ge=1, le=MOST_CANDIDATES)
+    finalists: int = Field(9, ge=1, le=MOST_FINALISTS)
     shares: Shares = Shares()
     reference: Reference = Reference()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        require_text(value)
+        return value
+
+    @field_validator("precisions", "group_sizes", "quantizers", "student_configs")
+    @classmethod
+    def _each_once(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        twice = next((item for item in value or () if value is not None and value.count(item) > 1), None)
+        if twice is not None:
+            raise ValueError(f"each must be named once, but got {twice!r} twice")
+        return value
 
     @field_validator("budget")
     @classmethod
@@ -172,7 +199,7 @@ class Spec(BaseModel):
     @field_validator("max_loss", mode="before")
     @classmethod
     def _percentage(cls, value: object) -> object:
-        if isinstance(value, str) and (match := PERCENTAGE.match(value.strip())):
+        if isinstance(value, str) and (match := PERCENTAGE.fullmatch(value.strip())):
             return float(match[1]) / 100
         return value
 
@@ -238,10 +265,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def seconds(duration: str) -> float:
     """Seconds of a duration such as 90s, 45m, 8h. Raises ValueError."""
-    match = DURATION.match(duration.strip())
+    match = DURATION.fullmatch(duration.strip())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"a duration is a positive number and s, m, h or d, such as 45m or 8h, but got {duration!r}")
-    return float(match[1]) * UNIT_SECONDS[match[2]]
+        shown = duration if len(duration) < 60 else f"{duration[:60]}…"
+        raise ValueError(f"a duration is a positive number and s, m, h or d, such as 45m or 8h, but got {shown!r}")
+    found = float(match[1]) * UNIT_SECONDS[match[2]]
+    if found > MOST_BUDGET_DAYS * UNIT_SECONDS["d"]:
+        raise ValueError(f"a duration is at most {MOST_BUDGET_DAYS}d, but got {duration!r}")
+    return found
 
 
 def make_spec(file: Path | None, preset: str | None, options: dict[str, Any]) -> Spec:

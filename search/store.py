@@ -6,17 +6,21 @@ Starting is recovering: whatever was running when the process died is marked los
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import sqlalchemy as sa
 
 from paretune.hardware_profiles.access import require_readable, unwritable
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import disk_problem
+from paretune.hardware_profiles.text import clean, loads
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.search.database import create_database, open_engine, require_study, take_lock
+from paretune.search.database_errors import database_problem, told
 from paretune.search.records import CandidateRow, Evaluation, Event, Fidelity, Status, evaluation_of, now
 from paretune.search.tables import (
     SCHEMA_VERSION,
@@ -29,6 +33,10 @@ from paretune.search.tables import (
     outbox_table,
 )
 from paretune.spaces.kinds import AnyCandidate, candidate_from_json
+
+# What a row raises that something else has written.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+Row = TypeVar("Row")
 
 
 class Store:
@@ -46,7 +54,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
         except OSError as error:
-            raise unwritable(
+            raise disk_problem(error) or unwritable(
                 folder, error, "free the disk or choose a folder with --home", "the study folder"
             ) from None
 
@@ -56,10 +64,7 @@ class Store:
         try:
             create_database(folder, metadata, fill)
         except sa.exc.OperationalError as error:
-            raise EnvironmentProblem(
-                f"the study database in {folder} cannot be written: {error.orig}",
-                "free the disk or choose a folder with --home",
-            ) from None
+            raise database_problem(error, folder, "the study database") from None
         return cls(folder, open_engine(folder, "rw"), lock)
 
     @classmethod
@@ -89,13 +94,13 @@ class Store:
     def meta(self, name: str, default: Any = None) -> Any:
         with self._engine.connect() as connection:
             row = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.name == name)).first()
-        return default if row is None else json.loads(row[0])
+        return default if row is None else loads(row[0])
 
     def metas(self, names: Collection[str]) -> dict[str, Any]:
         """The values of those of `names` that are set, in one query."""
         query = sa.select(meta_table).where(meta_table.c.name.in_(names))
         with self._engine.connect() as connection:
-            return {row.name: json.loads(row.value) for row in connection.execute(query)}
+            return {row.name: loads(row.value) for row in connection.execute(query)}
 
     def set_meta(self, **values: Any) -> None:
         rows = [{"name": name, "value": json.dumps(value)} for name, value in values.items()]
@@ -127,17 +132,20 @@ class Store:
             )
         return True
 
-    def candidates(self, keys: Collection[str] | None = None) -> list[CandidateRow]:
-        """All candidates in the order of their proposal, or those of `keys` only."""
+    def candidates(self, keys: Collection[str] | None = None, bad: list[str] | None = None) -> list[CandidateRow]:
+        """All candidates in the order of their proposal, or those of `keys` only. Rows that cannot be read are left out and told in
+        `bad`; without it they raise."""
         query = sa.select(candidate_table).order_by(candidate_table.c.number)
         if keys is not None:
             query = query.where(candidate_table.c.key.in_(keys))
         with self._engine.connect() as connection:
             rows = connection.execute(query).all()
-        return [
-            CandidateRow(r.key, r.number, r.source, candidate_from_json(r.candidate), json.loads(r.params))
-            for r in rows
-        ]
+        return _each(
+            rows,
+            lambda r: CandidateRow(r.key, r.number, r.source, candidate_from_json(r.candidate), loads(r.params)),
+            "candidate",
+            bad,
+        )
 
     def start(self, key: str, fidelity: Fidelity) -> int:
         """A candidate is being evaluated: returns which attempt this is, from 1."""
@@ -179,7 +187,7 @@ class Store:
             "measurements": json.dumps({n: m.to_dict() for n, m in (measurements or {}).items()}),
             "scores": json.dumps(None if scores is None else scores.__dict__),
             "facts": json.dumps(dict(facts or {})),
-            "reason": reason,
+            "reason": clean(reason),
             "seconds": seconds,
             "at": now(),
         }
@@ -195,14 +203,18 @@ class Store:
                 )
         return True
 
-    def evaluations(self, fidelity: Fidelity | None = None, status: Status | None = None) -> list[Evaluation]:
+    def evaluations(
+        self, fidelity: Fidelity | None = None, status: Status | None = None, bad: list[str] | None = None
+    ) -> list[Evaluation]:
+        """Oldest first. Rows that cannot be read are left out and told in `bad`; without it they raise."""
         query = sa.select(evaluation_table).order_by(evaluation_table.c.id)
         if fidelity is not None:
             query = query.where(evaluation_table.c.fidelity == fidelity)
         if status is not None:
             query = query.where(evaluation_table.c.status == status)
         with self._engine.connect() as connection:
-            return [evaluation_of(row) for row in connection.execute(query)]
+            rows = connection.execute(query).all()
+        return _each(rows, evaluation_of, "evaluation", bad)
 
     def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(evaluations, different candidates among them) by (fidelity, status); nothing else is read."""
@@ -261,13 +273,15 @@ class Store:
 
     def event(self, kind: str, text: str, **data: Any) -> None:
         with self._engine.begin() as connection:
-            connection.execute(sa.insert(event_table).values(at=now(), kind=kind, text=text, data=json.dumps(data)))
+            connection.execute(
+                sa.insert(event_table).values(at=now(), kind=kind, text=clean(text), data=json.dumps(data))
+            )
 
     def events(self, last: int | None = None) -> list[Event]:
-        """All events, or the `last` ones, oldest first."""
+        """All events, or the `last` ones, oldest first; one whose details cannot be read says so."""
         query = sa.select(event_table).order_by(event_table.c.id.desc()).limit(last)
         with self._engine.connect() as connection:
-            return [Event(r.at, r.kind, r.text, json.loads(r.data)) for r in connection.execute(query)][::-1]
+            return [_event(r) for r in connection.execute(query)][::-1]
 
     def outbox(self) -> list[tuple[int, str, str]]:
         """What MLflow has not seen: (id, kind, key), oldest first."""
@@ -291,20 +305,50 @@ class Store:
 
 def _checked(store: Store) -> Store:
     try:
-        version = store.meta("schema")
-    except sa.exc.DatabaseError as error:
-        reason = str(error.orig)
-        if "unable to open" in reason or "readonly" in reason:
-            raise EnvironmentProblem(
-                f"the study database in {store.folder} cannot be opened: {reason}",
-                "look at the folder's disk and permissions",
-            ) from None
-        raise EnvironmentProblem(
-            f"the study database in {store.folder} is damaged: {reason}", "restore the folder from a backup"
-        ) from None
+        with told(store.folder, "the study database"):
+            version = store.meta("schema")
+    except BaseException:
+        store.close()
+        raise
     if version != SCHEMA_VERSION:
+        store.close()
         raise UsageError(
             f"the study has schema {version}, this paretune reads {SCHEMA_VERSION}",
             "use the paretune version that wrote it",
         )
     return store
+
+
+@contextmanager
+def reading(store: Store) -> Iterator[None]:
+    """What keeps a study from being read as EnvironmentProblem: its disk, its file, or rows that something else has written."""
+    try:
+        with told(store.folder, "the study database"):
+            yield
+    except UNREADABLE as error:
+        raise EnvironmentProblem(
+            f"the study {store.folder.name!r} cannot be read: {type(error).__name__}: {clean(str(error))[:300]}",
+            "restore its folder from a backup",
+        ) from error
+
+
+def _each(rows: Iterable[Any], read: Callable[[Any], Row], what: str, bad: list[str] | None) -> list[Row]:
+    if bad is None:
+        return [read(row) for row in rows]
+    found = []
+    for row in rows:
+        try:
+            found.append(read(row))
+        except UNREADABLE as error:
+            bad.append(
+                f"the {what} {str(row.key)[:20]} cannot be read: {type(error).__name__}: {clean(str(error))[:200]}"
+            )
+    return found
+
+
+def _event(row: Any) -> Event:
+    at, kind, text = (clean(str(value)) for value in (row.at, row.kind, row.text))
+    try:
+        return Event(at, kind, text, loads(row.data))
+    except UNREADABLE as error:
+        return Event(at, kind, f"{text} (its details cannot be read: {type(error).__name__})", {})

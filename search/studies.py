@@ -34,7 +34,7 @@ PACKAGES = (
     "sqlalchemy",
 )
 PLUGIN_EVALUATOR = "paretune.search.plugin_evaluator:PluginEvaluator"
-STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
+STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}\Z")
 
 
 def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:

@@ -8,7 +8,7 @@ from typing import Any
 from paretune.objectives.figures import Figures
 from paretune.search.database import is_taken
 from paretune.search.records import Event
-from paretune.search.store import Store
+from paretune.search.store import Store, reading
 from paretune.search.target_records import NAMES
 from paretune.search.view import DEFAULT_OBJECTIVES, StudyView, front_of, point_of, standing, written_at
 
@@ -39,14 +39,24 @@ class Standing:
 
 
 def load_standing(store: Store) -> Standing:
-    """The summary of a study and its last events. Reads the confirmed candidates, of which there are few, and counts the others."""
+    """The summary of a study and its last events. Reads the confirmed candidates, of which there are few, and counts the others.
+
+    Rows that cannot be read are told as events. Raises EnvironmentProblem if the study as a whole cannot be read.
+    """
+    with reading(store):
+        return _load_standing(store)
+
+
+def _load_standing(store: Store) -> Standing:
+    bad: list[str] = []
     meta = {**dict.fromkeys(META), **store.metas(META)}
     if meta["state"] == "running" and not is_taken(store.folder):
         meta["state"] = "interrupted"
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
     figures = Figures.of(meta["figures"])
-    latest = {e.key: e for e in store.evaluations("confirmed", "complete")}
-    rows = {row.key: row for row in store.candidates(latest)}
+    latest = {e.key: e for e in store.evaluations("confirmed", "complete", bad)}
+    rows = {row.key: row for row in store.candidates(latest, bad)}
+    latest = {key: e for key, e in latest.items() if key in rows}
     front, ties = front_of([point_of(rows[k], e, "confirmed", figures) for k, e in latest.items()], objectives)
     counts = store.counts()
     told = {
@@ -61,7 +71,9 @@ def load_standing(store: Store) -> Standing:
         "failures": sum(rows for (_, status), (rows, _) in counts.items() if status in FAILURES),
         "seconds_by_stage": meta["seconds_by_stage"] or {},
     }
-    return Standing(told, tuple(store.events(LAST_EVENTS)))
+    return Standing(
+        told, tuple([*store.events(LAST_EVENTS), *(Event("", "unreadable", text) for text in bad)][-LAST_EVENTS:])
+    )
 
 
 def summary(view: StudyView) -> dict[str, Any]:

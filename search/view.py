@@ -15,7 +15,7 @@ from paretune.objectives.quality import Scores, paired_difference
 from paretune.search.database import is_taken
 from paretune.search.front import Vector, non_dominated
 from paretune.search.records import CandidateRow, Evaluation, Event
-from paretune.search.store import Store
+from paretune.search.store import Store, reading
 from paretune.search.target_records import Target, load_targets
 from paretune.spaces.candidate import ALGORITHM_NAMES, Format
 from paretune.spaces.kinds import AnyCandidate
@@ -39,6 +39,7 @@ LABELS = {
     "relative_loss": "NLL increase (fraction)",
     "load_ms": "load (ms)",
 }
+MOST_TOLD = 20  # rows that cannot be read
 DEFAULT_OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
 
 
@@ -163,9 +164,18 @@ META = (
 
 
 def load_view(store: Store) -> StudyView:
-    """Read the whole study."""
-    rows = {row.key: row for row in store.candidates()}
-    evaluations = store.evaluations()
+    """Read the whole study. A row that cannot be read is left out and told as an event.
+
+    Raises EnvironmentProblem if the study as a whole cannot be read.
+    """
+    with reading(store):
+        return _load_view(store)
+
+
+def _load_view(store: Store) -> StudyView:
+    bad: list[str] = []
+    rows = {row.key: row for row in store.candidates(bad=bad)}
+    evaluations = [e for e in store.evaluations(bad=bad) if e.key in rows]
     complete = {(e.key, e.fidelity): e for e in evaluations if e.status == "complete"}.values()
     meta = {name: store.meta(name) for name in META}
     if meta["state"] == "running" and not is_taken(store.folder):
@@ -186,7 +196,7 @@ def load_view(store: Store) -> StudyView:
         front,
         ties,
         failures,
-        tuple(store.events()),
+        (*store.events(), *(Event("", "unreadable", text, {}) for text in bad[:MOST_TOLD])),
         store.meta("seconds_by_stage", {}),
         figures,
         load_targets(store),
@@ -203,7 +213,9 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
     chosen.sort(key=lambda p: (p.value(p.figures.quality).value, p.vector(objectives)))
     ties: dict[str, str] = {}
-    quick_first = sorted(objectives, key=lambda name: any(name == p.figures.quality for p in chosen))  # the quality resamples
+    quick_first = sorted(
+        objectives, key=lambda name: any(name == p.figures.quality for p in chosen)
+    )  # the quality resamples
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:
             if earlier.key not in ties and all(tied(point, earlier, name) for name in quick_first):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -68,9 +68,12 @@ class JobModel(BaseModel):
 
 
 class Health(BaseModel):
-    """`ok` means that the service answers and can read its home."""
+    """`ok`: the service answers, reads its home and starts searches. `held`: searches wait, because the machine lacks what `problem`
+    says. `failing`, `stopped`: nothing is started, and `problem` says why; these answer 503. A service that only shows is `ok`.
+    """
 
-    status: str
+    status: Literal["ok", "held", "failing", "stopped"]
+    problem: str = ""
     version: str
     running: int
     queued: int

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Header, Response
 from fastapi import Path as PathPart
 
 from paretune import __version__
+from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.search.advice import GOALS
 from paretune.search.spec import PRESETS, Spec
 from paretune.service.allowed import choices, not_offered, resolved
 from paretune.service.api_models import Choices, Health, JobModel, Nothing, Planned, Submission
+from paretune.service.checks import check_settings
+from paretune.service.hold import Condition
 from paretune.service.job import LIVE
-from paretune.service.queue import check_settings
 from paretune.service.state import Service
 from paretune.service.work import OneAtATime, Quick
 
@@ -35,12 +37,23 @@ def searches_router(service: Service) -> APIRouter:
     router = APIRouter()
     planning, looking = OneAtATime("plan"), Quick("the queue", HEALTH_S)
 
-    @router.get("/health")
-    async def health() -> Health:
-        """Whether the service answers; needs no token."""
-        states = [job.state for job in await looking.run(service.queue.jobs)]
-        running = sum(state in LIVE for state in states)
-        return Health(status="ok", version=__version__, running=running, queued=states.count("queued"))
+    @router.get("/health", responses={503: {"model": Health, "description": "no search is started"}})
+    async def health(response: Response) -> Health:
+        """Whether the service answers and starts searches, and if not, why; needs no token."""
+        condition = service.queue.watch()
+        try:
+            states = [job.state for job in await looking.run(service.queue.jobs)]
+        except EnvironmentProblem as error:
+            states, condition = [], Condition("failing", f"the queue cannot be read ({type(error).__name__})")
+        if condition.state in ("failing", "stopped"):
+            response.status_code = 503
+        return Health(
+            status="ok" if condition.state == "off" else condition.state,
+            problem=condition.reason,
+            version=__version__,
+            running=sum(state in LIVE for state in states),
+            queued=states.count("queued"),
+        )
 
     @router.get("/choices")
     def names() -> Choices:

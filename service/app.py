@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from paretune import __version__
+from paretune.hardware_profiles.access import path_problem
 from paretune.hardware_profiles.errors import EnvironmentProblem, NothingFeasible, ParetuneError
+from paretune.hardware_profiles.files import disk_problem
 from paretune.hardware_profiles.validation import OWN_RULE
+from paretune.search.control import WrongState
+from paretune.search.database_errors import database_problem
 from paretune.service.api_models import Problem
 from paretune.service.api_searches import searches_router
 from paretune.service.api_studies import studies_router
@@ -29,6 +34,7 @@ STATUS: tuple[tuple[type[ParetuneError], int], ...] = (
     (Unknown, 404),
     (WrongToken, 403),
     (Conflict, 409),
+    (WrongState, 409),
     (QueueFull, 429),
     (NothingFeasible, 409),
     (EnvironmentProblem, 503),
@@ -66,6 +72,9 @@ def create_app(service: Service) -> Guard:
     app.add_exception_handler(ParetuneError, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(OSError, _machine)
+    app.add_exception_handler(sa.exc.DBAPIError, _machine)
+    app.add_exception_handler(Exception, _bug)
     app.include_router(login_router(service))
     app.include_router(searches_router(service), prefix="/v1", tags=["searches"])
     app.include_router(studies_router(service), prefix="/v1", tags=["studies"])
@@ -73,6 +82,7 @@ def create_app(service: Service) -> Guard:
         from paretune.service.pages import mount_pages
 
         mount_pages(app, service)
+    app.state.home = service.home
     if service.mlflow_socket is None:
         return Guard(app, service)
     from paretune.service.mlflow_page import MlflowProxy
@@ -102,3 +112,20 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return told(request, error.status_code, str(error.detail), "", error.headers)
+
+
+async def _machine(request: Request, error: Exception) -> Response:
+    """What the disk or the system refuses, wherever it was met: 503 as JSON; everything else is a mistake of ours."""
+    if isinstance(error, sa.exc.DBAPIError):
+        problem: ParetuneError | None = database_problem(error, request.app.state.home)
+    else:
+        assert isinstance(error, OSError)
+        problem = disk_problem(error) or path_problem(error)
+    if problem is None:
+        raise error
+    return told(request, 503, without_options(problem.problem), without_options(problem.remedy))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """The traceback goes to the service's own output."""
+    return told(request, 500, f"this is a bug in paretune: {type(error).__name__}", "look at the service's own output")

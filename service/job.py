@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 from paretune.hardware_profiles.errors import ParetuneError, UsageError
 
-State = Literal["queued", "running", "pausing", "paused", "stopping", "cancelling", "cancelled", "complete", "failed"]
+State = Literal[
+    "queued", "running", "pausing", "paused", "stopping", "cancelling", "cancelled", "complete", "failed", "unreadable"
+]
 STATES: tuple[State, ...] = get_args(State)
 LIVE: tuple[State, ...] = ("running", "pausing", "stopping", "cancelling")
 ENDED: tuple[State, ...] = ("cancelled", "complete", "failed")
@@ -17,7 +19,8 @@ ENDED: tuple[State, ...] = ("cancelled", "complete", "failed")
 class Job:
     """`study` is the study's id; `attempts` counts starts after a crash; times are ISO texts in UTC, "" where there is none.
 
-    `position` is the place in the queue (1: next), 0 where it does not wait.
+    `position` is the place in the queue (1: next), 0 where it does not wait. "unreadable" is a row of the queue that cannot be
+    read: it is never started, and can be cancelled.
     """
 
     study: str

@@ -92,10 +92,18 @@ def renderer(service: Service) -> Page:
     environment.filters |= {"duration": duration, "minute": minute, "short": short_of, "named": named}
 
     def render(template: str, **values: Any) -> HTMLResponse:
-        text = environment.get_template(template).render(version=__version__, mlflow=service.mlflow_url, **values)
+        shared = {"version": __version__, "mlflow": service.mlflow_url, "trouble": trouble(service)}
+        text = environment.get_template(template).render(**shared, **values)
         return HTMLResponse(printable(text))
 
     return render
+
+
+def trouble(service: Service) -> str:
+    """What every page says while no search is started; empty if all is well."""
+    condition = service.queue.watch()
+    told = {"held": "Searches wait", "failing": "Searches are not started", "stopped": "Searches are not started"}
+    return f"{told[condition.state]}: {condition.reason}" if condition.state in told else ""
 
 
 def pages_router(service: Service) -> APIRouter:

@@ -6,32 +6,37 @@ submit with the same key is the same search however often it is sent.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy as sa
-from pydantic import ValidationError
 
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import write_atomically
-from paretune.hardware_profiles.validation import said
-from paretune.search.control import Verb, order, state_of
+from paretune.hardware_profiles.text import clean, problem_of, require_text
+from paretune.search.budget import TAIL_S
+from paretune.search.control import Verb, WrongState, order, state_of
 from paretune.search.database import is_taken, open_engine, take_lock
+from paretune.search.database_errors import told
 from paretune.search.records import now
-from paretune.search.spec import Spec
-from paretune.search.store import Store
+from paretune.search.store import Store, reading
 from paretune.search.studies import STUDY_NAME
-from paretune.service.job import ENDED, LIVE, Conflict, Job, QueueFull, State, Unknown
+from paretune.service.checks import check_plan, check_settings, not_from_here
+from paretune.service.hold import Condition
+from paretune.service.job import ENDED, LIVE, STATES, Conflict, Job, QueueFull, State, Unknown
 
 MOST_WAITING = 1000
 CLIENT_KEY = re.compile(r"[\x21-\x7e]{1,200}")
 DATABASE = "jobs.db"
+WHAT = "the queue's database"
 STATES_OF: dict[str, State] = {"complete": "complete", "cancelled": "cancelled", "paused": "paused"}
 ASKED: dict[Verb, State] = {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}
 
@@ -60,9 +65,17 @@ class Queue:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._held: IO[str] = take_lock(self.folder)
         self._engine = open_engine(self.folder, "rwc", DATABASE)
-        metadata.create_all(self._engine)
+        try:
+            with told(self.folder, WHAT):
+                metadata.create_all(self._engine)
+        except BaseException:
+            self.close()
+            raise
         self._lock = threading.RLock()
         self.changed = threading.Event()
+        self.watch: Callable[[], Condition] = lambda: Condition(
+            "off", "this service only shows: it was started with --searches 0"
+        )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -79,11 +92,12 @@ class Queue:
         the name is taken, QueueFull.
         """
         checked = check_settings(settings)
+        check_plan(checked, self.home)
         if client_key is not None and not CLIENT_KEY.fullmatch(client_key):
             raise UsageError(
                 "a client's key has 1 to 200 printable ASCII characters without spaces", "send another one"
             )
-        if name is not None and not STUDY_NAME.match(name):
+        if name is not None and not STUDY_NAME.fullmatch(name):
             raise UsageError(
                 f"a study's name has letters, digits, '.', '_' and '-' only, but got {name!r}", "choose another name"
             )
@@ -111,16 +125,19 @@ class Queue:
 
     def jobs(self) -> list[Job]:
         """All jobs, oldest first."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             rows = connection.execute(sa.select(job_table).order_by(job_table.c.number)).all()
         jobs, position = [], 0
         for row in rows:
-            position += row.state == "queued"
-            jobs.append(_job(row, position if row.state == "queued" else 0))
+            job = _job(row)
+            position += job.state == "queued"
+            jobs.append(replace(job, position=position) if job.state == "queued" else job)
         return jobs
 
     def job(self, study: str) -> Job | None:
-        with self._engine.connect() as connection:
+        if problem_of(study):
+            return None
+        with self._reading() as connection:
             found = _one(connection, job_table.c.study == study)
             return None if found is None else self._placed(connection, found)
 
@@ -139,21 +156,36 @@ class Queue:
     def resume(self, study: str) -> Job:
         """Put a paused, interrupted or failed search into the queue again, also one that a command line began.
 
-        Raises Unknown, UsageError if it runs or has ended.
+        Raises Unknown; WrongState if it runs, has ended or has used its budget; UsageError for one of a plug-in, which is a program.
         """
         folder = self.home / "studies" / study
         job = self.job(study)
-        if job is None:
-            if not (folder / "study.db").is_file():
-                raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
-            job = self._adopt(folder)
-        if job.state in LIVE or is_taken(folder):
-            raise UsageError(
-                f"only a search that rests can be resumed, but {study} is {job.state}", "wait, or pause it"
+        begun = bool(STUDY_NAME.fullmatch(study)) and (folder / "study.db").is_file()
+        if job is None and not begun:
+            raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
+        state = job.state if job is not None else "paused"
+        if state in LIVE or is_taken(folder):
+            raise WrongState(
+                f"only a search that rests can be resumed, but {study} is {state if state in LIVE else 'running'}",
+                "wait, or pause it",
             )
-        ended = next((s for s in (job.state, study_state(folder)) if s in ("cancelled", "complete")), None)
+        known = self._kept(folder) if begun else {}
+        ended = next((s for s in (state, known.get("state")) if s in ("cancelled", "complete")), None)
         if ended is not None:
-            raise UsageError(f"a search that has ended is not resumed, but {study} is {ended}", "submit a new one")
+            raise WrongState(f"a search that has ended is not resumed, but {study} is {ended}", "submit a new one")
+        if state == "unreadable":
+            raise WrongState(f"the settings of {study} cannot be read", "cancel it, and submit a new one")
+        settings = job.settings if job is not None else known.get("spec")
+        if problem := not_from_here(study, settings):
+            raise problem
+        spent, budget = float(known.get("spent_s") or 0.0), float(known.get("budget_s") or 0.0)
+        if budget and spent >= budget - TAIL_S:
+            raise WrongState(
+                f"{study} has used {spent:.0f} s of its budget of {budget:.0f} s",
+                "submit a new search with a longer budget",
+            )
+        if job is None:
+            self._adopt(folder, known)
         return self.put(study, "queued", attempts=0, reason="")
 
     # what the supervisor writes
@@ -174,20 +206,25 @@ class Queue:
         """The job that waits longest."""
         return next((job for job in self.jobs() if job.state == "queued"), None)
 
+    def refusal(self, job: Job) -> str:
+        """Why a job must not be started, whoever has put it into the queue; empty if nothing speaks against it."""
+        problem = not_from_here(job.study, job.settings)
+        return "" if problem is None else str(problem)
+
     def spec_file(self, study: str) -> Path:
         return self.folder / "specs" / f"{study}.yaml"
 
     def _ask(self, study: str, verb: Verb) -> Job:
         folder = self.home / "studies" / study
         with self._lock:
-            job, begun = self.job(study), (folder / "study.db").is_file()
+            job, begun = self.job(study), bool(STUDY_NAME.fullmatch(study)) and (folder / "study.db").is_file()
             if job is None and not begun:
                 raise Unknown(f"no study is called {study!r}", "look at /v1/studies")
             if begun and (job is None or (job.state not in LIVE and is_taken(folder))):
                 return self._ask_other(folder, verb)
             assert job is not None
             if job.state in ENDED:
-                raise UsageError(f"only a search that has not ended takes a {verb}, but {study} is {job.state}", "")
+                raise WrongState(f"only a search that has not ended takes a {verb}, but {study} is {job.state}", "")
             if job.state not in LIVE:
                 return self._ask_resting(job, folder, verb)
             if begun and is_taken(folder):
@@ -212,22 +249,24 @@ class Queue:
             job.study, "complete" if verb == "stop" and begun else "cancelled", reason=f"{verb} while it rested"
         )
 
-    def _adopt(self, folder: Path) -> Job:
+    def _kept(self, folder: Path) -> dict[str, Any]:
+        """What the study's store says. Raises EnvironmentProblem if it cannot be read."""
+        with contextlib.closing(Store.reader(folder)) as store, reading(store):
+            return store.metas(("spec", "state", "created", "spent_s", "budget_s"))
+
+    def _adopt(self, folder: Path, known: dict[str, Any]) -> None:
         """A job for a study that a command line began."""
-        store = Store.reader(folder)
-        try:
-            settings, state, created = store.meta("spec"), str(store.meta("state")), str(store.meta("created"))
-        finally:
-            store.close()
-        own = STATES_OF.get(state, "paused")
+        settings, own = known["spec"], STATES_OF.get(str(known["state"]), "paused")
         with self._writing() as connection:
             if _one(connection, job_table.c.study == folder.name) is None:
-                row = {"study": folder.name, "state": own, "settings": json.dumps(settings), "created": created}
-                connection.execute(sa.insert(job_table).values(**row, reason="begun by a command line"))
                 self._write_spec(folder.name, settings)
-        found = self.job(folder.name)
-        assert found is not None
-        return found
+                row = {
+                    "study": folder.name,
+                    "state": own,
+                    "settings": json.dumps(settings),
+                    "created": known["created"],
+                }
+                connection.execute(sa.insert(job_table).values(**row, reason="begun by a command line"))
 
     def _write_spec(self, study: str, settings: dict[str, Any]) -> None:
         """JSON is YAML: the file that the search is started with."""
@@ -260,22 +299,18 @@ class Queue:
         number = sa.select(job_table.c.number).where(job_table.c.study == job.study).scalar_subquery()
         where = (job_table.c.state == "queued") & (job_table.c.number <= number)
         place = connection.execute(sa.select(sa.func.count()).select_from(job_table).where(where)).scalar_one()
-        return Job(**{**job.__dict__, "position": int(place)})
+        return replace(job, position=int(place))
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with self._lock, self._engine.begin() as connection:
+        """Raises DiskProblem where the disk takes nothing; nothing is written then."""
+        with self._lock, told(self.folder, WHAT), self._engine.begin() as connection:
             yield connection
 
-
-def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a search would have, those that were given only. Raises UsageError naming the first wrong one."""
-    try:
-        return Spec.model_validate(settings).model_dump(mode="json", exclude_unset=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UsageError(f"{where}: {said(first)}"[:500], f"change {where}") from None
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with told(self.folder, WHAT), self._engine.connect() as connection:
+            yield connection
 
 
 def study_state(folder: Path, otherwise: str = "") -> str:
@@ -289,15 +324,29 @@ def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None
 
 
 def _job(row: Any, position: int = 0) -> Job:
-    return Job(
-        row.study,
-        row.state,
-        json.loads(row.settings),
-        row.client_key,
-        row.attempts,
-        row.created,
-        row.started,
-        row.ended,
-        row.reason,
-        position,
-    )
+    """The job of a row; one that cannot be read is a job without settings that says so."""
+    study, state = clean(str(row.study)), row.state
+    try:
+        settings = json.loads(row.settings)
+        if not isinstance(settings, dict):
+            raise ValueError("the settings are no mapping")
+        require_text(settings)
+        json.dumps(settings, allow_nan=False)
+        if state not in STATES:
+            raise ValueError(f"{str(state)[:40]!r} is no state")
+        times = tuple(str(value or "") for value in (row.created, row.started, row.ended))
+        for moment in times:
+            datetime.datetime.fromisoformat(moment or now())
+        return Job(
+            study,
+            state,
+            settings,
+            row.client_key,
+            int(row.attempts or 0),
+            *times,
+            clean(str(row.reason or "")),
+            position,
+        )
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = f"its row in the queue cannot be read: {clean(str(error))[:300]}; cancel it, and submit it again"
+        return Job(study, state if state in ENDED else "unreadable", {}, reason=reason)

@@ -1,7 +1,8 @@
 """One operating-system process per search: started from the queue, watched, started again after a crash, asked to rest at the end.
 
 A crash of a search costs the service nothing, and a crash of the service costs a search at most what was running: its process is
-asked to end (launcher.py), and the next service finds it in the queue.
+asked to end (launcher.py), and the next service finds it in the queue. No error ends the supervisor's thread: it is told
+(`condition`), and the same is tried again. What the machine lacks, such as disk, holds the queue (hold.py).
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from paretune.hardware_profiles.errors import ParetuneError
-from paretune.search.control import Verb, order, ordered
+from paretune.hardware_profiles.errors import ParetuneError, Shortage
+from paretune.hardware_profiles.files import disk_problem
+from paretune.search import ending
+from paretune.search.control import order, ordered
 from paretune.search.database import is_taken
 from paretune.search.records import now
-from paretune.service.job import LIVE, Job, State
-from paretune.service.queue import STATES_OF, Queue, study_state
+from paretune.service.hold import Condition, Hold
+from paretune.service.job import LIVE, Job
+from paretune.service.logs import MOST_LOG_BYTES, SearchLog
+from paretune.service.outcomes import UNSEEN, WORDS, Ended, outcome_of, study_says
+from paretune.service.queue import Queue
 
 TOKEN = "PARETUNE_TOKEN"
-EVERY_S = 0.25
-MOST_LOG_BYTES = 8 * 2**20
-TOLD_BYTES = 2000
-FINAL = (0, 2, 3, 4, 5)  # exit codes of a search that the same command would only repeat
-UNSEEN = -1  # of a search that was not started here
-WORDS: dict[State, Verb] = {"pausing": "pause", "stopping": "stop", "cancelling": "cancel"}
-RESTED: dict[State, State] = {"pausing": "paused", "stopping": "complete", "cancelling": "cancelled"}
+EVERY_S, IDLE_S = 0.25, 2.0
+STUCK_S = 120.0  # without a turn; the database's own patience is 20 s
+LONGEST_BACKOFF_S = 60.0
+END_MARGIN_S = 15.0
 Command = Callable[[Job, Path, Path], list[str]]
 
 
@@ -42,14 +46,22 @@ def search_command(job: Job, spec: Path, home: Path) -> list[str]:
 
 @dataclass
 class Running:
-    """A search's process, or None where one of an earlier service still holds the study."""
+    """A search's process and the file in memory into which it writes how it ends; None where one of an earlier service still
+    holds the study."""
 
     process: subprocess.Popen[bytes] | None
+    told: int | None = None
+
+    def close(self) -> None:
+        if self.told is not None:
+            os.close(self.told)
+            self.told = None
 
 
 class Supervisor:
     """`at_once` searches run beside each other, each with `threads` threads; one that crashes is started again `most_restarts`
-    times, after `backoff_s`, twice that, and so on. `environment` is added to the searches' own."""
+    times, after `backoff_s`, twice that, and so on. `environment` is added to the searches' own; `hold_s` is the first pause after
+    a search has found that the machine lacks something."""
 
     def __init__(
         self,
@@ -59,6 +71,7 @@ class Supervisor:
         threads: int = 1,
         most_restarts: int = 3,
         backoff_s: float = 5.0,
+        hold_s: float = 15.0,
         command: Command = search_command,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -66,25 +79,227 @@ class Supervisor:
         self.most_restarts, self.backoff_s, self.command = most_restarts, backoff_s, command
         self.environment = dict(environment or {})
         self.running: dict[str, Running] = {}
+        self.hold = Hold(queue.folder, hold_s)
         self._not_before: dict[str, float] = {}
         self._ending = threading.Event()
+        self._patience_s = 60.0
         self._thread: threading.Thread | None = None
+        self._trouble: Exception | None = None
+        self._failures = 0
+        self._turn = time.monotonic()
 
     def start(self) -> None:
-        """Take over what an earlier service left, then work in a thread of its own."""
-        for job in self.queue.jobs():
-            if job.state in LIVE:
-                self._take_over(job)
+        """Work in a thread of its own; what an earlier service left is taken over first."""
+        self.queue.watch = self.condition
         self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
         self._thread.start()
 
     def stop(self, patience_s: float = 60.0) -> None:
         """Ask all searches to rest, wait, end what does not; they are queued, so that the next service goes on with them."""
+        self._patience_s = patience_s
         self._ending.set()
         self.queue.changed.set()
-        if self._thread is not None:
-            self._thread.join(patience_s)
-        deadline = time.monotonic() + patience_s
+        if self._thread is None:
+            self._rest_all()
+        else:  # the kernel signals a search when the thread that has started it ends: so the thread itself ends them, once
+            self._thread.join(patience_s + END_MARGIN_S)
+
+    def condition(self) -> Condition:
+        """Whether searches are started just now, and why not."""
+        if self._ending.is_set():
+            return Condition("stopped", "the service ends")
+        if self._thread is None or not self._thread.is_alive():
+            return Condition("stopped", "the thread that starts searches has ended; start the service again")
+        silent = time.monotonic() - self._turn
+        if silent > STUCK_S:
+            return Condition("failing", f"nothing has been started or ended for {silent:.0f} s")
+        trouble = self._trouble
+        if isinstance(trouble, Shortage):
+            return Condition("held", self.hold.reason or trouble.problem.partition(";")[0].partition(": ")[0])
+        if trouble is not None:
+            return Condition(
+                "failing", f"{type(trouble).__name__}, {self._failures} times; see the service's own output"
+            )
+        return Condition("held", self.hold.reason) if self.hold.reason else Condition()
+
+    def log_of(self, study: str) -> SearchLog:
+        return SearchLog(self.log_file(study))
+
+    def log_file(self, study: str) -> Path:
+        return self.queue.folder / "logs" / f"{study}.log"
+
+    def _work(self) -> None:
+        while not self._ending.is_set():
+            self.queue.changed.clear()
+            self.turn()
+            self._turn = time.monotonic()
+            if self._trouble is not None:
+                longest = IDLE_S if isinstance(self._trouble, Shortage) else LONGEST_BACKOFF_S
+                self._ending.wait(min(longest, EVERY_S * 2 ** min(self._failures, 10)))
+            else:
+                self.queue.changed.wait(EVERY_S if self.running or self._not_before else IDLE_S)
+        self._rest_all()
+
+    def turn(self) -> None:
+        """One `step`, whatever happens in it."""
+        try:
+            self.step()
+        except Exception as error:
+            trouble = (disk_problem(error) if isinstance(error, OSError) else None) or error
+            self._failures += 1
+            if type(trouble) is not type(self._trouble):
+                with contextlib.suppress(OSError):
+                    traceback.print_exc()
+            self._trouble = trouble
+        else:
+            self._trouble, self._failures = None, 0
+
+    def step(self) -> None:
+        """Look once at what runs and what waits. What fails for one search holds up no other; the first error is raised at the end."""
+        problems: list[Exception] = []
+
+        def tried(do: Callable[[], object]) -> None:
+            try:
+                do()
+            except Exception as error:
+                problems.append(error)
+
+        tried(self._take_over_all)
+        for study, running in list(self.running.items()):
+            tried(lambda study=study, running=running: self._look(study, running))  # type: ignore[misc]
+        for study in list(self.running):
+            tried(lambda study=study: self._pass_on_word(study))  # type: ignore[misc]
+        tried(self._fill)
+        if problems:
+            raise problems[0]
+
+    def _fill(self) -> None:
+        """Begin what waits while there is room."""
+        while len(self.running) < self.at_once:
+            job = self._next()
+            if job is None or self.hold.is_on():
+                return
+            self._begin(job)
+
+    def _look(self, study: str, running: Running) -> None:
+        """Write how a search has ended, if it has; of one that was taken over the exit code is not known."""
+        if running.process is None:
+            code = None if is_taken(self._folder(study)) else UNSEEN
+        else:
+            self.log_of(study).trim(MOST_LOG_BYTES)
+            code = running.process.poll()
+        if code is not None:
+            self._ended(study, code)
+
+    def _pass_on_word(self, study: str) -> None:
+        """A word that came while the search was only starting; before it runs it would take the word for an old one."""
+        job, folder = self.queue.job(study), self._folder(study)
+        verb = None if job is None else WORDS.get(job.state)
+        if verb is not None and is_taken(folder) and study_says(folder).state == "running" and ordered(folder) != verb:
+            with contextlib.suppress(ParetuneError):
+                order(folder, verb)
+
+    def _next(self) -> Job | None:
+        moment = time.monotonic()
+        self._not_before = {study: at for study, at in self._not_before.items() if at > moment}
+        waiting = (job for job in self.queue.jobs() if job.state == "queued" and job.study not in self.running)
+        return next((job for job in waiting if job.study not in self._not_before), None)
+
+    def _begin(self, job: Job) -> None:
+        refusal = self.queue.refusal(job)
+        if refusal:
+            self.queue.put(job.study, "failed", reason=refusal)
+            return
+        if is_taken(self._folder(job.study)):  # a search of the command line has gone on with it
+            self.queue.put(job.study, "running", started=now())
+            self.running[job.study] = Running(None)
+            return
+        self.queue.put(job.study, "running", started=now(), ended="", reason="")
+        try:
+            self.running[job.study] = self._start_process(job)
+        except BaseException:
+            self.queue.put(job.study, "queued", started=job.started, reason=job.reason)
+            raise
+
+    def _start_process(self, job: Job) -> Running:
+        log = self.log_file(job.study)
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rest = self.command(job, self.queue.spec_file(job.study), self.queue.home)
+        told = os.memfd_create(f"ending of {job.study}")
+        try:
+            with log.open("ab") as stream:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "paretune.service.launcher", str(os.getpid()), "--", *rest],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    env=self._environment(told),
+                    cwd=self.queue.home,
+                    start_new_session=True,
+                    pass_fds=(told,),
+                )
+        except BaseException:
+            os.close(told)
+            raise
+        return Running(process, told)
+
+    def _environment(self, told: int) -> dict[str, str]:
+        threads = str(self.threads)
+        return {
+            **{name: value for name, value in os.environ.items() if name != TOKEN},
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **self.environment,
+            ending.VARIABLE: str(told),
+        }
+
+    def _ended(self, study: str, code: int) -> None:
+        """Write how a search ended. It counts as running until that is written: a full disk must not lose it."""
+        running, job = self.running[study], self.queue.job(study)
+        if job is not None:
+            end = Ended(
+                code,
+                study_says(self._folder(study)),
+                None if running.told is None else ending.read(running.told),
+                self.log_of(study).words(),
+                self.hold.lack() if code else "",
+                self._ending.is_set(),
+            )
+            self._write_end(job, end)
+        running.close()
+        del self.running[study]
+
+    def _write_end(self, job: Job, end: Ended) -> None:
+        found = outcome_of(job, end, self.most_restarts)
+        if found.order is not None:
+            with contextlib.suppress(ParetuneError):
+                order(self._folder(job.study), found.order)
+        self.queue.put(job.study, found.state, attempts=job.attempts + found.crashed, reason=found.reason)
+        if found.shortage:
+            self.hold.begin(found.shortage)
+        elif end.code in (0, 3):
+            self.hold.forget()
+        if found.crashed and found.state == "queued":
+            self._not_before[job.study] = time.monotonic() + self.backoff_s * 2**job.attempts
+
+    def _take_over_all(self) -> None:
+        """Jobs that should run but are nobody's: an earlier service had started them, or an error came between."""
+        for job in self.queue.jobs():
+            if job.state in LIVE and job.study not in self.running:
+                self._take_over(job)
+
+    def _take_over(self, job: Job) -> None:
+        """A search that the service before this one had started: still alive, at rest, or dead. It keeps its place in the queue."""
+        folder = self._folder(job.study)
+        if is_taken(folder):
+            self.running[job.study] = Running(None)
+            return
+        self._write_end(job, Ended(UNSEEN, study_says(folder)))
+
+    def _rest_all(self) -> None:
+        """Ask everything that runs to end in good order; end what does not within the patience."""
+        deadline = time.monotonic() + self._patience_s
         for running in self.running.values():
             _signal(running.process, signal.SIGINT)
         for study, running in list(self.running.items()):
@@ -95,158 +310,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 _signal(running.process, signal.SIGKILL)
                 running.process.wait(10)
-            self._ended(study, running.process.returncode)
-
-    def log_file(self, study: str) -> Path:
-        return self.queue.folder / "logs" / f"{study}.log"
-
-    def _work(self) -> None:
-        while not self._ending.is_set():
-            self.queue.changed.clear()
-            self.step()
-            self.queue.changed.wait(EVERY_S if self.running or self._not_before else 2.0)
-
-    def step(self) -> None:
-        """Look once at what runs and what waits."""
-        for study, running in list(self.running.items()):
-            code = self._look(study, running)
-            if code is not None:
-                self._ended(study, code)
-        self._pass_on_words()
-        while len(self.running) < self.at_once:
-            job = self._next()
-            if job is None:
-                return
-            self._begin(job)
-
-    def _look(self, study: str, running: Running) -> int | None:
-        """The exit code of a search that has ended; of one that was taken over it is not known and counts as a crash."""
-        if running.process is None:
-            return None if is_taken(self._folder(study)) else UNSEEN
-        log = self.log_file(study)
-        with contextlib.suppress(OSError):
-            if log.stat().st_size > MOST_LOG_BYTES:
-                os.truncate(log, 0)
-        return running.process.poll()
-
-    def _pass_on_words(self) -> None:
-        """Words that came while a search was only starting."""
-        for study in self.running:
-            job = self.queue.job(study)
-            verb = None if job is None else WORDS.get(job.state)
-            folder = self._folder(study)
-            begun = (
-                is_taken(folder) and study_state(folder) == "running"
-            )  # before, it would take the word for an old one
-            if verb is not None and begun and ordered(folder) != verb:
-                with contextlib.suppress(ParetuneError):
-                    order(folder, verb)
-
-    def _next(self) -> Job | None:
-        moment = time.monotonic()
-        waiting = (job for job in self.queue.jobs() if job.state == "queued")
-        return next((job for job in waiting if self._not_before.get(job.study, 0.0) <= moment), None)
-
-    def _begin(self, job: Job) -> None:
-        self._not_before.pop(job.study, None)
-        if is_taken(self._folder(job.study)):  # a search of the command line has gone on with it
-            self.running[job.study] = Running(None)
-            self.queue.put(job.study, "running", started=now())
-            return
-        log = self.log_file(job.study)
-        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        rest = self.command(job, self.queue.spec_file(job.study), self.queue.home)
-        threads = str(self.threads)
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != TOKEN},
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "PASSIVE",
-            **self.environment,
-        }
-        with log.open("ab") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "paretune.service.launcher", str(os.getpid()), "--", *rest],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env=environment,
-                cwd=self.queue.home,
-                start_new_session=True,
-            )
-        self.running[job.study] = Running(process)
-        self.queue.put(job.study, "running", started=now(), ended="", reason="")
-
-    def _ended(self, study: str, code: int) -> None:
-        """Write how a search ended; one that crashed waits and is started again, a few times."""
-        del self.running[study]
-        job, state = self.queue.job(study), study_state(self._folder(study))
-        assert job is not None
-        if code in FINAL:
-            self._final(job, code, state)
-        elif job.state in RESTED and (code == 130 or state == STATES_OF.get(RESTED[job.state])):
-            self.queue.put(study, RESTED[job.state], reason="")
-        elif code in (130, UNSEEN) and state in STATES_OF:
-            self.queue.put(study, STATES_OF[state], reason="")
-        elif self._ending.is_set():
-            self.queue.put(study, "queued", reason="the service ended; the next one goes on")
-        elif code == 130:
-            self.queue.put(study, "paused", reason="interrupted by a signal")
-        elif job.state in RESTED:  # it died on the way to where it was asked to go
-            self._rest_dead(job)
-        else:
-            self._crashed(job, code)
-
-    def _final(self, job: Job, code: int, state: str) -> None:
-        if code in (0, 3):
-            self.queue.put(
-                job.study, "complete", reason="the budget ended before a student was confirmed" if code else ""
-            )
-        elif code == 4 and state == "complete":  # stopped before anything was confirmed
-            self.queue.put(job.study, "complete", reason="nothing was confirmed")
-        else:
-            self.queue.put(job.study, "failed", reason=self._last_words(job.study) or f"exit code {code}")
-
-    def _rest_dead(self, job: Job) -> None:
-        verb, folder = WORDS[job.state], self._folder(job.study)
-        if verb != "pause" and (folder / "study.db").is_file():
-            with contextlib.suppress(ParetuneError):
-                order(folder, verb)
-        self.queue.put(job.study, RESTED[job.state], reason="the process had died")
-
-    def _crashed(self, job: Job, code: int) -> None:
-        attempts = job.attempts + 1
-        how = f"signal {-code}" if code < UNSEEN else f"exit code {code}" if code >= 0 else "with its service"
-        if attempts > self.most_restarts:
-            reason = f"the search died {attempts} times, the last time by {how}: {self._last_words(job.study)}"
-            self.queue.put(job.study, "failed", attempts=attempts, reason=reason[:TOLD_BYTES])
-            return
-        self._not_before[job.study] = time.monotonic() + self.backoff_s * 2 ** (attempts - 1)
-        self.queue.put(job.study, "queued", attempts=attempts, reason=f"died by {how}; it is started again")
-
-    def _take_over(self, job: Job) -> None:
-        """A search that the service before this one had started: still alive, at rest, or dead."""
-        folder = self._folder(job.study)
-        if is_taken(folder):
-            self.running[job.study] = Running(None)
-            return
-        state = study_state(folder)
-        if state in STATES_OF:
-            self.queue.put(job.study, STATES_OF[state], reason="")
-        elif job.state in RESTED:
-            self._rest_dead(job)
-        else:
-            self.queue.put(job.study, "queued", reason="the service had ended; it goes on")
-
-    def _last_words(self, study: str) -> str:
-        """The end of a search's log without what only a terminal reads."""
-        with contextlib.suppress(OSError):
-            with self.log_file(study).open("rb") as stream:
-                stream.seek(max(0, stream.seek(0, os.SEEK_END) - TOLD_BYTES))
-                lines = stream.read().decode("utf8", "replace").splitlines()
-            told = [line for line in lines if line.startswith(("error:", "remedy:"))] or lines[-3:]
-            return " ".join(told)[-TOLD_BYTES:]
-        return ""
+            with contextlib.suppress(Exception):  # the next service sees from the study how it stands
+                self._ended(study, running.process.returncode)
 
     def _folder(self, study: str) -> Path:
         return self.queue.home / "studies" / study

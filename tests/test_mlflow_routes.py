@@ -34,13 +34,11 @@ from mlflow.server.fastapi_app import app
 
 def walk(routes, before=""):
     for route in routes:
-        inner = getattr(route, "original_router", None) or getattr(route, "app", None)
-        path = before + (getattr(route, "path", "") or "")
-        if getattr(inner, "routes", None):
-            prefix = getattr(getattr(route, "include_context", None), "prefix", "") or ""
-            yield from walk(inner.routes, path + prefix)
-        elif getattr(route, "path_format", None) or getattr(route, "methods", None):
-            yield from ((method, path) for method in route.methods or ["GET"])
+        inner = getattr(route, "original_router", None)
+        if inner is not None:
+            yield from walk(inner.routes, before + (getattr(route.include_context, "prefix", "") or ""))
+        elif getattr(route, "methods", None):
+            yield from ((method, before + route.path) for method in route.methods)
 
 found = set(walk(app.routes)) | {(m, rule.rule) for rule in flask_app.url_map.iter_rules() for m in rule.methods}
 json.dump(sorted(found), sys.stdout)

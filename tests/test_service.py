@@ -442,7 +442,7 @@ def test_a_submit_is_idempotent_by_its_key(client: TestClient) -> None:
     study = first.json()["study"]
     assert client.get(f"/v1/studies/{study}").json()["job"]["position"] == 1
     assert client.post(f"/v1/studies/{study}/cancel", json={}).json()["state"] == "cancelled"
-    assert client.post(f"/v1/studies/{study}/resume", json={}).status_code == 422
+    assert client.post(f"/v1/studies/{study}/resume", json={}).status_code == 409
     assert client.post("/v1/studies/none/pause", json={}).status_code == 404
 
 

@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_written_is_said_to_be(tmp_path):
     new_store(tmp_path).close()
     (tmp_path / "one" / "lock").unlink()
     (tmp_path / "one" / "lock").mkdir()
-    with pytest.raises(EnvironmentProblem, match=r"cannot be written: Is a directory; make it writable"):
+    with pytest.raises(EnvironmentProblem, match=r"cannot be written: Is a directory"):
         Store.open_study(tmp_path / "one")
 
 

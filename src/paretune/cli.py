@@ -6,10 +6,11 @@ feasible, 5 environment (disk, memory, lock, package), 130 interrupted and resum
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, NoReturn
 
 import typer
@@ -28,8 +29,10 @@ from paretune.cli_targets import targets
 from paretune.cli_tracking import report, sync, ui
 from paretune.console import print_text, say, show_all_characters, talk, tell_problem
 from paretune.hardware_profiles.access import path_problem
-from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
+from paretune.hardware_profiles.command_line import home_now
+from paretune.hardware_profiles.errors import ParetuneError
 from paretune.hardware_profiles.files import disk_problem
+from paretune.search import ending
 
 app = typer.Typer(
     name="paretune",
@@ -39,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Joint search over student size, sparsity and precision of a trained language model, per hardware profile.",
 )
+MOST_CAUSES = 10
 COMMANDS: tuple[Callable[..., None], ...] = (search, status, front, recommend, targets, report, generate, measure)
 COMMANDS += (pause, resume, stop, cancel, serve, score, agent, ui, sync)
 for command in COMMANDS:
@@ -49,6 +53,7 @@ app.command()(profile)
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one sentence and an exit code."""
+    ending.take()
     show_all_characters()
     _let_warnings_be_warnings()
     try:
@@ -76,7 +81,9 @@ def _let_warnings_be_warnings() -> None:
 
 def _refuse(error: ParetuneError) -> NoReturn:
     """One sentence, the remedy, and the exit code."""
-    tell_problem(error.problem, error.remedy)
+    ending.tell(error)
+    with contextlib.suppress(OSError):  # where the terminal is a log on a full disk
+        tell_problem(error.problem, error.remedy)
     sys.exit(error.exit_code)
 
 
@@ -85,20 +92,37 @@ def _usage_or_bug(error: Exception) -> None:
         if hasattr(error, "show"):
             error.show(sys.stderr)
         sys.exit(2)
-    if isinstance(error, OSError) and (problem := disk_problem(error) or path_problem(error)) is not None:
-        _refuse(problem)
-    if type(error).__module__.startswith("sqlalchemy") and type(error).__name__ == "OperationalError":
-        reason = str(getattr(error, "orig", error))
-        remedy = "mount the disk writable" if "readonly" in reason else "free or mend the disk"
-        _refuse(
-            EnvironmentProblem(
-                f"the study's database cannot be written: {reason}",
-                f"{remedy}, then run the same command again: it goes on",
-            )
-        )
+    for cause in _causes(error):
+        problem = _known_problem(cause)
+        if problem is not None:
+            _refuse(problem)
     talk.print_exception()
     say(("this is a bug in paretune", "red"), "; the study, if one ran, can be continued with the same command")
     sys.exit(1)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: libraries wrap a full disk in errors of their own."""
+    for _ in range(MOST_CAUSES):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _known_problem(error: BaseException) -> ParetuneError | None:
+    if isinstance(error, ParetuneError):
+        return error
+    if isinstance(error, OSError):
+        return disk_problem(error) or path_problem(error)
+    if type(error).__module__.startswith("sqlalchemy") and type(error).__name__ in (
+        "OperationalError",
+        "DatabaseError",
+    ):
+        from paretune.search.database_errors import database_problem
+
+        return database_problem(error, home_now(), "the study database")  # type: ignore[arg-type]
+    return None
 
 
 @app.callback(invoke_without_command=True)
