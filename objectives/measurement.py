@@ -44,7 +44,8 @@ class Measurement:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
         """What `to_dict` gave."""
-        return cls(**{key: math.inf if value is None else value for key, value in data.items()})
+        found: dict[str, Any] = {key: math.inf if value is None else value for key, value in data.items()}
+        return cls(**found)
 
     @classmethod
     def exact(cls, value: float, unit: str, note: str = "") -> Measurement:

@@ -108,7 +108,7 @@ def predicted_instead(
     if len(points) < LEAST_POINTS:
         if not (profile.can_predict and isinstance(candidate, Candidate) and isinstance(shape, Shape)):
             raise reason
-        roofline = predict(profile, candidate, shape, turn.prompt, turn.prompt)
+        roofline = predict(profile, candidate, shape, prompt=turn.prompt, context=turn.prompt)
         return {name: replace(m, note=f"{note}; {m.note}") for name, m in roofline.items()}
     known = [(candidate_from_dict(p["candidate"]), p) for p in points]
     found = {}

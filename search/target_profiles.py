@@ -106,4 +106,4 @@ def roofline(turn: Turn = STANDARD) -> Predict:
     """The prediction of objectives/predict.py after the prompt of `turn`, batch 1."""
     from paretune.objectives.predict import predict
 
-    return lambda profile, candidate, shape: predict(profile, candidate, shape, turn.prompt, turn.prompt)
+    return lambda profile, candidate, shape: predict(profile, candidate, shape, prompt=turn.prompt, context=turn.prompt)

@@ -63,7 +63,8 @@ BLOCK_CHARACTERS, LONG_CHARACTERS = 4000, 16_000
 MIN_DOCUMENTS = 8
 MIN_CHARACTERS = 40_000
 # Below either, the documents are too few or too unequal to be divided whole.
-FEW_DOCUMENTS, FEW_CHARACTERS = 32, {"train": 100_000, "calibration": 2_500, "search": 2_500, "report": 2_500}
+FEW_DOCUMENTS = 32
+FEW_CHARACTERS: dict[Split, int] = {"train": 100_000, "calibration": 2_500, "search": 2_500, "report": 2_500}
 
 
 @dataclass(frozen=True)
