@@ -21,6 +21,7 @@ from paretune.objectives.agent_order import Order
 from paretune.objectives.agent_wire import AgentGone, Answer, Timeouts, Wire
 from paretune.objectives.lane import LaneResult
 from paretune.objectives.measurement import Measurement, Provenance
+from paretune.objectives.turns import STANDARD, Turn
 
 ATTEMPTS = 3
 
@@ -135,6 +136,7 @@ class AgentLane:
     threads: int
     engine: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
+    turn: Turn = STANDARD
 
     @contextlib.contextmanager
     def pair(self) -> Iterator[AgentLane]:
@@ -149,7 +151,17 @@ class AgentLane:
 
     def _order(self, visits: str) -> Order:
         nothing = "0" * 64
-        return Order("new", nothing, nothing, self.threads, visits, engine=self.engine, provider=self.provider)
+        return Order(
+            "new",
+            nothing,
+            nothing,
+            self.threads,
+            visits,
+            engine=self.engine,
+            provider=self.provider,
+            prompt=self.turn.prompt,
+            new_tokens=self.turn.tokens,
+        )
 
 
 def _refused(answer: Answer, what: str) -> EnvironmentProblem:

@@ -24,6 +24,7 @@ from paretune.objectives.agent_order import Order
 from paretune.objectives.lane import Lane, LaneResult
 from paretune.objectives.nominal import kept_in
 from paretune.objectives.power import energy_counter
+from paretune.objectives.turns import Turn
 
 MODEL, REFERENCE = "model.onnx", "reference.onnx"
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -67,6 +68,7 @@ def measure(order: Order, folder: Path, kept: Path) -> LaneResult:
         order.engine,
         order.provider,
         lambda: energy_counter("cpu" if on_cpu else "gpu"),
+        Turn(order.prompt, order.new_tokens),
     )
     if order.visits == "full":
         return lane.measure(folder / MODEL, order.within)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from paretune.objectives.agent_store import DIGEST
+from paretune.objectives.turns import NEW_TOKENS, PROMPT
 
 ID = re.compile(r"[a-z0-9-]{1,64}")
 # The name under which a model looks for its weights when they are not inside it.
@@ -21,7 +22,8 @@ class Order:
     """`key`: chosen by the client, the same in every repetition of one order, which then makes one job. `model`, `reference`
     and `data` are SHA-256 digests; `data` (with the name that the model gives it) is of weights outside the model, or empty.
     `visits`: "full" (several fresh pairs of processes, memory, load time) or "one" (one pair, latencies only).
-    `within`: half-width of the 95 % intervals to reach, as a fraction; None is content with what the usual visits give."""
+    `within`: half-width of the 95 % intervals to reach, as a fraction; None is content with what the usual visits give.
+    `prompt` and `new_tokens` are what is timed, fewer than usual for a model with a short context."""
 
     key: str
     model: str
@@ -33,6 +35,8 @@ class Order:
     engine: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
     within: float | None = None
+    prompt: int = PROMPT
+    new_tokens: int = NEW_TOKENS
 
     def __post_init__(self) -> None:
         for name, pattern, optional in (
@@ -54,6 +58,10 @@ class Order:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, but got {self.engine!r:.100}")
         if self.within is not None and not (type(self.within) in (int, float) and 0 < self.within < 1):
             raise ValueError(f"within must be between 0 and 1, but got {self.within!r:.100}")
+        for name, most in (("prompt", PROMPT), ("new_tokens", NEW_TOKENS)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be between 1 and {most}, but got {value!r:.100}")
         if bool(self.data) != bool(self.data_name):
             raise ValueError("data and data_name must be given together, but one of them is empty")
 
@@ -63,7 +71,11 @@ class Order:
         return frozenset({self.model, self.reference, self.data} - {""})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Usual lengths are left out: an agent of an earlier version does not know them."""
+        told = asdict(self)
+        if (self.prompt, self.new_tokens) == (PROMPT, NEW_TOKENS):
+            del told["prompt"], told["new_tokens"]
+        return told
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Order:

@@ -84,7 +84,8 @@ class Pair:
 
 class Lane:
     """`nominal` reads or (given values) keeps the reference's figures of this machine. The candidate runs in `engine` with
-    `provider`; the reference always in ONNX Runtime. `counter` opens the machine's counter of energy, if it has one."""
+    `provider`; the reference always in ONNX Runtime. `counter` opens the machine's counter of energy, if it has one. `turn` is what
+    a candidate is timed with, shorter than the standard one where its context is."""
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class Lane:
         engine: str = "onnxruntime",
         provider: str = "CPUExecutionProvider",
         counter: Callable[[], EnergyCounter | None] = lambda: None,
+        turn: Turn = STANDARD,
     ) -> None:
         self.reference, self.threads, self.fingerprint, self.lock, self.nominal = (
             reference,
@@ -104,7 +106,7 @@ class Lane:
             lock,
             nominal,
         )
-        self.engine, self.provider, self.counter = engine, provider, counter
+        self.engine, self.provider, self.counter, self.turn = engine, provider, counter, turn
 
     @contextlib.contextmanager
     def pair(self) -> Iterator[Pair]:
@@ -118,7 +120,7 @@ class Lane:
 
     def load(self, child: EngineChild, model: Path) -> float:
         """Load the candidate's model in the candidate's engine; milliseconds. Raises Infeasible if the engine refuses it."""
-        return load_and_warm(child, model, self.threads, self.engine, self.provider)
+        return load_and_warm(child, model, self.threads, self.engine, self.provider, self.turn)
 
     def measure(self, model: Path, within: float | None = None) -> LaneResult:
         """Latencies as `latencies` takes them; load time, peak memory, and energy where a counter can be read."""
@@ -127,7 +129,8 @@ class Lane:
         return replace(found, measurements=found.measurements | self._memory(model) | energy)
 
     def latencies(self, model: Path, within: float | None = None) -> LaneResult:
-        """Decode (ms/token after 128 tokens, batch 1), TTFT (128 tokens) and throughput over VISITS fresh pairs.
+        """Decode (ms/token after 128 tokens, batch 1), TTFT (128 tokens) and throughput over VISITS fresh pairs; after fewer
+        tokens where the lane's turn has fewer.
 
         With `within` (half-width of the 95 % intervals, a fraction) there are more of them, MOST_VISITS at most, until it is
         reached; where it is not, the result is not stable. Raises Infeasible if the engine refuses the model.
@@ -193,7 +196,7 @@ class Lane:
             except EnvironmentProblem:
                 return {}
             watch = Watch([child])
-            value, low, high = joules_per_token(child, counter)
+            value, low, high = joules_per_token(child, counter, self.turn)
             quiet = watch.foreign_cores() <= MOST_FOREIGN_CORES
         if value <= 0:  # noise was more than what decoding took
             return {}
@@ -207,9 +210,13 @@ class Lane:
         stable = self._stable(visit)
         return LaneResult(self._latencies([visit], "measured" if stable else "disturbed"), stable)
 
-    def visit(self, pair: Pair, turn: Turn = STANDARD) -> Visit:
-        """One visit under the machine lock. If other work of ours keeps the machine, it is made all the same and not called quiet."""
-        if turn != STANDARD:  # buffers grow with the first run of a shape
+    def visit(self, pair: Pair, other: Turn | None = None) -> Visit:
+        """One visit under the machine lock, with the lane's turn or with `other`.
+
+        If other work of ours keeps the machine, it is made all the same and not called quiet.
+        """
+        turn = self.turn if other is None else other
+        if turn != self.turn:  # buffers grow with the first run of a shape
             take_turn(pair.candidate, turn)
         with contextlib.ExitStack() as stack:
             try:
@@ -274,6 +281,8 @@ class Lane:
             f"{len(visits)} fresh pairs of processes{left}, corrected by the reference's drift; "
             f"at most {foreign:.2f} cores of its CPUs taken by others{shared}"
         )
+        if self.turn != STANDARD:
+            note += f"; {self.turn.tokens} tokens after a prompt of {self.turn.prompt}, all that the context holds"
         rounds = sum(len(v.decode_ratios) for v in visits)
         found = {}
         for name, unit, ratios, scale, spread in (

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from paretune.engines.child import EngineChild
+from paretune.hardware_profiles.errors import UsageError
 
 PROMPT, NEW_TOKENS = 128, 24
 ROUNDS = 8
@@ -33,6 +34,23 @@ class Turn:
 
 
 STANDARD = Turn()
+LEAST_CONTEXT = 8
+
+
+def turn_within(context: int) -> Turn:
+    """The standard turn, or one that fills a context of fewer tokens: a quarter of it decode steps, NEW_TOKENS at most, the rest prompt.
+
+    Raises UsageError for a context of fewer than LEAST_CONTEXT tokens.
+    """
+    if context < LEAST_CONTEXT:
+        raise UsageError(
+            f"the model's context must have {LEAST_CONTEXT} tokens or more to be timed, but max_position_embeddings is {context}",
+            "choose a checkpoint with a longer context",
+        )
+    if context >= PROMPT + NEW_TOKENS:
+        return STANDARD
+    tokens = min(NEW_TOKENS, context // 4)
+    return Turn(context - tokens, tokens)
 
 
 @dataclass
@@ -83,11 +101,16 @@ def take_turns(
 
 
 def load_and_warm(
-    child: EngineChild, model: Path, threads: int, engine: str = "onnxruntime", provider: str = "CPUExecutionProvider"
+    child: EngineChild,
+    model: Path,
+    threads: int,
+    engine: str = "onnxruntime",
+    provider: str = "CPUExecutionProvider",
+    turn: Turn = STANDARD,
 ) -> float:
-    """Load a model in an engine and run it once; returns milliseconds of the load. Raises Infeasible if the engine refuses."""
+    """Load a model in an engine and run `turn` once; returns milliseconds of the load. Raises Infeasible if the engine refuses."""
     loaded = child.ask(do="load", path=str(model), threads=threads, engine=engine, provider=provider)
-    take_turn(child, STANDARD)
+    take_turn(child, turn)
     return float(loaded["load_ms"])
 
 

@@ -22,7 +22,7 @@ from paretune.objectives.lane import Lane
 from paretune.objectives.latency_fit import LatencyFit
 from paretune.objectives.measurement import LEFT_PREDICTED, Measurement
 from paretune.objectives.predict import predict
-from paretune.objectives.turns import load_and_warm
+from paretune.objectives.turns import STANDARD, Turn, load_and_warm
 from paretune.search.reference import open_lane
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.kinds import AnyCandidate, AnyShape, candidate_from_dict
@@ -43,12 +43,13 @@ def connect(url: str, home: Path) -> AgentClient:
     return AgentClient(url, token)
 
 
-def lane_at(profile: Profile, home: Path, url: str | None = None) -> Lane | AgentLane:
+def lane_at(profile: Profile, home: Path, url: str | None = None, turn: Turn = STANDARD) -> Lane | AgentLane:
     """The lane of `profile`: here, or at the agent of `url` or of the profile.
 
-    With a `url` and this machine's own profile the agent's says how many threads are timed. Raises AgentGone, UsageError.
+    With a `url` and this machine's own profile the agent's says how many threads are timed. `turn` is what candidates are timed
+    with. Raises AgentGone, UsageError.
     """
-    here = open_lane(home / "cache", profile, MachineLock())
+    here = open_lane(home / "cache", profile, MachineLock(), turn)
     address = url or profile.agent
     if address is None:
         return here
@@ -56,7 +57,7 @@ def lane_at(profile: Profile, home: Path, url: str | None = None) -> Lane | Agen
     threads = profile.threads
     if profile.name == LOCAL:
         threads = int(client.health().get("profile", {}).get("threads", 1))
-    return AgentLane(client, here.reference, threads, profile.engine, profile.execution_provider)
+    return AgentLane(client, here.reference, threads, profile.engine, profile.execution_provider, turn)
 
 
 def machine_of(lane: AgentLane, folder: Path) -> str:
@@ -96,6 +97,7 @@ def predicted_instead(
     points: Sequence[dict[str, Any]],
     names: Sequence[str],
     reason: AgentGone,
+    turn: Turn = STANDARD,
 ) -> dict[str, Measurement]:
     """Latencies by a fit to what the agent had measured before it went, and the memory that the model takes here, marked so.
 
@@ -106,7 +108,7 @@ def predicted_instead(
     if len(points) < LEAST_POINTS:
         if not (profile.can_predict and isinstance(candidate, Candidate) and isinstance(shape, Shape)):
             raise reason
-        roofline = predict(profile, candidate, shape)
+        roofline = predict(profile, candidate, shape, prompt=turn.prompt, context=turn.prompt)
         return {name: replace(m, note=f"{note}; {m.note}") for name, m in roofline.items()}
     known = [(candidate_from_dict(p["candidate"]), p) for p in points]
     found = {}
@@ -116,13 +118,13 @@ def predicted_instead(
             fit.predict(candidate),
             note=f"{note}; by a fit to {len(points)} measurements there, error {fit.error.median:.1%}",
         )
-    return {**found, "peak_memory_bytes": _memory_here(model, note)}
+    return {**found, "peak_memory_bytes": _memory_here(model, note, turn)}
 
 
-def _memory_here(model: Path, note: str) -> Measurement:
+def _memory_here(model: Path, note: str, turn: Turn) -> Measurement:
     with EngineChild(1) as child:
         empty = float(child.ask(do="memory")["peak_bytes"])
-        load_and_warm(child, model, 1)
+        load_and_warm(child, model, 1, turn=turn)
         peak = float(child.ask(do="memory")["peak_bytes"]) - empty
     return Measurement(
         peak, "bytes", peak, peak, "predicted", 1, "", f"{note}; as the engine takes on the searching machine"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune import slice_weights
+from paretune.objectives.turns import Turn, turn_within
 from paretune.search.measurement_key import target_key, timed_pattern
 from paretune.search.visits import Visits
 from paretune.search.workspace import Workspace
@@ -23,6 +24,10 @@ class Measuring(Visits):
     def __init__(self, space: Workspace) -> None:
         super().__init__(space)
         self.space = space
+
+    @property
+    def turn(self) -> Turn:
+        return turn_within(self.space.teacher.context)
 
     def build(self, candidate: Candidate, model: Path) -> None:
         """A graph with the sorted teacher's weights: values do not change the time."""
@@ -52,7 +57,12 @@ class Measuring(Visits):
     def _folder(self) -> Path:
         s = self.space.teacher.shape
         sizes = f"{s.family}-h{s.hidden}-v{s.vocab}-d{s.head_dim}x{s.heads_per_group}-{'tied' if s.tied else 'untied'}"
-        return self.space.cache / "measurements" / target_key(self.space.profile, self.space.fingerprint) / sizes
+        return (
+            self.space.cache
+            / "measurements"
+            / target_key(self.space.profile, self.space.fingerprint, self.turn)
+            / sizes
+        )
 
 
 def _plain(form: Format) -> Format:

@@ -18,12 +18,14 @@ from paretune.hardware_profiles.access import unwritable
 from paretune.hardware_profiles.errors import DiskProblem, Shortage
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
+from paretune.objectives.turns import STANDARD, turn_within
 from paretune.search.follow import check_figures
 from paretune.search.plan import Plan, all_memory, make_plan, training_tokens_per_parameter
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
 from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
 from paretune.search.target_profiles import further_profiles, require_measurable, require_predictions, reserved_share
+from paretune.search.windows import WINDOW
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
 from paretune.teachers import EMBEDDED, Teacher, chosen_corpus, load_teacher
@@ -90,6 +92,7 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
         further_profiles(spec.profile, spec.targets, spec.teacher, home)
         return prepare_plugin(spec, home, address)
     teacher = load_teacher(spec.teacher)
+    turn = turn_within(teacher.context)
     profile = load_profile(spec.profile, home)
     check_figures(spec, profile)
     targets = further_profiles(profile.name, spec.targets, spec.teacher, home)
@@ -116,6 +119,11 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
     space = with_students(space, spec.student_configs)
     require_predictions(targets, space.baselines()[0], teacher.shape)
     notes = runtime_notes(teacher)
+    if turn != STANDARD:
+        notes.append(
+            f"the model's context of {teacher.context} tokens is shorter than the usual {STANDARD.prompt} + {STANDARD.tokens}: latency is "
+            f"measured over {turn.tokens} tokens after a prompt of {turn.prompt}, and quality in windows of {min(WINDOW, teacher.context)}"
+        )
     if spec.mixed_precision:
         tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)
         space = replace(space, mixed=tokens > 0)

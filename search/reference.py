@@ -15,13 +15,17 @@ from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.lane import Lane
 from paretune.objectives.nominal import kept_in
 from paretune.objectives.power import energy_counter
+from paretune.objectives.turns import STANDARD, Turn
 from paretune.search.measurement_key import engine_fingerprint
 from paretune.spaces.candidate import Candidate, Format, Layer
 from paretune.teachers import EMBEDDED, load_teacher
 
 
-def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
-    """The lane of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads."""
+def open_lane(cache: Path, profile: Profile, lock: MachineLock, turn: Turn = STANDARD) -> Lane:
+    """The lane of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads.
+
+    `turn` is what candidates are timed with.
+    """
     embedded = load_teacher(EMBEDDED)
     machine, folder = fingerprint(), cache / "lane"
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,4 +48,5 @@ def open_lane(cache: Path, profile: Profile, lock: MachineLock) -> Lane:
         profile.engine,
         profile.execution_provider,
         lambda: energy_counter(profile.kind),
+        turn,
     )

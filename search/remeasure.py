@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from paretune.objectives.energy import COST, ENERGY, THROUGHPUT, following
 from paretune.objectives.figures import FORWARD, forward_measurements
 from paretune.objectives.lane import LaneResult
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.turns import STANDARD, turn_within
 
 COMPARED = ("decode_ms_per_token", "ttft_ms")
 CLOSE = 0.03
@@ -139,7 +141,8 @@ def remeasure(
     profile = load_profile(profile_name, home)
     if agent is None and profile.agent is None:
         require_at_hand(profile)
-    lane = lane_at(profile, home, agent).measure((artifact / MODEL).resolve(), within)
+    turn = STANDARD if is_module else turn_within(context_of(artifact))
+    lane = lane_at(profile, home, agent, turn).measure((artifact / MODEL).resolve(), within)
     if is_module:
         found = forward_measurements(lane.measurements)
     else:
@@ -152,6 +155,11 @@ def remeasure(
     agreements = tuple(Agreement(name, found[name], kept.get(name)) for name in compared)
     others = {name: m for name, m in found.items() if name not in compared}
     return Remeasured(artifact, profile.name, within, lane, agreements, others)
+
+
+def context_of(artifact: Path) -> int:
+    """The longest sequence of a decoder's artifact, in tokens."""
+    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text())["model"]["context_length"])
 
 
 def require_at_hand(profile: Profile) -> None:

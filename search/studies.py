@@ -19,6 +19,7 @@ from paretune.search.control import ENDED
 from paretune.search.findings import kept_findings
 from paretune.search.prepare import Ready
 from paretune.search.store import Store
+from paretune.teachers import Teacher
 from paretune.teachers.plugin_name import is_plugin
 
 PACKAGES = (
@@ -56,6 +57,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
                 "name": ready.teacher.name,
                 "digest": ready.teacher.digest,
                 "parameters": ready.teacher.parameters,
+                **({"context": ready.teacher.context} if isinstance(ready.teacher, Teacher) else {}),
             },
             "corpus": {"source": "the plug-in's own data" if own else text, "fingerprint": ready.text},
             "budget_s": ready.spec.budget_s,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import load_profile
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.sweep import BATCHES, CONTEXTS, PROMPTS, SweepRow, is_quiet, sweep, sweep_points
-from paretune.search.remeasure import require_at_hand
+from paretune.objectives.turns import turn_within
+from paretune.search.remeasure import context_of, require_at_hand
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def sweep_artifact(
 
     if check_artifact(artifact).get("kind") == "module":
         raise UsageError(f"a sweep is over prompts, but {artifact} is a module of a plug-in", "leave --sweep out")
-    context = int(json.loads((artifact / "onnx" / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"])
+    context = context_of(artifact)
     profile = load_profile(profile_name, home)
     require_at_hand(profile)
     points = sweep_points(context, prompts or PROMPTS, contexts or CONTEXTS, batches or BATCHES)
     if not points:
         raise UsageError(f"no prompt or context fits into the model's {context} tokens", "name shorter ones")
-    lane = open_lane(home / "cache", profile, MachineLock())
+    lane = open_lane(home / "cache", profile, MachineLock(), turn_within(context))
     return Swept(artifact, profile.name, tuple(sweep(lane, (artifact / MODEL).resolve(), points)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from paretune.hardware_profiles.errors import Infeasible, UsageError
 from paretune.hardware_profiles.profile import Profile, load_profile
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.turns import STANDARD, Turn
 from paretune.search.spec import Spec
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.plugin_name import is_plugin
@@ -101,8 +102,8 @@ def _refuse_plugin(teacher: str) -> None:
         )
 
 
-def roofline() -> Predict:
-    """The prediction of objectives/predict.py, at its usual lengths: after 128 tokens, batch 1."""
+def roofline(turn: Turn = STANDARD) -> Predict:
+    """The prediction of objectives/predict.py after the prompt of `turn`, batch 1."""
     from paretune.objectives.predict import predict
 
-    return lambda profile, candidate, shape: predict(profile, candidate, shape)
+    return lambda profile, candidate, shape: predict(profile, candidate, shape, prompt=turn.prompt, context=turn.prompt)

@@ -15,6 +15,7 @@ from pathlib import Path
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible, UsageError
 from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.turns import STANDARD, Turn, turn_within
 from paretune.search.store import Store
 from paretune.search.target_lane import Measurer, TargetLane
 from paretune.search.target_profiles import Predict, can_measure, is_at_hand, missing_engine, roofline, shape_of
@@ -67,7 +68,7 @@ def add_targets(
     what a prediction lacks in a profile that is not at hand.
     """
     deadline, view = time.monotonic() + seconds, load_view(store)
-    shape, predict = shape_of(view.meta), predict or roofline()
+    shape, predict = shape_of(view.meta), predict or roofline(_turn(view))
     kept = {t.name: t for t in load_targets(store)}
     jobs = [_predicted(view, profile, shape, predict, kept.get(profile.name)) for profile in profiles]
     keep_targets(store, [job.target() for job in jobs])
@@ -86,7 +87,13 @@ def add_targets(
 
 def predict_target(view: StudyView, profile: Profile, predict: Predict | None = None) -> Target:
     """A target that the study does not have, predicted on the fly; nothing is kept. Raises UsageError as `add_targets` does."""
-    return _predicted(view, profile, shape_of(view.meta), predict or roofline(), None).target()
+    return _predicted(view, profile, shape_of(view.meta), predict or roofline(_turn(view)), None).target()
+
+
+def _turn(view: StudyView) -> Turn:
+    """What the study's candidates were timed with; studies before contexts were kept have the usual one."""
+    context = (view.meta.get("teacher") or {}).get("context")
+    return STANDARD if context is None else turn_within(int(context))
 
 
 def _predicted(view: StudyView, profile: Profile, shape: Shape, predict: Predict, kept: Target | None) -> _Job:

@@ -16,6 +16,7 @@ from paretune.objectives.agent_client import AgentLane
 from paretune.objectives.agent_wire import AgentGone
 from paretune.objectives.lane import Lane, LaneResult, Pair
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.turns import STANDARD, Turn
 from paretune.search.elsewhere import lane_at, machine_of, predicted_instead
 from paretune.search.reference import open_lane
 from paretune.search.work import Outcome, Work
@@ -61,6 +62,11 @@ class Visits(ABC):
     def build(self, candidate: Any, model: Path) -> None:
         """Write a graph of the candidate with any weights: values do not change the time."""
 
+    @property
+    def turn(self) -> Turn:
+        """What a candidate is timed with."""
+        return STANDARD
+
     def fitted(self) -> None:  # noqa: B027 (nothing to let go of is usual)
         """The measuring for the fit has ended: let go of what only `build` needs."""
 
@@ -71,9 +77,9 @@ class Visits(ABC):
     def lane(self) -> Lane | AgentLane:
         """The lane of this machine, or of the profile's agent."""
         if self._lane is None and self._host.profile.agent is not None:
-            self._lane = lane_at(self._host.profile, self._host.home)
+            self._lane = lane_at(self._host.profile, self._host.home, turn=self.turn)
         elif self._lane is None:
-            self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock)
+            self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock, self.turn)
         return self._lane
 
     def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | AgentLane | None = None) -> LaneResult:
@@ -92,7 +98,8 @@ class Visits(ABC):
             points = self.all_kept()
             shape = self._host.space.shape
             return LaneResult(
-                predicted_instead(self._host.profile, candidate, model, shape, points, self.latency, gone), False
+                predicted_instead(self._host.profile, candidate, model, shape, points, self.latency, gone, self.turn),
+                False,
             )
         result = LaneResult(self.named(result.measurements), result.stable)
         if result.stable:

@@ -282,7 +282,7 @@ def kept(tmp_path: Path, candidate: Candidate, shape: Shape = SHAPE, machine: st
     """Where a worker of a study keeps the time of a candidate. The teacher's digest stands for its weights' values."""
     target = profile(**changes)
     space = SimpleNamespace(
-        teacher=SimpleNamespace(shape=shape, digest=str(np.random.default_rng().random())),
+        teacher=SimpleNamespace(shape=shape, context=2048, digest=str(np.random.default_rng().random())),
         profile=target,
         fingerprint=machine,
         cache=tmp_path,

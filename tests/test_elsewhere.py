@@ -198,9 +198,9 @@ def board(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     client = StandIn()
     client.law = lambda path: decode_ms(Candidate.from_dict(json.loads(path.read_text())))
     lane = AgentLane(client, Path("reference.onnx"), 1)  # type: ignore[arg-type]
-    monkeypatch.setattr(visits, "lane_at", lambda _profile, _home: lane)
+    monkeypatch.setattr(visits, "lane_at", lambda _profile, _home, turn: lane)
     monkeypatch.setattr(
-        elsewhere, "_memory_here", lambda _m, note: Measurement(9.0, "bytes", 9, 9, "predicted", note=note)
+        elsewhere, "_memory_here", lambda _m, note, _turn: Measurement(9.0, "bytes", 9, 9, "predicted", note=note)
     )
     return client
 

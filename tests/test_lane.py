@@ -318,6 +318,7 @@ def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest
     monkeypatch.setattr(remeasuring, "check_artifact", lambda _folder: facts)
     monkeypatch.setattr(remeasuring, "load_profile", lambda _name, _home: profile)
     monkeypatch.setattr("paretune.search.elsewhere.lane_at", lambda *_: lanes)
+    monkeypatch.setattr(remeasuring, "context_of", lambda _artifact: 2048)
     found = remeasuring.remeasure(Path("a"), "p", Path("home"))
     assert found.others["energy_j_per_token"].value == pytest.approx(0.020), "the lane runs on one of the two devices"
     assert found.others["energy_j_per_token"].provenance == "predicted"
@@ -453,7 +454,7 @@ def test_energy_per_token_is_the_slope_without_the_prefill() -> None:
     meter = Meter()
     value, low, high = energy_pass.joules_per_token(SimpleNamespace(ask=meter.run), meter)  # type: ignore[arg-type]
     assert low < 0.5 < high and value == pytest.approx(0.5, rel=0.1)
-    naive = (3 + 0.5 * energy_pass.LONG) / energy_pass.LONG
+    naive = (3 + 0.5 * energy_pass.STANDARD.tokens) / energy_pass.STANDARD.tokens
     assert not low < naive < high, "the prefill is not in it"
 
 

@@ -479,7 +479,7 @@ def test_kept_latencies_without_the_rest_do_not_stop_a_visit(at_hand, monkeypatc
 
     keys = {p.key for p in view_of(home).confirmed}
     monkeypatch.setattr(targets, "is_at_hand", lambda _profile: True)
-    monkeypatch.setattr(targets, "roofline", lambda: unknown)
+    monkeypatch.setattr(targets, "roofline", lambda _turn: unknown)
     lane = OnlyTimes(kept=keys)
     view, board = at_hand(lane)
     assert lane.visits and all("peak_memory_bytes" in row.measurements for row in board.rows.values())
