@@ -19,7 +19,8 @@ RUN mkdir mlruns
 VOLUME /home/paretune/mlruns
 EXPOSE 8765
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:8765/v1/health', timeout=4)"]
-# Outside the container only where the port is published; without PARETUNE_TOKEN it refuses to start. Names of a proxy: --allow-host.
+    CMD ["python", "-m", "paretune.service.health"]
+# Outside the container only where the port is published; without PARETUNE_TOKEN it refuses to start. Publish any port: the names are
+# allowed with each. With names of your own (a proxy) keep `--allow-host localhost`, by which the health check asks.
 ENTRYPOINT ["paretune"]
-CMD ["serve", "--host", "0.0.0.0"]
+CMD ["serve", "--host", "0.0.0.0", "--allow-host", "localhost", "--allow-host", "127.0.0.1"]

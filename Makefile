@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the main job (about ten minutes)
 # make test   set up .venv if needed, lint, type-check, test
 # make check  lint and type-check only; make browser Debian's Chromium for the browser tests, if it is not there
+# make readers transformers 4.57 in .venv-readers for the tests of what older readers make of an artifact
 # make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip --quiet
 export OMP_WAIT_POLICY := PASSIVE
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test check install browser bench docs clean
+.PHONY: demo test check install browser readers bench docs clean
 
 install: $(STAMP)
 
@@ -34,7 +35,11 @@ check: install
 browser:
 	-@scripts/install_browser.sh
 
-test: check browser
+# The oldest transformers that must read an artifact's hf/, as a folder of packages before the installed ones.
+readers: install
+	@scripts/install_readers.sh $(BIN)/python .venv-readers
+
+test: check browser readers
 	$(BIN)/python -m pytest
 
 bench: install

@@ -82,7 +82,7 @@ def run_seed(folder: Path, seed: int, options: dict[str, Any], run: Runner | Non
         shutil.rmtree(home, ignore_errors=True)  # half a search in the same time is no comparison
         home.mkdir(parents=True)
         shutil.copytree(cache / "cache", home / "cache")
-        (home / "spec.yaml").write_text(json.dumps({**settings, "sampler": ARMS[name]}))
+        (home / "spec.yaml").write_text(json.dumps({**settings, "sampler": ARMS[name]}), encoding="utf-8")
         (run or run_search)(home / "spec.yaml", home, name)
         tidy(home, name)
 
@@ -126,7 +126,7 @@ def prepare_cache(home: Path, settings: dict[str, Any]) -> None:
 
 def run_search(spec: Path, home: Path, study: str) -> None:
     """The search as a user runs it. Exit code 3 (no student was confirmed in time) is a result, too."""
-    with (home / "search.log").open("w") as log:
+    with (home / "search.log").open("w", encoding="utf-8") as log:
         done = subprocess.run(search_command(spec, "--home", home, "--study", study), stdout=log, stderr=log)
     if done.returncode not in (0, 3):
         raise RuntimeError(f"the search ended with exit code {done.returncode}, see {log.name}")

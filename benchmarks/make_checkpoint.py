@@ -82,7 +82,7 @@ def random_weights(shape: Shape, seed: int) -> dict[str, torch.Tensor]:
 def padded_tokenizer(vocab: int) -> dict[str, Any]:
     """The embedded tokenizer's JSON with `vocab` tokens; those beyond its own belong to the BPE's vocabulary, but no merge makes
     them."""
-    tokenizer: dict[str, Any] = json.loads((EMBEDDED_FOLDER / "tokenizer.json").read_text())
+    tokenizer: dict[str, Any] = json.loads((EMBEDDED_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
     words: dict[str, int] = tokenizer["model"]["vocab"]
     for number in range(max(words.values()) + 1, vocab):
         words[f"<unused {number}>"] = number
@@ -97,11 +97,11 @@ def make_checkpoint(
     stored = {name: value.to(dtype) for name, value in to_stored(random_weights(shape, seed), shape).items()}
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
     config = config_of(shape) | {"dtype": str(dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "tokenizer.json").write_text(json.dumps(padded_tokenizer(shape.vocab), ensure_ascii=False))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(padded_tokenizer(shape.vocab), ensure_ascii=False), encoding="utf-8")
     end = "<|end|>"
     names = {"bos_token": end, "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     return folder
 
 

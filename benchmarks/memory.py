@@ -69,7 +69,7 @@ def peak_rss_gb_135m() -> Iterator[Figure]:
 
 def watch(command: list[str], environment: dict[str, str], folder: Path) -> tuple[dict[str, float], int]:
     """Run a search; the peaks in MB (2^20 bytes) of what `resident` finds, and its exit code."""
-    with (folder / "search.log").open("w") as log:
+    with (folder / "search.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         peak: dict[str, float] = {}
         while process.poll() is None:
@@ -102,7 +102,7 @@ def memory_of(pid: int) -> dict[str, float]:
     """{"Rss", "Pss"} of a process in MB; zeros if it is gone."""
     found = {"Rss": 0.0, "Pss": 0.0}
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             name, _, rest = line.partition(":")
             if name in found:
                 found[name] = int(rest.split()[0]) / 1024

@@ -25,7 +25,7 @@ from paretune.search.view import load_view
 def trial_overhead_ms() -> Iterator[Figure]:
     """Wall time per rung-0 trial of the same search with evaluations that cost nothing: Ray, Optuna, store, policy."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "spec.yaml").write_text("budget: 5m\nfit_points: 30\nmax_candidates: 150\nfinalists: 1\n")
+        (Path(folder) / "spec.yaml").write_text("budget: 5m\nfit_points: 30\nmax_candidates: 150\nfinalists: 1\n", encoding="utf-8")
         environment = {
             **os.environ,
             "PARETUNE_EVALUATOR": "paretune.search.simulated:SimulatedEvaluator",
@@ -62,7 +62,7 @@ def recommend_ms() -> Iterator[Figure]:
         store = Store.create(
             home / "studies" / "bench", {"state": "complete", "spec": spec, "spent_s": 1.0, "budget_s": 1.0}
         )
-        (store.folder / "setup.json").write_text(json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}))
+        (store.folder / "setup.json").write_text(json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8")
         evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
         fill(store, space, evaluator, Work)
         times = []

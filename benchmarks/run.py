@@ -14,6 +14,7 @@ import os
 
 from benchmarks import joint, lane, memory, overhead, prediction, service, speed, studies, table, targets
 from benchmarks.common import RESULTS, Benchmark, Figure
+from benchmarks.reports import reports
 from paretune import __version__
 from paretune.hardware_profiles import detect_local, fingerprint, package_version
 
@@ -44,6 +45,7 @@ LONG: tuple[Benchmark, ...] = (
     table.method_table,
     joint.joint_vs_sequential,
     memory.peak_rss_gb_135m,
+    reports,
 )
 BENCHMARKS: dict[str, Benchmark] = {f.__name__: f for f in (*QUICK, *LONG)}
 
@@ -60,7 +62,7 @@ def main() -> None:
         for found in BENCHMARKS[name]():
             line = json.dumps({**found, **known, "command": f"make bench NAME={name}"})
             print(line, flush=True)
-            with RESULTS.open("a") as stream:
+            with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
 

@@ -48,12 +48,12 @@ class Served:
         self.home = home
         command = [sys.executable, "-m", "paretune", "serve", "--port", "0", "--home", str(home), *options]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment}
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment}, encoding="utf-8"
         )
         assert self.process.stdout is not None
         self.host = self.process.stdout.readline().strip().removeprefix("http://")
         self.headers = {
-            "Authorization": f"Bearer {(home / 'service' / 'token').read_text().strip()}",
+            "Authorization": f"Bearer {(home / 'service' / 'token').read_text(encoding='utf-8').strip()}",
             "Content-Type": "application/json",
         }
 
@@ -310,7 +310,7 @@ def large_study(home: Path, count: int) -> None:
         "profile": profile.model_dump(mode="json"),
     }
     store = Store.create(home / "studies" / "large", meta)
-    (store.folder / "setup.json").write_text(json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}))
+    (store.folder / "setup.json").write_text(json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8")
     evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
     fill(store, space, evaluator, Work)
     store.close()

@@ -106,7 +106,7 @@ def method_table() -> Iterator[Figure]:
     start = time.monotonic()
     table = make_table()
     table["seconds"] = time.monotonic() - start
-    FILE.write_text(json.dumps(table, indent=1) + "\n")
+    FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(markdown(table))
     verdicts = [o["verdict"] for o in table["orderings"]]
     counts = {v: verdicts.count(v) for v in ("shown", "tie", "reversed")}
@@ -118,7 +118,7 @@ def make_table(spec: Spec | None = None, home: Path = HOME, tokens: int = RECOVE
     spec = spec or Spec()
     with tempfile.TemporaryDirectory() as folder:
         setup = {"spec": spec.model_dump(mode="json"), "profile": detected_profile().model_dump(mode="json")}
-        (Path(folder) / "setup.json").write_text(json.dumps({**setup, "mild": False}))
+        (Path(folder) / "setup.json").write_text(json.dumps({**setup, "mild": False}), encoding="utf-8")
         bench = Bench(Workspace(Path(folder), home), tokens)
         rows = [(method, bench.measure(method)) for method in methods(bench.space.teacher.shape)]
     teacher = rows[0][1][STAGES[0]].scores

@@ -1,6 +1,6 @@
 """One rank of `paretune score`: `python -m paretune.compression.score_rank FOLDER RANK RANKS`.
 
-FOLDER holds `job.json` (the teacher, checked by the launcher; windows per batch), `ids.npy` [n, length] and `targets.npy` [n]; the first
+FOLDER holds `job.json` (the teacher, checked by the launcher; the batches), `ids.npy` [n, length] and `targets.npy` [n]; the first
 rank writes `nll.npy`, the summed nats of every window's first `targets` tokens.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,29 @@ JOB, IDS, TARGETS, NLL = "job.json", "ids.npy", "targets.npy", "nll.npy"
 
 
 def write_job(
-    folder: Path, teacher: Teacher, ids: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], batch: int
+    folder: Path,
+    teacher: Teacher,
+    ids: np.ndarray[Any, Any],
+    targets: np.ndarray[Any, Any],
+    batches: Iterable[tuple[np.ndarray[Any, Any], int]],
 ) -> None:
-    """What the ranks read."""
+    """What the ranks read; `batches` are rows of `ids` that are scored together, and their length."""
     job = {
-        "batch": batch,
+        "batches": [(rows.tolist(), length) for rows, length in batches],
         "name": teacher.name,
         "folder": str(teacher.folder),
         "config": teacher.config,
         "shape": asdict(teacher.shape),
         "digest": teacher.digest,
     }
-    (folder / JOB).write_text(json.dumps(job))
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
     np.save(folder / IDS, ids)
     np.save(folder / TARGETS, targets)
 
 
 def score(folder: Path, rank: int, degree: int) -> None:
     """Score all windows together with the other ranks."""
-    job = json.loads((folder / JOB).read_text())
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     teacher = Teacher(job["name"], Path(job["folder"]), job["config"], Shape(**job["shape"]), job["digest"])
     ids, targets = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (IDS, TARGETS))
     torch.set_num_interop_threads(1)
@@ -54,11 +59,11 @@ def score(folder: Path, rank: int, degree: int) -> None:
     )
     lock = MachineLock() if rank == 0 else None  # the others follow it: two holders could wait for each other
     nll = np.zeros(len(ids))
-    for start in range(0, len(ids), job["batch"]):
+    for rows, length in job["batches"]:
         with lock.shared() if lock is not None else contextlib.nullcontext():
-            batch = torch.from_numpy(np.array(ids[start : start + job["batch"]]))
+            batch = torch.from_numpy(np.array(ids[rows, :length]))
             losses = sharded.token_losses(batch).double().numpy()
-        for i, row in enumerate(losses, start):
+        for i, row in zip(rows, losses, strict=True):
             nll[i] = row[: targets[i]].sum()
     if rank == 0:
         np.save(folder / NLL, nll)

@@ -27,7 +27,7 @@ from paretune.compression.quantize.grid import (
 )
 from paretune.compression.quantize.per_tensor import fake_quantize_dynamic, fake_quantize_static
 from paretune.spaces.candidate import Candidate, Format, Layer, Shape, group_for
-from paretune.teachers.families import Family, family_of, standard_family
+from paretune.teachers.families import TOKEN_KEYS, Family, family_of, standard_family
 from paretune.teachers.layout import stored_name
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -56,6 +56,7 @@ def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape
     """A Hugging Face config of the candidate's (layer-uniform) sizes, of the class that `student_family` names."""
     first, family = candidate.layers[0], student_family(candidate, shape)
     changed = {
+        **dict.fromkeys(TOKEN_KEYS),  # the classes' own defaults would be made up
         **config,
         "num_hidden_layers": len(candidate.layers),
         "hidden_size": candidate.width(shape),
@@ -68,8 +69,9 @@ def student_config(config: Mapping[str, Any], candidate: Candidate, shape: Shape
         changed = {k: v for k, v in changed.items() if k not in ("num_key_value_heads", "head_dim")}
         changed["num_attention_heads"] = shape.heads
         changed |= {own: changed.pop(key) for key, own in family.own_keys.items()}
-    for key in ("dtype", "torch_dtype", "architectures", "transformers_version", "model_type", "layer_types"):
-        changed.pop(key, None)
+    changed.pop("model_type", None)
+    if isinstance(changed.get("rope_parameters"), dict):  # the class fills it in
+        changed["rope_parameters"] = dict(changed["rope_parameters"])
     return family.config_class(**{**changed, **family.full_attention})
 
 

@@ -37,8 +37,8 @@ A refusal is JSON with `error` (the rule with the value) and `remedy`. {refusals
 def main() -> int:
     text = page()
     if "--check" in sys.argv[1:]:
-        return int(not PAGE.exists() or PAGE.read_text() != text)
-    PAGE.write_text(text)
+        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
     return 0
 
 

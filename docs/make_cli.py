@@ -85,10 +85,10 @@ def _fixed_terminal() -> Iterator[None]:
 def main() -> int:
     text = render()
     if "--check" in sys.argv[1:]:
-        fresh = PAGE.exists() and PAGE.read_text() == text
+        fresh = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print(f"{PAGE} is {'up to date' if fresh else 'stale: run python docs/make_cli.py'}", file=sys.stderr)
         return 0 if fresh else 1
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
     return 0
 

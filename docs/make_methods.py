@@ -128,7 +128,7 @@ class Bench:
     def __init__(self, family: str, folder: Path) -> None:
         self.toy = models.make_toy(MODEL_OF[family], folder)
         setup = {"spec": Spec().model_dump(mode="json"), "profile": detected_profile().model_dump(mode="json")}
-        (folder / "setup.json").write_text(json.dumps({**setup, "mild": False}))
+        (folder / "setup.json").write_text(json.dumps({**setup, "mild": False}), encoding="utf-8")
         self.space = Workspace(folder, folder)
         generator = np.random.default_rng(1)
         calibration = torch.from_numpy(generator.integers(0, self.toy.shape.vocab, (8, 64)))
@@ -235,7 +235,7 @@ def render_losses() -> str:
     """The method table of the last benchmark run."""
     if not table.FILE.exists():
         return ""
-    found = json.loads(table.FILE.read_text())
+    found = json.loads(table.FILE.read_text(encoding="utf-8"))
     text = f"""
 ## What each method costs and gains
 
@@ -251,7 +251,7 @@ An ordering is *shown* where the interval of the difference excludes zero.
 
 def render_joint() -> str:
     """The comparison with sequential search, once it has been run and drawn."""
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines() if line]
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line]
     run = next((line for line in reversed(lines) if line["name"] == "joint_vs_sequential"), None)
     if run is None or not all((PICTURES / name).exists() for name in JOINT):
         return ""
@@ -272,10 +272,10 @@ true median with a probability of {run["coverage"]:.0%}).
 def main() -> int:
     text = HEAD + render_parity(measure()) + render_losses() + render_joint()
     if "--check" in sys.argv[1:]:
-        fresh = PAGE.exists() and models.same_page(PAGE.read_text(), text)
+        fresh = PAGE.exists() and models.same_page(PAGE.read_text(encoding="utf-8"), text)
         print(f"{PAGE} is {'up to date' if fresh else 'stale: run python docs/make_methods.py'}", file=sys.stderr)
         return 0 if fresh else 1
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
     return 0
 

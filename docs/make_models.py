@@ -79,6 +79,12 @@ Refused by name before work starts: a tensor that is missing, of another shape o
 not have; a head that differs from the embedding it should be tied to; an index that names a missing file; special tokens
 outside the vocabulary; a tokenizer with more tokens than the embedding, or with less than half of them.
 
+Of `config.json` only the network's sizes and constants and the special tokens are read: `attn_implementation`, `use_cache`,
+`dtype`, dropouts and the like say nothing about it. Keys that ask for another network are refused by name: `quantization_config`,
+`partial_rotary_factor`, logit scaling and capping, experts, pruned heads, layer types but full or sliding attention. Tokens
+that end a text are all that `config.json`, `generation_config.json` and the tokenizer name. A stored truncation, padding or
+dropout of `tokenizer.json` is left out.
+
 A float32 checkpoint is memory-mapped as it lies; one in another type, or GPT-2's (Conv1D, that is [in, out]), is converted
 once into the home's cache, and every process of the machine maps that copy. GPT-2's config knows no other number of heads
 than hidden / head_dim, so in `hf/` the heads that were cut are zeros; its residual width is not cut.
@@ -365,10 +371,10 @@ def same_page(a: str, b: str) -> bool:
 def main() -> int:
     text = render({model: measure(model) for model in MODELS})
     if "--check" in sys.argv[1:]:
-        fresh = PAGE.exists() and same_page(PAGE.read_text(), text)
+        fresh = PAGE.exists() and same_page(PAGE.read_text(encoding="utf-8"), text)
         print(f"{PAGE} is {'up to date' if fresh else 'stale: run python docs/make_models.py'}", file=sys.stderr)
         return 0 if fresh else 1
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
     return 0
 

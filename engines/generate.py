@@ -27,7 +27,10 @@ def stream(
     Raises UsageError for a damaged artifact, a prompt that is empty, no text, or longer than the model's context.
     """
     require_text(prompt)
+    from tokenizers.decoders import DecodeStream
+
     from paretune.compression.export.checksums import check_artifact
+    from paretune.teachers.tokenizer_files import load_tokenizer
 
     if check_artifact(artifact).get("kind") == "module":
         raise UsageError(
@@ -39,19 +42,27 @@ def stream(
         raise EnvironmentProblem(
             f"onnxruntime-genai cannot be imported: {error}", "pip install onnxruntime-genai"
         ) from None
-    config = og.Config(str(artifact / "onnx"))
-    config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
-    model = og.Model(config)
-    tokenizer = og.Tokenizer(model)
-    ids = tokenizer.encode(prompt)
+    # not og.Tokenizer: it adds no BOS by itself, and cannot read every kind
+    tokenizer = load_tokenizer(artifact / "onnx")
+    ids = tokenizer.encode(prompt).ids
     context = _context(artifact)
     if len(ids) == 0 or len(ids) >= context:
         raise UsageError(f"the prompt must have 1 to {context - 1} tokens, but has {len(ids)}", "give another --prompt")
+    config = og.Config(str(artifact / "onnx"))
+    config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
+    # it takes tokens at the end of a prompt that equal the one for padding as padding
+    config.overlay(f'{{"model": {{"pad_token_id": {0 if ids[-1] else 1}}}}}')
+    model = og.Model(config)
     parameters = og.GeneratorParams(model)
+    longest = min(context, len(ids) + max_tokens)
     parameters.set_search_options(
-        max_length=min(context, len(ids) + max_tokens), do_sample=temperature > 0, temperature=max(temperature, 1e-3)
+        max_length=longest,
+        min_length=0,
+        num_beams=1,  # a stream has one text
+        do_sample=temperature > 0,
+        temperature=max(temperature, 1e-3),
     )
-    generator, decoder = og.Generator(model, parameters), tokenizer.create_stream()
+    generator, decoder = og.Generator(model, parameters), DecodeStream(ids, skip_special_tokens=True)
     start = time.perf_counter()
     generator.append_tokens(ids)
     count, first = 0, 0.0
@@ -60,7 +71,9 @@ def stream(
         count += 1
         if count == 1:
             first = time.perf_counter() - start
-        yield decoder.decode(generator.get_next_tokens()[0])
+        piece = decoder.step(tokenizer, int(generator.get_next_tokens()[0]))
+        if piece:
+            yield piece
     rest = time.perf_counter() - start - first
     yield Pace(count, (count - 1) / rest if count > 1 and rest > 0 else 0.0, first * 1e3)
 
@@ -80,4 +93,6 @@ def require_text(prompt: str) -> None:
 def _context(artifact: Path) -> int:
     import json
 
-    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text())["model"]["context_length"])
+    return int(
+        json.loads((artifact / "onnx" / "genai_config.json").read_text(encoding="utf8"))["model"]["context_length"]
+    )

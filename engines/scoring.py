@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from paretune.engines.batching import even_batches
+
 if TYPE_CHECKING:
     from paretune.engines.decoder import EngineDecoder
 
@@ -27,7 +29,7 @@ def score_windows(decoder: EngineDecoder, request: dict[str, Any]) -> dict[str, 
     Writes npy files: `nll` [n] summed nats per window; with `reference` also `kl` [m] and `agree` [m] summed over the
     targets of the first m windows whose reference log-probabilities are in that file; with `save_reference` writes them.
     With `start` and `stop` only those rows are scored and the rest of the files stays as an earlier request left it; with `one_by_one`
-    no two windows share a run.
+    no two windows share a run. Padding is not run, but for what levels windows of like length.
     """
     ids, targets = np.load(request["ids"], allow_pickle=False), np.load(request["targets"], allow_pickle=False)
     reference = np.load(request["reference"], mmap_mode="r", allow_pickle=False) if request.get("reference") else None
@@ -39,18 +41,18 @@ def score_windows(decoder: EngineDecoder, request: dict[str, Any]) -> dict[str, 
             request["save_reference"], "w+" if first == 0 else "r+", np.float32, (m, ids.shape[1] - 1, decoder.vocab)
         )
     nll, kl, agree = (_begun(request.get(name), n, first) for name, n in (("nll", len(ids)), ("kl", m), ("agree", m)))
-    rows = 1 if request.get("one_by_one") else max(1, LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab * ids.shape[1]))
-    for start in range(first, last, rows):
-        batch = ids[start : min(start + rows, last)]
+    tokens = 1 if request.get("one_by_one") else LOGIT_BYTES_PER_BATCH // (4 * decoder.vocab)
+    for chosen, length in even_batches(targets[first:last], tokens):
+        batch = np.ascontiguousarray(ids[first + chosen, :length])
         log_probs = log_softmax(decoder.logits(batch)[:, :-1])
-        for row in range(len(batch)):
-            i, n = start + row, int(targets[start + row])
+        for row, i in enumerate((first + chosen).tolist()):
+            n = int(targets[i])
             mine = log_probs[row, :n]
             nll[i] = -mine[np.arange(n), batch[row, 1 : n + 1]].sum(dtype=np.float64)
             if i >= m:
                 continue
             if saved is not None:
-                saved[i] = log_probs[row]
+                saved[i, :n] = mine
             if reference is not None:
                 theirs = reference[i, :n]
                 kl[i] = (np.exp(theirs) * (theirs - mine)).sum(dtype=np.float64)

@@ -33,7 +33,7 @@ DEFAULT = "onnxruntime"
 
 def peak_bytes() -> int:
     """Highest resident size of this process so far (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0

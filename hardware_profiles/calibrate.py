@@ -56,7 +56,7 @@ def calibrate(threads: int, seconds: float = 3.0) -> Peaks:
     with MachineLock().exclusive():
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, env=environment, timeout=seconds + MORE_SECONDS
+                command, capture_output=True, text=True, env=environment, timeout=seconds + MORE_SECONDS, encoding="utf-8"
             )
         except subprocess.TimeoutExpired:
             raise EnvironmentProblem(

@@ -27,6 +27,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def require_folder(folder: Path) -> None:
+    """Make a folder, such as a home, if it is not there. Raises EnvironmentProblem if it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        there = next((path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()), folder)
+        raise EnvironmentProblem(f"{folder} must be a folder, but {there} is none", "name another --home") from None
+    except OSError as error:
+        raise disk_problem(error) or EnvironmentProblem(
+            f"the folder {folder} cannot be made: {error.strerror}", "make it yourself, or name another --home"
+        ) from None
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive power loss."""
     handle = os.open(folder, os.O_RDONLY)
@@ -61,9 +74,8 @@ def read_kept(path: Path) -> Any | None:
 def warn_damaged(path: Path, error: Exception) -> None:
     """Say that a kept file is not used."""
     reason = " ".join(str(error).split())[:200]
-    warnings.warn(
-        f"{path} is damaged and is made anew ({type(error).__name__}: {reason})", RuntimeWarning, stacklevel=3
-    )
+    what = "cannot be read" if isinstance(error, OSError) else "is damaged"
+    warnings.warn(f"{path} {what} and is made anew ({type(error).__name__}: {reason})", RuntimeWarning, stacklevel=3)
 
 
 def disk_problem(error: OSError) -> EnvironmentProblem | None:

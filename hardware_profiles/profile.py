@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from paretune.hardware_profiles.access import is_file, unwritable
 from paretune.hardware_profiles.detect import detect_local
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.library import library_names, library_profile
 from paretune.hardware_profiles.schema import Profile
 from paretune.hardware_profiles.yaml_file import dump_model, load_model
@@ -19,7 +20,7 @@ LOCAL = "local-cpu"
 def local_profile(home: Path) -> Profile:
     """The profile of this machine: `<home>/profiles/local-cpu.yaml`, detected and written at first use."""
     path = home / "profiles" / f"{LOCAL}.yaml"
-    if path.exists():
+    if is_file(path):
         return load_model(path, Profile)
     profile = detected_profile()
     try:
@@ -29,12 +30,11 @@ def local_profile(home: Path) -> Profile:
                 profile,
                 "Detected by `paretune hardware detect`. Edit it freely: it is read, never overwritten,\n"
                 "until you detect again. `threads` is what latency is measured with.",
-            )
+            ),
+            encoding="utf-8",
         )
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the profile cannot be written to {path}: {error.strerror}", "choose a writable folder with --home"
-        ) from None
+        raise unwritable(path, error, "choose a writable folder with --home", "the profile") from None
     return profile
 
 

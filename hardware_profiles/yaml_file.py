@@ -13,8 +13,10 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.access import unreadable, unwritable
+from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.validation import OWN_RULE, said
 
 MAX_BYTES = 1_000_000
 MAX_ALIASES = 20
@@ -65,16 +67,14 @@ def set_keys(path: Path, changes: dict[str, Any], model: type[BaseModel]) -> Non
     try:
         write_atomically(path, buffer.getvalue().encode())
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} cannot be written: {error.strerror}", "choose a writable folder with --home"
-        ) from None
+        raise unwritable(path, error, "choose a writable folder with --home") from None
 
 
 def _parse(path: Path) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+        raise unreadable(path, error) from None
     if len(data) > MAX_BYTES:
         raise UsageError(f"{path} has {len(data):,} bytes, the limit is {MAX_BYTES:,}", "name a settings file")
     try:
@@ -128,8 +128,8 @@ def _explain(path: Path, tree: CommentedMap, model: type[BaseModel], error: Vali
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"{path}:{line}:{column}: unknown key {name!r}; {hint}"
     if not name:  # a rule over several keys says itself what it got
-        return f"{path}:{line}:{column}: {first['msg']}"
-    return f"{path}:{line}:{column}: {name}: {first['msg']}, but got {first.get('input')!r}"
+        return f"{path}:{line}:{column}: {str(first['msg']).removeprefix(OWN_RULE)}"
+    return f"{path}:{line}:{column}: {name}: {said(first)}"
 
 
 def _position(tree: Any, location: list[str | int]) -> tuple[int, int]:

@@ -7,10 +7,13 @@ connection came to, and names only where they are allowed.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
 import os
+import re
 import secrets
+import shlex
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -43,20 +46,21 @@ def kept_token(variable: str, *paths: Path) -> str | None:
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:
                 raise EnvironmentProblem(
-                    f"{path} must be readable by you alone, but its mode is {mode:04o}", f"run `chmod 600 {path}`"
+                    f"{path} must be readable by you alone, but its mode is {mode:04o}",
+                    f"run `chmod 600 {shlex.quote(str(path))}`",
                 )
-            return _checked(path.read_text("ascii", "replace").strip(), str(path))
+            try:
+                return _checked(path.read_text("ascii", "replace").strip(), str(path))
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"{path} cannot be read: {error.strerror}", f"let it be a file of yours, or set {variable}"
+                ) from None
     return None
 
 
-def new_token(home: Path) -> str:
-    """A fresh token of 256 bits, kept in `<home>/agent/token` with mode 0600 in place of the one before."""
-    return write_token(home / "agent")
-
-
-def write_token(folder: Path) -> str:
-    """A fresh token of 256 bits, kept in `<folder>/token` with mode 0600 in place of the one before."""
-    token = secrets.token_urlsafe(32)
+def write_token(folder: Path, token: str | None = None) -> str:
+    """A fresh token of 256 bits, or `token`, kept in `<folder>/token` with mode 0600 in place of the one before."""
+    token = token or fresh_token()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = folder / f".token.{os.getpid()}.tmp"
     temporary.unlink(missing_ok=True)
@@ -68,6 +72,11 @@ def write_token(folder: Path) -> str:
     temporary.replace(folder / "token")
     sync_folder(folder)
     return token
+
+
+def fresh_token() -> str:
+    """A token of 256 bits."""
+    return secrets.token_urlsafe(32)
 
 
 def _checked(token: str, where: str) -> str:
@@ -85,7 +94,7 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(plain_address(host)).is_loopback
     except ValueError:
         return False
 
@@ -96,8 +105,64 @@ def token_matches(header: str | None, token: str) -> bool:
     return hmac.compare_digest(given, b"Bearer " + token.encode())
 
 
+def plain_address(address: str) -> str:
+    """An address without its zone, and an IPv4 address that a socket of IPv6 shows as one of its own as IPv4."""
+    address = address.partition("%")[0]
+    with contextlib.suppress(ValueError):
+        mapped = ipaddress.IPv6Address(address).ipv4_mapped
+        return address if mapped is None else str(mapped)
+    return address
+
+
+def in_url(host: str) -> str:
+    """An address or name as it stands in a URL or a Host header: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def url_to_open(host: str, port: int) -> str:
+    """Where a server that listens on `host` is found from this machine: "every address" is none that a client can name."""
+    return f"http://{in_url({'0.0.0.0': '127.0.0.1', '': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"
+
+
+def own_hosts(address: str, port: int) -> set[str]:
+    """The Host headers that name the `address` and `port` that a connection came to; clients leave out port 80."""
+    address = plain_address(address)
+    names = {in_url(address), *["localhost"] * is_loopback(address)}
+    return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
+
+
 def host_is_known(header: str | None, address: str, port: int, allowed: Collection[str] = ()) -> bool:
-    """Whether a Host header is the `address:port` that the connection came to, or one of the `allowed` names (with that port,
-    or without one, as behind a proxy)."""
-    own = {address, "localhost"} if is_loopback(address) else {address}
-    return (header or "").lower() in {*(f"{name}:{port}" for name in own.union(allowed)), *allowed}
+    """Whether a Host header is the `address:port` that the connection came to, or one of the `allowed` names: a name with a
+    port allows that port, one without allows any, as a proxy or a published port has one of its own."""
+    given = (header or "").lower()
+    name, colon, number = given.rpartition(":")
+    if not colon or not re.fullmatch("[0-9]{1,5}", number):
+        name = given
+    return bool(given) and (given in own_hosts(address, port) or given in allowed or name in allowed)
+
+
+def host_problem(header: str | None, allowing: str) -> tuple[str, str]:
+    """What is wrong with a Host header and what to do; `allowing` is how names are allowed, such as "start with --allow-host"."""
+    given = header or ""
+    rule = "the Host header must be this server's own address and port, or a name given by --allow-host"
+    if not given:
+        return f"{rule}, but there is none", "send a Host header"
+    name = given if given.endswith("]") else given.rpartition(":")[0] or given
+    named = name if re.fullmatch(r"[A-Za-z0-9._\-\[\]:]{1,100}", name) else "NAME"
+    return f"{rule}, but it is {given[:100]!r}", f"{allowing} {named} if clients may call it by this name"
+
+
+def allowed_names(given: Collection[str]) -> frozenset[str]:
+    """The names of --allow-host as Host headers have them. Raises UsageError for what can be none."""
+    return frozenset(_allowed_name(name.strip().lower()) for name in given)
+
+
+def _allowed_name(name: str) -> str:
+    with contextlib.suppress(ValueError):
+        return in_url(str(ipaddress.ip_address(name)))
+    host, port = re.fullmatch(r"(.*?)(?::([0-9]+))?", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    if re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host) and 0 < int(port or 1) <= 65535:
+        return name
+    raise UsageError(
+        f"--allow-host must be a name or name:port, such as models.example.org, but got {name!r}", "leave out https://"
+    )

@@ -9,11 +9,13 @@ import ctypes
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from paretune.engines.child import OUT_OF_MEMORY
 from paretune.hardware_profiles.detect import fingerprint, package_version
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.lock import MachineLock
@@ -78,7 +80,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         found = measure(Order.from_dict(request["order"]), Path(request["folder"]), Path(request["kept"]))
     except ParetuneError as error:
         kind = "infeasible" if isinstance(error, Infeasible) else "problem"
-        return {"ok": False, "kind": kind, "problem": error.problem, "remedy": error.remedy}
+        return {"ok": False, "kind": kind, "problem": error.problem + _limit(error.problem), "remedy": error.remedy}
+    except MemoryError:
+        problem = f"measuring it takes more memory than there is{_limit('MemoryError')}"
+        return {"ok": False, "kind": "infeasible", "problem": problem, "remedy": ""}
     return {
         "ok": True,
         "stable": found.stable,
@@ -86,6 +91,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "flagged": found.flagged,
         "measurements": {name: m.to_dict() for name, m in found.measurements.items()},
     }
+
+
+def _limit(words: str) -> str:
+    """The limit that the agent has set, if an error's words are about memory."""
+    most = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if most == resource.RLIM_INFINITY or not any(sign in words for sign in OUT_OF_MEMORY):
+        return ""
+    return f" (each process of an agent's job may allocate {most / 1e6:,.0f} MB: --max-memory)"
 
 
 def main() -> None:

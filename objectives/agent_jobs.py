@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from paretune.hardware_profiles.detect import memory_bytes
 from paretune.objectives.agent_job import MODEL, REFERENCE
 from paretune.objectives.agent_order import Order
 from paretune.objectives.agent_store import ContentStore
@@ -28,6 +30,8 @@ from paretune.objectives.agent_store import ContentStore
 MOST_WAITING, MOST_REMEMBERED = 16, 256
 TIMEOUT_S = 900.0
 LAST_WORDS = 400
+LEAST_MEMORY_BYTES = 512 * 10**6  # Python, numpy and an engine, before any model
+MEMORY_SHARE = 0.4  # of the machine's, for each of a job's two engines
 COMMAND = (sys.executable, "-m", "paretune.objectives.agent_job")
 
 
@@ -55,12 +59,19 @@ class Job:
 
 
 class Jobs:
-    """`folder` holds what a job works on and what the lane keeps; `command` starts a job process."""
+    """`folder` holds what a job works on and what the lane keeps; `command` starts a job process, of whose processes each may
+    allocate `max_memory_bytes` (Linux)."""
 
     def __init__(
-        self, store: ContentStore, folder: Path, timeout_s: float = TIMEOUT_S, command: tuple[str, ...] = COMMAND
+        self,
+        store: ContentStore,
+        folder: Path,
+        timeout_s: float = TIMEOUT_S,
+        command: tuple[str, ...] = COMMAND,
+        max_memory_bytes: int | None = None,
     ) -> None:
         self.store, self.folder, self.timeout_s, self.command = store, folder, timeout_s, command
+        self.max_memory_bytes = max_memory_bytes or default_memory_bytes()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
@@ -164,6 +175,7 @@ class Jobs:
             job.process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
             )
+            _limit(job.process.pid, self.max_memory_bytes)  # before it is told what to do
         try:
             return job.process.communicate(request, self.timeout_s)[0]
         except subprocess.TimeoutExpired:
@@ -177,6 +189,19 @@ class Jobs:
         for name, digest in named.items():
             if digest:
                 os.link(self.store.folder / digest, folder / name)
+
+
+def default_memory_bytes() -> int:
+    """What a job's process may allocate where nothing is said: a share of this machine's memory."""
+    return max(LEAST_MEMORY_BYTES, int(MEMORY_SHARE * memory_bytes()))
+
+
+def _limit(pid: int, memory: int) -> None:
+    """Limit what a job's process and each of its children allocates; should memory run out all the same, they go first."""
+    with contextlib.suppress(ProcessLookupError, AttributeError):  # it has ended; only Linux has prlimit
+        resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def _conclude(job: Job, told: bytes, errors: IO[bytes]) -> None:

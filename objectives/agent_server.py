@@ -12,25 +12,27 @@ Every request needs the token and a Host that is this agent's; one with an Origi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
 import sys
-import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from paretune.objectives.agent_access import host_is_known, token_matches
+from paretune.objectives.agent_access import host_is_known, host_problem, token_matches
 from paretune.objectives.agent_jobs import Job, Jobs, TooMany, Unknown
 from paretune.objectives.agent_order import Order
 from paretune.objectives.agent_store import ContentStore, Full, WrongChecksum
+from paretune.objectives.connections import IDLE_S, Connection, Connections
 
 MOST_JSON = 64 * 1024
-MOST_CONNECTIONS = 32
+MOST_CONNECTIONS, PER_ADDRESS = 32, 24
 SOCKET_TIMEOUT_S = 30.0
+BODY_S, LEAST_BYTES_PER_S = 30.0, 32 * 1024
 DRAINED = 64 * 2**20
 ARTIFACT, MEASUREMENT = re.compile(r"/v1/artifacts/([0-9a-f]{64})"), re.compile(r"/v1/measurements/([a-z0-9-]{1,64})")
 
@@ -68,31 +70,49 @@ class Agent:
 
 
 class AgentServer(ThreadingHTTPServer):
-    """At most MOST_CONNECTIONS at a time; a further one is closed at once."""
+    """A thread per connection. Connections that owe a header or a body for too long are shut down, which ends the thread's wait
+    for them; so are those that give way to a new one."""
 
     daemon_threads = True
+    request_queue_size = 128  # beyond it a client waits a second or more for its next try
 
     def __init__(self, address: tuple[str, int], agent: Agent) -> None:
         self.agent = agent
-        self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self.connections = Connections(MOST_CONNECTIONS, PER_ADDRESS)
+        self._places: dict[Any, Connection] = {}
         super().__init__(address, Handler)
 
+    def place_of(self, request: Any) -> Connection:
+        return self._places[request]
+
+    def service_actions(self) -> None:
+        """Called by `serve_forever` at least every half second."""
+        self.connections.close_overdue()
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):
+        place = self.connections.enter(client_address[0], lambda: _shut_down(request))
+        if place is None:
             self.shutdown_request(request)
             return
+        self._places[request] = place
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+    def shutdown_request(self, request: Any) -> None:
+        """The end of every connection."""
+        if (place := self._places.pop(request, None)) is not None:
+            place.leave()
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no event; anything else is a bug and is shown."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
+
+
+def _shut_down(request: socket.socket) -> None:
+    """End a connection from another thread; the one that reads from it sees its end."""
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -103,6 +123,20 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "paretune-agent", ""
     timeout = SOCKET_TIMEOUT_S
     error_message_format, error_content_type = '{"error": "this is no request that an agent takes"}', "application/json"
+
+    def setup(self) -> None:
+        super().setup()
+        self.place = self.server.place_of(self.request)
+
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        self.place.wait(IDLE_S)
+
+    def parse_request(self) -> bool:
+        """Reads the header."""
+        understood = super().parse_request()
+        self.place.work()
+        return understood
 
     def do_GET(self) -> None:
         self._answer()
@@ -132,9 +166,8 @@ class Handler(BaseHTTPRequestHandler):
         agent, (address, port) = self.server.agent, self.connection.getsockname()[:2]
         host = self._single("Host")
         if not host_is_known(host, address, port, agent.allowed_hosts):
-            raise Refusal(
-                403, "the Host header must be this agent's address and port, or a name allowed by --allow-host"
-            )
+            problem, remedy = host_problem(host, "start the agent with --allow-host")
+            raise Refusal(403, problem, remedy=remedy)
         if self.headers.get("Origin") is not None or self.headers.get("Sec-Fetch-Site") not in (None, "none"):
             raise Refusal(403, "an agent does not answer web pages")
         if not token_matches(self._single("Authorization"), agent.token):
@@ -145,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         if not re.fullmatch(r"[0-9]{1,15}", length):
             raise Refusal(400, "Content-Length must be a number of bytes")
         self._left = int(length)
+        self.place.wait(BODY_S + self._left / LEAST_BYTES_PER_S, gives_way=False)
 
     def _single(self, name: str) -> str | None:
         """The header of this name. Raises Refusal where it comes twice."""

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from paretune import __version__
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.detect import detect_local, fingerprint, package_version
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import disk_problem, require_folder
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.agent_access import given_token, is_loopback, new_token
-from paretune.objectives.agent_jobs import Jobs
+from paretune.objectives.agent_access import allowed_names, fresh_token, given_token, is_loopback, write_token
+from paretune.objectives.agent_jobs import Jobs, default_memory_bytes
 from paretune.objectives.agent_order import ENGINES
 from paretune.objectives.agent_server import Agent, AgentServer, bind
 from paretune.objectives.agent_store import ContentStore
@@ -24,20 +26,37 @@ PORT = 7411
 MAX_DISK_BYTES = 4 * 2**30
 
 
-def token_for(host: str, home: Path) -> tuple[str, bool]:
-    """The agent's token, and whether it was made just now. Raises UsageError for a foreign `host` without one.
+def token_for(host: str, home: Path) -> str | None:
+    """The agent's token; None on loopback without one: `serving` makes it. Raises UsageError for a foreign `host` without one.
 
-    On loopback the first start makes one; to listen to other machines somebody must have taken care of it before.
+    To listen to other machines somebody must have taken care of it before.
     """
     token = given_token(home)
-    if token is not None:
-        return token, False
-    if not is_loopback(host):
+    if token is None and not is_loopback(host):
         raise UsageError(
-            f"an agent that listens on {host} needs a token, but there is none",
-            "run `paretune agent --new-token` first, or set PARETUNE_AGENT_TOKEN",
+            f"an agent that listens on {host or 'every address'} needs a token, but there is none",
+            f"run `{pasted('agent', '--new-token', home=home)}` first, or set PARETUNE_AGENT_TOKEN",
         )
-    return new_token(home), True
+    return token
+
+
+def new_token(home: Path) -> str:
+    """A fresh token, kept in `<home>/agent/token` in place of the one before. Raises EnvironmentProblem while an agent runs there,
+    which would go on with the old one."""
+    with _alone(_folder_of(home)) as folder:
+        return write_token(folder)
+
+
+def _folder_of(home: Path) -> Path:
+    require_folder(home)
+    folder = home / "agent"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise disk_problem(error) or EnvironmentProblem(
+            f"{folder} cannot be made: {error.strerror}", "make it writable, or name another --home"
+        ) from None
+    return folder
 
 
 def facts(profile: Profile) -> dict[str, Any]:
@@ -62,18 +81,22 @@ def facts(profile: Profile) -> dict[str, Any]:
 def serving(
     home: Path,
     profile: Profile,
-    token: str,
+    token: str | None,
     host: str = "127.0.0.1",
     port: int = PORT,
     allowed_hosts: Collection[str] = (),
     max_disk_bytes: int = MAX_DISK_BYTES,
+    max_memory_bytes: int | None = None,
 ) -> Iterator[AgentServer]:
-    """A bound server whose jobs end with it. Raises EnvironmentProblem if the port or the home is taken."""
-    folder = home / "agent"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _alone(folder):
-        jobs = Jobs(store := ContentStore(folder / "files", max_disk_bytes), folder)
-        agent = Agent(store, jobs, token, facts(profile), frozenset(name.lower() for name in allowed_hosts))
+    """A bound server whose jobs end with it. A `token` of None is made anew and kept, once the port is had.
+
+    Raises EnvironmentProblem if the port or the home is taken.
+    """
+    with _alone(_folder_of(home)) as folder:
+        store = ContentStore(folder / "files", max_disk_bytes)
+        jobs = Jobs(store, folder, max_memory_bytes=max_memory_bytes or default_memory_bytes())
+        told = facts(profile) | {"max_job_memory_bytes": jobs.max_memory_bytes}
+        agent = Agent(store, jobs, token or fresh_token(), told, allowed_names(allowed_hosts))
         try:
             server = bind(host, port, agent)
         except OSError as error:
@@ -83,6 +106,8 @@ def serving(
                 "choose another --host or --port",
             ) from None
         try:
+            if token is None:
+                write_token(folder, agent.token)
             yield server
         finally:
             server.server_close()
@@ -90,14 +115,19 @@ def serving(
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One agent per home: a kernel lock, which a crash releases."""
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _alone(folder: Path) -> Iterator[Path]:
+    """The folder, of which one agent at a time is the owner: a kernel lock, which a crash releases."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise disk_problem(error) or EnvironmentProblem(
+            f"{folder} cannot be written: {error.strerror}", "make it writable, or name another --home"
+        ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EnvironmentProblem(f"another agent runs on {folder}", "end it, or name another --home") from None
-        yield
+        yield folder
     finally:
         os.close(handle)

@@ -40,4 +40,5 @@ def odd_ones(values: list[float], spread: float) -> set[int]:
 
 def half_width(low: float, value: float, high: float) -> float:
     """The wider half of an interval as a fraction of the value."""
-    return max(high - value, value - low) / abs(value)
+    half = max(high - value, value - low)
+    return half / abs(value) if value else math.inf if half else 0.0

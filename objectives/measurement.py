@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -37,11 +38,14 @@ class Measurement:
         return self.low <= other.high and other.low <= self.high
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON has it, which knows no infinity: an infinite value or end of the interval is None."""
+        return {key: None if value == math.inf else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
-        return cls(**data)
+        """What `to_dict` gave."""
+        values: dict[str, Any] = {key: math.inf if value is None else value for key, value in data.items()}
+        return cls(**values)
 
     @classmethod
     def exact(cls, value: float, unit: str, note: str = "") -> Measurement:

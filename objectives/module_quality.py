@@ -11,7 +11,7 @@ import numpy.typing as npt
 from paretune.hardware_profiles.errors import Infeasible, UsageError
 from paretune.objectives.figures import FORWARD, Figures
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.quality import Scores, interval_of_ratio, paired_difference
+from paretune.objectives.quality import Scores, interval_of_ratio, paired_difference, relative
 from paretune.teachers.plugin import Batch, Outputs, TeacherPlugin
 from paretune.teachers.plugin_check import quality_values
 
@@ -67,13 +67,14 @@ def module_measurements(
     def made(triple: tuple[float, float, float], unit: str) -> Measurement:
         return Measurement(triple[0], unit, triple[1], triple[2], "measured", samples, fingerprint, note)
 
-    increase, base = paired_difference(scores, teacher), abs(teacher.mean_nll)
+    increase, base = paired_difference(scores, teacher), teacher.mean_nll
     weights = np.array(scores.targets, np.float64)
     found = {
         first.objective: made(interval_of_ratio(np.array(scores.nll), weights), first.unit),
         f"{first.objective}_increase": made(increase, first.unit),
         "relative_loss": made(
-            (increase[0] / base, increase[1] / base, increase[2] / base), f"fraction of the teacher's {first.objective}"
+            (relative(increase[0], base), relative(increase[1], base), relative(increase[2], base)),
+            f"fraction of the teacher's {first.objective}",
         ),
     }
     for quality in plugin.qualities:

@@ -86,7 +86,7 @@ class NvidiaSmi:
         self.source = f"nvidia-smi, the whole board, power every {SAMPLE_MS} ms"
         arguments = ["--id=0", "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--loop-ms={SAMPLE_MS}"]
         self._process = subprocess.Popen(
-            [program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
         )
         self._lock = threading.Lock()
         self._first = threading.Event()
@@ -138,7 +138,7 @@ def rapl(powercap: Path = POWERCAP) -> Rapl | None:
     zones = []
     for zone in sorted(powercap.glob("intel-rapl:*")):
         with contextlib.suppress(OSError, ValueError):
-            if PACKAGE.match(zone.name) and (zone / "name").read_text().startswith("package"):
+            if PACKAGE.match(zone.name) and (zone / "name").read_text(encoding="utf-8").startswith("package"):
                 _microjoules(zone / "energy_uj")
                 zones.append(zone)
     return Rapl(zones) if zones else None
@@ -162,4 +162,4 @@ def _gpu_counter() -> EnergyCounter | None:
 
 
 def _microjoules(path: Path) -> int:
-    return int(path.read_text())
+    return int(path.read_text(encoding="utf-8"))

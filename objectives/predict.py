@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.schema import CPU_PROVIDER, Profile
 from paretune.objectives.energy import energy_and_cost
@@ -70,8 +71,9 @@ def predict(
 def require_figures(profile: Profile) -> None:
     """Raises UsageError where a prediction on `profile` is impossible."""
     if missing := profile.missing_figures:
-        option = "" if profile.name == "local-cpu" else f" --profile {profile.name}"
-        remedy = f"run `paretune hardware calibrate{option}`" if profile.at_hand else "add them, each with its source"
+        option = () if profile.name == "local-cpu" else ("--profile", profile.name)
+        calibrate = f"run `{pasted('hardware', 'calibrate', *option)}`"
+        remedy = calibrate if profile.at_hand else "add them, each with its source"
         raise UsageError(f"the profile {profile.name} lacks {' and '.join(missing)}, which a prediction needs", remedy)
 
 

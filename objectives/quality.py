@@ -7,7 +7,9 @@ Gelbach & Miller 2008); differences are taken per document first, because candid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,16 +68,15 @@ def quality_measurements(
 
     nll = interval_of_ratio(np.array(scores.nll), targets)
     increase = paired_difference(scores, teacher)
-    base = teacher.mean_nll
     per_byte = 1 / (math.log(2) * bytes_per_token)
     found = {
         "nll": made(nll, "nats/token"),
         "nll_increase": made(increase, "nats/token"),
         "relative_loss": made(
-            (increase[0] / base, increase[1] / base, increase[2] / base), "fraction of the teacher's NLL"
+            _each(increase, partial(relative, base=teacher.mean_nll)), "fraction of the teacher's NLL"
         ),
-        "perplexity": made((math.exp(nll[0]), math.exp(nll[1]), math.exp(nll[2])), "1"),
-        "bits_per_byte": made((nll[0] * per_byte, nll[1] * per_byte, nll[2] * per_byte), "bits/byte"),
+        "perplexity": made(_each(nll, perplexity), "1"),
+        "bits_per_byte": made(_each(nll, lambda v: v * per_byte), "bits/byte"),
     }
     if scores.kl:
         weights = np.array(scores.reference_targets, np.float64)
@@ -85,6 +86,23 @@ def quality_measurements(
             interval_of_ratio(np.array(scores.agree), weights), "fraction of tokens", samples
         )
     return found
+
+
+def relative(increase: float, base: float) -> float:
+    """An increase as a fraction of what it started from; the increase itself where that was 0, as the loss of constant text can be."""
+    return increase / (abs(base) or 1.0)
+
+
+def perplexity(nll: float) -> float:
+    """exp of nats per token; infinite beyond what a float holds (709 nats)."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def _each(triple: tuple[float, float, float], of: Callable[[float], float]) -> tuple[float, float, float]:
+    return of(triple[0]), of(triple[1]), of(triple[2])
 
 
 def interval_of_ratio(sums: Array, weights: Array) -> tuple[float, float, float]:

@@ -115,7 +115,7 @@ class Watch:
     def _own_seconds(self) -> float:
         ticks, total = os.sysconf("SC_CLK_TCK"), 0.0
         for child in self.children:
-            fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
             total += (int(fields[11]) + int(fields[12])) / ticks
         return total
 
@@ -126,7 +126,7 @@ class Watch:
 def busy_seconds(cpus: Set[int]) -> float:
     """CPU seconds that all processes have used on `cpus`, with what the hypervisor took, without idle and waiting."""
     total = 0
-    for line in STAT.read_text().splitlines():
+    for line in STAT.read_text(encoding="utf-8").splitlines():
         name, *rest = line.split()
         if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cpus:
             user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) for x in rest[:8])
@@ -140,7 +140,7 @@ def waited_seconds(pid: int) -> float:
     total = 0
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
-            total += int(task.read_text().split()[1])
+            total += int(task.read_text(encoding="utf-8").split()[1])
     return total / 1e9
 
 
@@ -150,7 +150,7 @@ def with_siblings(cpus: Set[int]) -> Set[int]:
     for cpu in cpus:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         with contextlib.suppress(OSError, ValueError):
-            for part in path.read_text().strip().split(","):
+            for part in path.read_text(encoding="utf-8").strip().split(","):
                 first, _, last = part.partition("-")
                 found |= set(range(int(first), int(last or first) + 1))
     return found

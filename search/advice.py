@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune.objectives.directions import MAXIMIZED, excess
+from paretune.objectives.units import plain
 from paretune.search.answer import Answer, answer_on
 from paretune.search.recommend import (
     GOALS,
@@ -20,7 +21,6 @@ from paretune.search.recommend import (
     bounds_of,
     chosen_price,
     pick,
-    plain,
     point_dict,
     ranking,
     why_empty,

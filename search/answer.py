@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import NothingFeasible
 from paretune.search.target_records import Target
 from paretune.search.target_view import view_on
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """The study on one profile; `target` is None for the searched one, `kept` whether the study holds its rows."""
+    """The study on one profile; `target` is None for the searched one, `kept` whether the study holds its rows;
+    `asked` is how the profile was named: a name or a YAML file."""
 
     view: StudyView
     name: str
     target: Target | None
     kept: bool = True
+    asked: str = ""
 
     def sentence(self, chosen: Point) -> str:
         """Where the costs of a candidate come from."""
@@ -31,7 +34,9 @@ class Answer:
         row = self.target.rows[chosen.key]
         how = "measured" if row.measurements[self.view.figures.latency].provenance == "measured" else "predicted"
         study = self.view.study
-        later = "" if self.kept else f" on the fly; `paretune targets {study} --profile {self.name}` keeps them"
+        home = self.view.folder.parent.parent
+        keeps = pasted("targets", study, "--profile", self.asked or self.name, home=home)
+        later = "" if self.kept else f" on the fly; `{keeps}` keeps them"
         return f"costs on {self.name} are {how}{later}"
 
 
@@ -65,7 +70,7 @@ def answer_on(view: StudyView, profile: str | None, home: Path, predict: Predict
             f"no confirmed candidate runs on {found.name}: {reasons[0] if reasons else 'its costs are not known'}",
             "search with it as the first --profile, or take another target",
         )
-    return Answer(there, found.name, found, kept)
+    return Answer(there, found.name, found, kept, profile)
 
 
 def _serves(target: Target, view: StudyView) -> bool:

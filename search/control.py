@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Literal, get_args
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import read_kept, write_atomically
 from paretune.search.database import is_taken, require_study
@@ -28,10 +29,14 @@ ENDED = ("complete", "cancelled")
 STATE_AFTER: dict[Verb, str] = {"pause": "paused", "stop": "complete", "cancel": "cancelled"}
 REASON: dict[Verb, str] = {"pause": "paused", "stop": "stopped", "cancel": "cancelled"}
 TOLD: dict[Verb, str] = {
-    "pause": "what runs is finished, then the search ends; `paretune resume` goes on",
+    "pause": "what runs is finished, then the search ends; `{resume}` goes on",
     "stop": "what runs is finished, then the study is complete",
     "cancel": "what runs is ended now; what was confirmed stays usable",
 }
+
+
+def _resume(folder: Path) -> str:
+    return pasted("resume", folder.name, home=folder.parent.parent)
 
 
 def order(folder: Path, verb: Verb) -> str:
@@ -43,7 +48,7 @@ def order(folder: Path, verb: Verb) -> str:
     require_study(folder)
     if is_taken(folder):
         write_atomically(folder / FILE, json.dumps({"verb": verb, "at": now()}).encode())
-        return f"{folder.name}: {TOLD[verb]}"
+        return f"{folder.name}: {TOLD[verb].format(resume=_resume(folder))}"
     state = state_of(folder)
     if state in ENDED:
         raise UsageError(
@@ -52,7 +57,7 @@ def order(folder: Path, verb: Verb) -> str:
     if verb == "pause":
         raise UsageError(
             f"only a running search can be paused, but nothing runs on {folder.name} ({state})",
-            f"go on with `paretune resume {folder.name}`, or end it with stop or cancel",
+            f"go on with `{_resume(folder)}`, or end it with stop or cancel",
         )
     store = Store.open_study(folder)
     try:

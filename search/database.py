@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from paretune.hardware_profiles.access import is_file, unwritable
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.files import sync_folder
 
@@ -68,7 +69,7 @@ def create_database(folder: Path, metadata: sa.MetaData, fill: Callable[[sa.Engi
 
 def require_study(folder: Path) -> None:
     """Raises UsageError if there is no study in `folder`."""
-    if not (folder / "study.db").is_file():
+    if not is_file(folder / "study.db"):
         known = sorted(p.parent.name for p in folder.parent.glob("*/study.db"))
         raise UsageError(f"no study is called {folder.name!r}", f"known studies: {', '.join(known) or 'none yet'}")
 
@@ -79,12 +80,9 @@ def take_lock(folder: Path) -> IO[str]:
     Raises EnvironmentProblem if another process has it or the folder cannot be written.
     """
     try:
-        lock = (folder / "lock").open("a+")
+        lock = (folder / "lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the study folder {folder} cannot be written: {error.strerror}",
-            "make it writable, or search with another --home",
-        ) from None
+        raise unwritable(folder / "lock", error, "search with another --home", "the study's lock") from None
     deadline = time.monotonic() + PROBE_S
     while not _locked(lock, fcntl.LOCK_EX):
         if time.monotonic() > deadline:  # not a reader that only looked whether it is taken
@@ -106,7 +104,7 @@ def take_lock(folder: Path) -> IO[str]:
 def is_taken(folder: Path) -> bool:
     """Whether a process holds the study's lock, that is, a search or `sync` runs on it just now."""
     try:
-        with (folder / "lock").open() as lock:
+        with (folder / "lock").open(encoding="utf-8") as lock:
             return not _locked(lock, fcntl.LOCK_SH)
     except OSError:
         return False

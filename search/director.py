@@ -17,7 +17,7 @@ from paretune.search.estimates import Estimates
 from paretune.search.findings import profiled_candidates
 from paretune.search.ledger import MAX_ATTEMPTS, Ledger
 from paretune.search.planning import Decision, Planning
-from paretune.search.records import Fidelity
+from paretune.search.records import Fidelity, now
 from paretune.search.seeds import textbook_candidates
 from paretune.search.spec import Spec
 from paretune.search.store import Store
@@ -36,6 +36,7 @@ STAGE = {
     "recover": "recover and confirm",
     "confirm": "recover and confirm",
 }
+ENDING = "ending"  # nothing is handed out any more
 SLICED = ("fit", "elastic")
 FIDELITY: dict[str, Fidelity] = {"rung0": "rung0", "recover": "recovered", "confirm": "confirmed"}
 
@@ -55,10 +56,12 @@ class Director:
         self.out: Work | None = None
         self.stop_reason: str | None = None
         self.exit_code = 0
+        self.remedy = ""
         self.is_interrupted = False
         self.obeyed: Verb | None = None
         self._failures: list[Outcome] = []
         self._lost_tables = 0
+        self._told_stage = ""
         self.ledger = Ledger(store)
         self.estimates = Estimates(store, spec, space, self.ledger)
         self.planning = Planning(store, spec, space, budget, self.ledger, self.estimates)
@@ -117,6 +120,7 @@ class Director:
         if work is not None and work.candidate is not None:
             self.store.start(work.candidate.key, FIDELITY[work.kind])
         self.out = work
+        self._tell_stage(decision)
         return decision
 
     # what came of it
@@ -134,7 +138,7 @@ class Director:
         self._require_folder()
         self._charge(work, seconds)
         if outcome.status == "fatal":
-            self._give_up(outcome.reason, outcome.exit_code)
+            self._give_up(outcome.reason, outcome.exit_code, outcome.facts.get("remedy", ""))
         if work.kind == "fit":
             self._fit_came_back(outcome)
         elif work.kind == "elastic":
@@ -306,19 +310,30 @@ class Director:
         if not self.store.is_there:
             raise folder_gone(self.store.folder)
 
-    def _give_up(self, reason: str, exit_code: int) -> None:
-        self.stop_reason, self.exit_code = reason, exit_code
-        self.store.event("stopped", reason)
+    def _give_up(self, reason: str, exit_code: int, remedy: str = "") -> None:
+        self.stop_reason, self.exit_code, self.remedy = reason, exit_code, remedy
+        self.store.event("stopped", f"{reason}; {remedy}" if remedy else reason)
+
+    def _tell_stage(self, decision: Decision) -> None:
+        """Write what is done now where readers see it, when it changes."""
+        if decision.kind == "wait":
+            return
+        idle = STAGE["rung0"] if decision.kind == "propose" else ENDING
+        stage = idle if decision.work is None else self._stage_of(decision.work)
+        if stage != self._told_stage:
+            self._told_stage = stage
+            self.store.set_meta(stage=stage)
+
+    def _stage_of(self, work: Work) -> str:
+        confirmed = work.candidate if work.kind == "confirm" else None
+        if confirmed is not None and self.ledger.rows[confirmed.key].source == "baseline":
+            return "baselines"
+        if work.kind == "elastic" and not self.space.has_elastic:
+            return "training speed"
+        return STAGE[work.kind]
 
     def _charge(self, work: Work, seconds: float) -> None:
-        stage = (
-            "baselines"
-            if work.kind == "confirm"
-            and work.candidate is not None
-            and self.ledger.rows[work.candidate.key].source == "baseline"
-            else "training speed"
-            if work.kind == "elastic" and not self.space.has_elastic
-            else STAGE[work.kind]
-        )
+        stage = self._stage_of(work)
         self.budget.charge(stage, seconds)
-        self.store.set_meta(spent_s=self.budget.elapsed_s, seconds_by_stage=self.budget.stages)
+        spent = self.budget.elapsed_s
+        self.store.set_meta(spent_s=spent, spent_at=[spent, now()], seconds_by_stage=self.budget.stages)

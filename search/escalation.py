@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.objectives.directions import minimized
+from paretune.objectives.quality import relative
+from paretune.objectives.units import BYTES
 from paretune.search.front import Vector, dominates, non_dominated
 from paretune.spaces.candidate import FP32, Candidate
 
@@ -123,7 +125,7 @@ def unrounded(candidate: Candidate) -> Candidate:
 
 
 def _classical(tried: Tried, teacher: float, max_loss: float) -> Escalation:
-    loss = tried.ptq_nll / teacher - 1
+    loss = relative(tried.ptq_nll - teacher, teacher)
     told = f"post-training quantization loses {loss:.2%} of the teacher's NLL"
     if loss > max_loss:
         return Escalation(True, f"{told}, more than the {max_loss:.2%} that --max-loss allows")
@@ -141,6 +143,6 @@ def _optimistic(tried: Tried, stakes: Stakes) -> Vector:
 
 def _told(objectives: tuple[str, ...], vector: Vector) -> str:
     return ", ".join(
-        f"{value / 1e6:.2f} MB" if name.endswith("bytes") else f"{minimized(name, value):.3f} {UNITS[name]}"
+        f"{value / 1e6:.2f} MB" if name in BYTES else f"{minimized(name, value):.3f} {UNITS[name]}"
         for name, value in zip(objectives, vector, strict=True)
     )

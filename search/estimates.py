@@ -11,7 +11,7 @@ from paretune.objectives.figures import Figures
 from paretune.objectives.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.memory_fit import MemoryFit, resident_bytes
-from paretune.objectives.quality import Scores
+from paretune.objectives.quality import Scores, relative
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.escalation import Stakes
 from paretune.search.finalists import Explored, perceived
@@ -74,7 +74,7 @@ class Estimates:
         candidate = self.ledger.rows[key].candidate
         known = self.completed(candidate, e.measurements)
         teacher = self._teacher_nll()[1]
-        loss = (self.estimated_nll(candidate, e.scores).value - teacher) / abs(teacher)
+        loss = relative(self.estimated_nll(candidate, e.scores).value - teacher, teacher)
         found = {"loss": loss / self.spec.loss_of_interest - 1}
         for name, limit in sorted(self.spec.limits.items()):
             found[name] = excess(name, known[name].value, limit)

@@ -16,6 +16,7 @@ from paretune.compression.distill.elastic import ElasticTrainer
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
 from paretune.compression.export.checksums import CHECKSUMS, MODEL, sha256
 from paretune.compression.student import EMBEDDING, Codes, quantized_weights
+from paretune.engines.batching import even_batches
 from paretune.engines.child import EngineChild
 from paretune.hardware_profiles.errors import Infeasible, ParetuneError
 from paretune.hardware_profiles.files import write_atomically
@@ -24,7 +25,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores, quality_measurements, sum_by_document
 from paretune.search.measuring import Measuring
 from paretune.search.recovering import Recovering, sparsity_of
-from paretune.search.work import Outcome, Work
+from paretune.search.work import Outcome, Work, fatal
 from paretune.search.workspace import Workspace
 from paretune.spaces.candidate import Candidate, Format
 from paretune.teachers.checkpoint import load_tensors
@@ -61,7 +62,7 @@ class Evaluator:
         except Infeasible as error:
             return Outcome("infeasible", reason=str(error))
         except ParetuneError as error:
-            return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
+            return fatal(error)
 
     def close(self) -> None:
         """Nothing is held between pieces of work."""
@@ -125,16 +126,12 @@ class Evaluator:
         for name, value in list(effective.items()):
             if value.ndim == 2 and name not in (EMBEDDING, POSITIONS):
                 effective[name] = value.to(torch.bfloat16)  # in place, so that the two sets never exist side by side
-        sums = np.zeros(len(windows.ids))
+        sums, exact = np.zeros(len(windows.ids)), candidate.uses_dynamic_activations  # whose scale sees the padding
         with torch.autocast("cpu", torch.bfloat16), network.activations(candidate, codes):
-            for start in range(0, len(windows.ids), SCORE_BATCH):
-                ids = torch.from_numpy(windows.ids[start : start + SCORE_BATCH])
-                loss = network.token_losses(effective, ids)
-                valid = (
-                    torch.arange(loss.shape[1])[None]
-                    < torch.from_numpy(windows.targets[start : start + SCORE_BATCH])[:, None]
-                )
-                sums[start : start + SCORE_BATCH] = (loss * valid).sum(1).numpy()
+            for chosen, length in even_batches(windows.targets, SCORE_BATCH * self.space.window, exact):
+                loss = network.token_losses(effective, torch.from_numpy(windows.ids[chosen, :length]))
+                valid = torch.arange(length - 1)[None] < torch.from_numpy(windows.targets[chosen])[:, None]
+                sums[chosen] = loss.where(valid, 0.0).sum(1).numpy()
         if not np.isfinite(sums).all():
             raise Infeasible("the NLL is not finite", "")
         return _scores(windows, self.space.tokens["search"].names, sums)
@@ -231,7 +228,7 @@ class Evaluator:
             Path(path).unlink(missing_ok=True)
         if is_teacher:
             write_atomically(teacher_scores, json.dumps(scores.__dict__).encode())
-        return scores, Scores.from_dict(json.loads(teacher_scores.read_text()))
+        return scores, Scores.from_dict(json.loads(teacher_scores.read_text(encoding="utf-8")))
 
     def _score_in_slices(self, child: EngineChild, request: Mapping[str, Any], rows: int) -> None:
         """Score all rows, letting go of the machine every few seconds."""

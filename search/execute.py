@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.director import Director
 from paretune.search.processes import descendants, end_survivors
+from paretune.search.surroundings import TEMP_PREFIX, not_started, prepare_environment, session_folder
 from paretune.search.work import Outcome, Work
 
-TEMP_PREFIX = "pt-"
 TIMED = ("fit", "confirm")
 OBJECT_STORE_BYTES = 100 * 2**20
 RAY_ENVIRONMENT = {
@@ -64,6 +63,7 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
     os.environ["PARETUNE_STUDY_FOLDER"], os.environ["PARETUNE_STUDY_HOME"] = str(folder), str(home)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    prepare_environment(os.environ, home, local=address is None)
     import optuna
     import ray
     from ray import tune
@@ -75,7 +75,7 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     for name in ("ray", "ray.tune", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _clean_up_dead_launch(director)
-    temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=tempfile.gettempdir()))
+    temp = session_folder()
     passed = passed_on(os.environ)
     local: dict[str, Any] = {
         "num_cpus": cores,
@@ -85,14 +85,17 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
         "include_dashboard": False,
     }
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level="error",
-            configure_logging=False,
-            runtime_env={"env_vars": passed},
-            **({} if address else local),
-        )
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level="error",
+                configure_logging=False,
+                runtime_env={"env_vars": passed},
+                **({} if address else local),
+            )
+        except (OSError, RuntimeError, ValueError) as error:  # ConnectionError and TimeoutError are OSErrors
+            raise not_started(error, temp) from error
         director.store.set_meta(ray={"temp": str(temp), "processes": descendants(os.getpid())})
         tuner = tune.Tuner(
             tune.with_resources(StudyWorker, placement(cores, folder, ray.cluster_resources())),
@@ -126,7 +129,7 @@ def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
     """What a trial asks of Ray: CPUs; and where a node was started with the study's profile as a resource
     (`ray start --resources='{"profile:NAME": 1}'`), what is timed goes there. Weights and artifacts stay in the study folder, which
     all nodes must share."""
-    profile = Profile.model_validate(json.loads((folder / "setup.json").read_text())["profile"])
+    profile = Profile.model_validate(json.loads((folder / "setup.json").read_text(encoding="utf-8"))["profile"])
     name = f"profile:{profile.name}"
     if name not in cluster:
         if not (profile.at_hand or profile.agent):

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 from paretune.compression.export.checksums import check_artifact, write_checksums
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.access import unwritable
+from paretune.hardware_profiles.command_line import pasted
+from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import disk_problem, sync_folder
 from paretune.search.view import Point, StudyView
 
@@ -24,6 +26,7 @@ import onnxruntime_genai as og
 
 model = og.Model("onnx")
 tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # BOS, where the tokenizer's template adds one
 parameters = og.GeneratorParams(model)
 parameters.set_search_options(max_length=64)
 generator = og.Generator(model, parameters)
@@ -68,7 +71,7 @@ model = core.read_model("onnx/model.onnx")
 print([i.get_any_name() for i in model.inputs])
 ```
 
-`paretune measure . --profile {profile}` measures it there.
+`{measure}` measures it there.
 """
 
 
@@ -86,16 +89,14 @@ def export_artifact(view: StudyView, point: Point, folder: Path) -> Path:
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, temporary)
-        (temporary / GUIDE).write_text(guide(view, point))
+        (temporary / GUIDE).write_text(guide(view, point), encoding="utf-8")
         write_checksums(temporary)
         if folder.exists():
             folder.rmdir()
         temporary.replace(folder)
         sync_folder(folder.resolve().parent)
     except OSError as error:
-        raise disk_problem(error) or EnvironmentProblem(
-            f"{folder} cannot be written: {error.strerror}", "choose another folder"
-        ) from None
+        raise disk_problem(error) or unwritable(folder, error, "choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -111,6 +112,9 @@ def guide(view: StudyView, point: Point) -> str:
         "openvino": profile.get("engine_version", ""),
         "threads": profile.get("threads", 1),
         "profile": profile.get("name", ""),
+        "measure": pasted(
+            "measure", ".", "--profile", profile.get("name", ""), home=view.folder.parent.parent, stored=True
+        ),
     }
     text = DECODER_GUIDE if view.figures.is_decoder else MODULE_GUIDE
     if profile.get("engine") == "openvino":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paretune.objectives.quality import relative
 from paretune.search.front import Vector, ranks
 
 LEAST_INCREASE = 0.005  # below half a per cent two students are as good as each other
@@ -81,6 +82,6 @@ def perceived(vector: Vector, quality: int, teacher: float) -> Vector:
     So 0.5 and 2 % are as far apart as 5 and 20 %, and half the latency as a quarter from half.
     """
     found = [math.log(max(value, TINY)) for value in vector]
-    increase = (vector[quality] - teacher) / (abs(teacher) or 1.0)
+    increase = relative(vector[quality] - teacher, teacher)
     found[quality] = math.log(max(increase, LEAST_INCREASE))
     return tuple(found)

@@ -34,7 +34,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search will cost, told before it starts (`--dry-run`)."""
+    """What a search will cost, told before it starts (`--dry-run`). `read`: what of --data is read, what is left out and why."""
 
     teacher: str
     parameters: int
@@ -55,6 +55,7 @@ class Plan:
     mild: bool = False
     text_what: str = "text"
     text_unit: str = "characters"
+    read: tuple[str, ...] = ()
 
 
 def memory_needed(teacher: Teacher) -> int:
@@ -137,7 +138,7 @@ def available_memory() -> int:
 
 
 def _left_on_machine() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return sys.maxsize
@@ -146,8 +147,8 @@ def _left_on_machine() -> int:
 def _left_in_group() -> int:
     """By cgroup v2; file pages that can be dropped count as free. No limit where there is none, or it cannot be read."""
     try:
-        most, used = ((CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        most, used = ((CONTROL_GROUP / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
         return sys.maxsize if most == "max" else int(most) - int(used) + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
         return sys.maxsize

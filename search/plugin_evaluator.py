@@ -25,7 +25,7 @@ from paretune.objectives.module_quality import Judged, judge, module_measurement
 from paretune.objectives.quality import Scores
 from paretune.search.plugin_measuring import PluginMeasuring
 from paretune.search.plugin_workspace import PluginWorkspace
-from paretune.search.work import Outcome, Work
+from paretune.search.work import Outcome, Work, fatal
 from paretune.spaces.module_candidate import ModuleCandidate
 from paretune.teachers.checkpoint import load_tensors, save_tensors
 from paretune.teachers.plugin import Outputs
@@ -55,7 +55,7 @@ class PluginEvaluator:
         except Infeasible as error:
             return Outcome("infeasible", reason=str(error))
         except ParetuneError as error:
-            return Outcome("fatal", reason=str(error), exit_code=error.exit_code)
+            return fatal(error)
 
     def close(self) -> None:
         """Nothing is held between pieces of work."""
@@ -237,7 +237,7 @@ class PluginEvaluator:
                 save_model(self.space.graph(teacher).fill(self.space.sparsify(teacher)[0], {}), file)
                 judged = self._judge_in_engine(file)
             write_atomically(kept, json.dumps(judged.scores.__dict__).encode())
-        return Scores.from_dict(json.loads(kept.read_text()))
+        return Scores.from_dict(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def parity(found: Outputs, wanted: Outputs) -> float:

@@ -44,7 +44,7 @@ class PluginWorkspace:
     """Lazily loaded state of one worker process for one study of a plug-in."""
 
     def __init__(self, folder: Path, home: Path) -> None:
-        setup = json.loads((folder / "setup.json").read_text())
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
         self.folder, self.home, self.cache = folder, home, home / "cache"
         self.spec, self.profile = Spec.model_validate(setup["spec"]), Profile.model_validate(setup["profile"])
         self._plugin_folder = Path(setup["plugin_folder"])

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paretune import __version__
+from paretune.engines.genai_tokenizer import tokenizer_problem
 from paretune.hardware_profiles import EnvironmentProblem, UsageError, fingerprint, load_profile
+from paretune.hardware_profiles.access import unwritable
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.figures import Figures
 from paretune.search.follow import check_figures
@@ -21,10 +23,12 @@ from paretune.search.table_cost import BUDGET_SHARE, affordable_tokens
 from paretune.search.target_profiles import further_profiles, require_measurable, require_predictions, reserved_share
 from paretune.spaces.kinds import AnySpace
 from paretune.spaces.space import Space
-from paretune.teachers import EMBEDDED, Teacher, library_corpus, load_teacher, user_corpus
+from paretune.teachers import EMBEDDED, Teacher, chosen_corpus, load_teacher
+from paretune.teachers.own_output import mark_home
 from paretune.teachers.plugin_name import is_plugin
 from paretune.teachers.teacher import EMBEDDED_FOLDER
 from paretune.teachers.text import SPLITS, library_mismatches
+from paretune.teachers.tokens import require_enough_tokens
 
 if TYPE_CHECKING:
     from paretune.teachers.plugin import PluginTeacher
@@ -89,7 +93,8 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
     require_measurable(profile, address)
     for target in targets:
         check_figures(spec.model_copy(update={"limits": {}}), target)  # limits are for the searched one
-    corpus = library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
+    corpus = chosen_corpus(spec.data, spec.field)
+    require_enough_tokens(teacher, corpus)
     affordable = training_tokens_per_parameter(spec, teacher, profile)
     if missing := spec.choices.missing(profile.weight_formats):
         raise UsageError(
@@ -107,7 +112,7 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
     )
     space = with_students(space, spec.student_configs)
     require_predictions(targets, space.baselines()[0], teacher.shape)
-    notes = []
+    notes = runtime_notes(teacher)
     if spec.mixed_precision:
         tokens = affordable_tokens(teacher.shape, len(space.mixed_formats), spec.budget_s, profile.cores)
         space = replace(space, mixed=tokens > 0)
@@ -140,8 +145,27 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
         home,
         notes,
     )
+    plan = replace(plan, read=corpus.read)
     check_affordable(plan, spec, home)
     return Ready(spec, teacher, profile, space, plan, corpus.fingerprint(), targets=targets)
+
+
+def runtime_notes(teacher: Teacher) -> list[str]:
+    """What will not work with the artifacts of this teacher in onnxruntime-genai, tried before any work."""
+    if teacher.name == EMBEDDED:
+        return []
+    notes = []
+    if problem := tokenizer_problem(teacher.folder):
+        notes.append(
+            f"onnxruntime-genai cannot use the teacher's tokenizer: {problem}. `paretune generate` and transformers can; other "
+            "programs must encode prompts with the tokenizers library, or the teacher needs a byte-level BPE tokenizer"
+        )
+    if not teacher.special.stop:
+        notes.append(
+            "no file of the teacher names a token that ends a text, so nothing but the length ends one, and onnxruntime-genai, "
+            "which must have such a token, takes 0. Name it as eos_token_id in generation_config.json"
+        )
+    return notes
 
 
 def check_affordable(plan: Plan, spec: Spec, home: Path) -> None:
@@ -182,7 +206,7 @@ def check_home(home: Path) -> None:
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the home folder {home} cannot be written: {error.strerror}",
-            "choose a writable folder with --home or PARETUNE_HOME",
+        raise unwritable(
+            home, error, "choose a writable folder with --home or PARETUNE_HOME", "the home folder"
         ) from None
+    mark_home(home)

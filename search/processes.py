@@ -33,7 +33,7 @@ def end_survivors(processes: list[tuple[int, int]]) -> int:
 def _stat(pid: int) -> tuple[int, int] | None:
     """(parent, start time) of a process, or None if it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
         return int(fields[1]), int(fields[19])
     except (OSError, IndexError, ValueError):
         return None

@@ -12,6 +12,7 @@ from typing import Any
 from paretune.compression.export.checksums import CHECKSUMS, FACTS, MODEL, check_artifact, sha256
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.student import Network, plain_candidate
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.detect import fingerprint, package_version
 from paretune.hardware_profiles.errors import Infeasible, UsageError
 from paretune.hardware_profiles.lock import MachineLock
@@ -82,11 +83,11 @@ def _profile_artifact(folder: Path, work: Work) -> Profiled:
         raise UsageError(
             f"{folder / FACTS} does not describe a decoder: {error!r}", "copy the artifact again"
         ) from None
-    context = json.loads((folder / "onnx" / "genai_config.json").read_text())["model"]["context_length"]
+    context = json.loads((folder / "onnx" / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
     _require_context(work, int(context))
     subject = Subject(f"{teacher} {candidate.key[:8]}", "artifact", digest, candidate.describe())
     found = _profile_graph(subject, (folder / MODEL).resolve(), candidate, work)
-    return replace(found, notes=(*found.notes, *_compared(facts, found.measurements, work.profile)))
+    return replace(found, notes=(*found.notes, *_compared(folder, facts, found.measurements, work.profile)))
 
 
 def _profile_teacher(teacher: Teacher, work: Work) -> Profiled:
@@ -171,7 +172,7 @@ def _require_context(work: Work, context: int) -> None:
         )
 
 
-def _compared(facts: Mapping[str, Any], now: Mapping[str, Measurement], profile: Profile) -> list[str]:
+def _compared(folder: Path, facts: Mapping[str, Any], now: Mapping[str, Measurement], profile: Profile) -> list[str]:
     """What the artifact's study had measured, where it can be compared."""
     then = facts.get("measurements", {}).get("decode_ms_per_token")
     if then is None or facts.get("profile") != profile.name:
@@ -181,6 +182,5 @@ def _compared(facts: Mapping[str, Any], now: Mapping[str, Measurement], profile:
             "its study measured on another machine or another version of the engine, so its latencies are not compared"
         ]
     change = now["decode_ms_per_token"].value / then["value"] - 1
-    return [
-        f"its study said {then['value']:.3f} ms/token, this is {change:+.1%}; `paretune measure` corrects for drift"
-    ]
+    again = pasted("measure", folder.absolute(), "--profile", profile.name)
+    return [f"its study said {then['value']:.3f} ms/token, this is {change:+.1%}; `{again}` corrects for drift"]

@@ -13,11 +13,11 @@ from paretune.objectives.directions import excess
 from paretune.objectives.energy import COST, ENERGY, NEEDED, THROUGHPUT
 from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.units import plain
 from paretune.search.view import LABELS, Point, StudyView, label_of, tied
 
 GOALS = ("balanced", "fastest", "quality", "smallest")
 Order = Callable[[Point], float]
-UNITS = {THROUGHPUT: "tokens/s", ENERGY: "J/token", COST: "USD per million tokens"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def pick(view: StudyView, ranked: Sequence[Point], bounds: dict[str, float], rul
         room = -_excess(chosen, binding, bounds[binding])
         why.append(
             f"the tightest limit is {binding}: {_show(binding, chosen.measurements[binding])} "
-            f"of {plain(binding, bounds[binding])} ({room:.0%} room)"
+            f"of {plain(binding, bounds[binding], chosen.measurements[binding].unit)} ({room:.0%} room)"
         )
     price = "" if runner_up is None else chosen_price(view, chosen, runner_up)
     return Recommendation(chosen, tuple(why), binding, runner_up, price, len(ranked))
@@ -248,7 +248,7 @@ def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
 
     near = min(view.front, key=excess)
     missed = [
-        f"{name} is {_show(name, near.measurements[name])}, the limit {plain(name, bound)}"
+        f"{name} is {_show(name, near.measurements[name])}, the limit {plain(name, bound, near.measurements[name].unit)}"
         for name, bound in bounds.items()
         if _excess(near, name, bound) > 0
     ]
@@ -259,17 +259,4 @@ def _nearest(view: StudyView, bounds: dict[str, float]) -> NothingFeasible:
 
 
 def _show(name: str, m: Measurement) -> str:
-    return plain(name, m.value) + ("" if m.provenance == "measured" else f" ({m.provenance})")
-
-
-def plain(name: str, value: float) -> str:
-    """A value as people read it, with its unit."""
-    if name in UNITS:
-        return f"{value:.3g} {UNITS[name]}"
-    if name.endswith("bytes"):
-        return f"{value / 1e6:.2f} MB"
-    if name == "relative_loss":
-        return f"{value:.1%}"
-    if "ms" in name:
-        return f"{value:.3f} ms"
-    return f"{value:.3f}" if name in LABELS else f"{value:.4g}"
+    return plain(name, m.value, m.unit) + ("" if m.provenance == "measured" else f" ({m.provenance})")

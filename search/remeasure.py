@@ -46,7 +46,7 @@ class Agreement:
         ):
             return None
         value, low, high = self.difference
-        return low <= 0 <= high or abs(value) / self.then.value < CLOSE
+        return low <= 0 <= high or abs(value) < CLOSE * abs(self.then.value)
 
 
 @dataclass(frozen=True)

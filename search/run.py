@@ -16,6 +16,7 @@ from paretune.search.director import Director
 from paretune.search.execute import run_ray
 from paretune.search.ledger import MAX_ATTEMPTS
 from paretune.search.prepare import Ready
+from paretune.search.records import now
 from paretune.search.store import Store
 
 
@@ -33,7 +34,9 @@ def run_study(
     launches = int(store.meta("launches", 0)) + 1
     lost = store.recover(MAX_ATTEMPTS)
     budget = Budget(ready.search_s, float(store.meta("spent_s", 0.0) or 0.0), dict(store.meta("seconds_by_stage", {})))
-    store.set_meta(launches=launches, state="running", pid=os.getpid())
+    store.set_meta(
+        launches=launches, state="running", stage="starting", pid=os.getpid(), spent_s=budget.spent_s, spent_at=[budget.spent_s, now()]
+    )
     store.event(
         "launch", f"launch {launches}" + (f", {lost} evaluations of a dead process are due again" if lost else "")
     )
@@ -59,6 +62,7 @@ def run_study(
         spent_s=budget.elapsed_s,
         exit_code=code,
         ended=director.stop_reason,
+        remedy=director.remedy,
     )
     store.event("end", f"{director.stop_reason} (exit code {code})")
     withdraw(store.folder)

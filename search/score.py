@@ -10,6 +10,7 @@ import numpy as np
 
 from paretune.compression.ranks import run_ranks
 from paretune.compression.score_rank import NLL, PROGRAM, write_job
+from paretune.engines.batching import even_batches
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.objectives.measurement import Measurement
@@ -40,7 +41,9 @@ def score_teacher(
     batch = batch_within_memory(BATCH, windows.ids.shape[1], teacher.shape)
     with tempfile.TemporaryDirectory(prefix="paretune-ranks-") as name:
         folder = Path(name)
-        write_job(folder, teacher, windows.ids, windows.targets, batch)
+        write_job(
+            folder, teacher, windows.ids, windows.targets, even_batches(windows.targets, batch * windows.ids.shape[1])
+        )
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         run_ranks(PROGRAM, ranks, folder, timeout_s, threads)
         nll = np.load(folder / NLL, allow_pickle=False)

@@ -57,7 +57,7 @@ class SimulatedEvaluator:
     """Deterministic outcomes; `clock` (inline) advances by what the work would take, a real worker sleeps PARETUNE_SIMULATED_SLEEP s."""
 
     def __init__(self, folder: Path, home: Path, clock: VirtualClock | None = None) -> None:
-        setup = json.loads((folder / "setup.json").read_text())
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
         self.folder, self.home, self.clock = folder, home, clock
         self.spec = Spec.model_validate(setup["spec"])
         self.profile = Profile.model_validate(setup["profile"])
@@ -76,7 +76,7 @@ class SimulatedEvaluator:
             self.clock.now += SECONDS[work.kind]
         time.sleep(float(os.environ.get(SLEEP, "0")))
         name = "" if work.candidate is None else work.candidate.key
-        with self.log.open("a") as stream:
+        with self.log.open("a", encoding="utf-8") as stream:
             stream.write(f"{work.kind} {name}\n")
         if work.kind == "fit":
             designed = [Candidate.from_dict(d) for d in work.options["design"]]
@@ -137,7 +137,7 @@ class SimulatedEvaluator:
         exact = {name: Measurement.exact(size, "bytes") for name in ("bytes", "compressed_bytes", "peak_memory_bytes")}
         folder = self.folder / "artifacts" / candidate.key
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "paretune.json").write_text(json.dumps({"candidate": json.loads(candidate.to_json())}))
+        (folder / "paretune.json").write_text(json.dumps({"candidate": json.loads(candidate.to_json())}), encoding="utf-8")
         write_checksums(folder)
         facts: dict[str, Any] = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
         if recovered:

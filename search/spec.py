@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from paretune.hardware_profiles.errors import UsageError
+from paretune.hardware_profiles.validation import said
 from paretune.hardware_profiles.yaml_file import load_model
 from paretune.spaces.candidate import PER_CHANNEL, Algorithm
 from paretune.spaces.precision import DEFAULT_PRECISIONS, Precision, PrecisionChoices
@@ -263,4 +264,4 @@ def make_spec(file: Path | None, preset: str | None, options: dict[str, Any]) ->
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{name}: {first['msg']}, but got {first.get('input')!r}", "change that option") from None
+        raise UsageError(f"{name}: {said(first)}", "change that option") from None

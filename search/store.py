@@ -6,12 +6,13 @@ Starting is recovering: whatever was running when the process died is marked los
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy as sa
 
+from paretune.hardware_profiles.access import require_readable, unwritable
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
@@ -45,9 +46,8 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
         except OSError as error:
-            raise EnvironmentProblem(
-                f"the study folder {folder} cannot be written: {error.strerror}",
-                "free the disk or choose a folder with --home",
+            raise unwritable(
+                folder, error, "free the disk or choose a folder with --home", "the study folder"
             ) from None
 
         def fill(engine: sa.Engine) -> None:
@@ -66,12 +66,14 @@ class Store:
     def open_study(cls, folder: Path) -> Store:
         """Open for writing; raises UsageError if there is no study, EnvironmentProblem if another search runs on it."""
         require_study(folder)
+        require_readable(folder / "study.db")
         return _checked(cls(folder, open_engine(folder, "rw"), take_lock(folder)))
 
     @classmethod
     def reader(cls, folder: Path) -> Store:
         """Open read-only, also while a search runs."""
         require_study(folder)
+        require_readable(folder / "study.db")
         return _checked(cls(folder, open_engine(folder, "ro"), None))
 
     def close(self) -> None:
@@ -88,6 +90,12 @@ class Store:
         with self._engine.connect() as connection:
             row = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.name == name)).first()
         return default if row is None else json.loads(row[0])
+
+    def metas(self, names: Collection[str]) -> dict[str, Any]:
+        """The values of those of `names` that are set, in one query."""
+        query = sa.select(meta_table).where(meta_table.c.name.in_(names))
+        with self._engine.connect() as connection:
+            return {row.name: json.loads(row.value) for row in connection.execute(query)}
 
     def set_meta(self, **values: Any) -> None:
         rows = [{"name": name, "value": json.dumps(value)} for name, value in values.items()]
@@ -119,9 +127,13 @@ class Store:
             )
         return True
 
-    def candidates(self) -> list[CandidateRow]:
+    def candidates(self, keys: Collection[str] | None = None) -> list[CandidateRow]:
+        """All candidates in the order of their proposal, or those of `keys` only."""
+        query = sa.select(candidate_table).order_by(candidate_table.c.number)
+        if keys is not None:
+            query = query.where(candidate_table.c.key.in_(keys))
         with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(candidate_table).order_by(candidate_table.c.number)).all()
+            rows = connection.execute(query).all()
         return [
             CandidateRow(r.key, r.number, r.source, candidate_from_json(r.candidate), json.loads(r.params))
             for r in rows
@@ -192,6 +204,15 @@ class Store:
         with self._engine.connect() as connection:
             return [evaluation_of(row) for row in connection.execute(query)]
 
+    def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(evaluations, different candidates among them) by (fidelity, status); nothing else is read."""
+        table = evaluation_table.c
+        query = sa.select(
+            table.fidelity, table.status, sa.func.count(), sa.func.count(sa.distinct(table.key))
+        ).group_by(table.fidelity, table.status)
+        with self._engine.connect() as connection:
+            return {(f, s): (rows, keys) for f, s, rows, keys in connection.execute(query)}
+
     def evaluations_of(self, key: str) -> list[Evaluation]:
         """All evaluations of one candidate, oldest first."""
         query = sa.select(evaluation_table).where(evaluation_table.c.key == key).order_by(evaluation_table.c.id)
@@ -242,12 +263,11 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(sa.insert(event_table).values(at=now(), kind=kind, text=text, data=json.dumps(data)))
 
-    def events(self) -> list[Event]:
+    def events(self, last: int | None = None) -> list[Event]:
+        """All events, or the `last` ones, oldest first."""
+        query = sa.select(event_table).order_by(event_table.c.id.desc()).limit(last)
         with self._engine.connect() as connection:
-            return [
-                Event(r.at, r.kind, r.text, json.loads(r.data))
-                for r in connection.execute(sa.select(event_table).order_by(event_table.c.id))
-            ]
+            return [Event(r.at, r.kind, r.text, json.loads(r.data)) for r in connection.execute(query)][::-1]
 
     def outbox(self) -> list[tuple[int, str, str]]:
         """What MLflow has not seen: (id, kind, key), oldest first."""

@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from paretune import __version__
-from paretune.hardware_profiles import (
-    EnvironmentProblem,
-    ParetuneError,
-    UsageError,
-    detect_local,
-    fingerprint,
-    package_version,
-)
+from paretune.hardware_profiles import ParetuneError, UsageError, detect_local, fingerprint, package_version
+from paretune.hardware_profiles.access import unwritable
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.files import write_atomically
 from paretune.search.control import ENDED
 from paretune.search.findings import kept_findings
@@ -96,16 +91,14 @@ def _write_setup(ready: Ready, folder: Path) -> None:
         "spec": ready.spec.model_dump(mode="json"),
         "profile": ready.profile.model_dump(mode="json"),
         "mild": ready.space.mild,
+        "text": ready.text,
     }
     if ready.plugin is not None:
         setup |= {"evaluator": PLUGIN_EVALUATOR, "plugin_folder": str(ready.plugin.folder)}
     try:
         write_atomically(folder / "setup.json", json.dumps(setup, indent=1).encode())
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the study folder {folder} cannot be written: {error.strerror}",
-            "free the disk or choose a folder with --home",
-        ) from None
+        raise unwritable(folder, error, "free the disk or choose a folder with --home", "the study folder") from None
 
 
 def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]:
@@ -127,7 +120,7 @@ def find_study(home: Path, ready: Ready, wanted: str | None) -> tuple[str, bool]
         if state in ENDED:
             raise UsageError(
                 f"the study {wanted!r} is {state}",
-                f"look at it with `paretune report {wanted}`, or use another --study name",
+                f"look at it with `{pasted('report', wanted, home=home)}`, or use another --study name",
             )
         if identity != ready.identity:
             raise UsageError(

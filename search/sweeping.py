@@ -73,7 +73,7 @@ def sweep_artifact(
 
     if check_artifact(artifact).get("kind") == "module":
         raise UsageError(f"a sweep is over prompts, but {artifact} is a module of a plug-in", "leave --sweep out")
-    context = int(json.loads((artifact / "onnx" / "genai_config.json").read_text())["model"]["context_length"])
+    context = int(json.loads((artifact / "onnx" / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"])
     profile = load_profile(profile_name, home)
     require_at_hand(profile)
     points = sweep_points(context, prompts or PROMPTS, contexts or CONTEXTS, batches or BATCHES)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from paretune.objectives.measurement import Measurement
 from paretune.search.records import now
 
+NAMES = "targets"  # the meta entry that lists them
 DECODE = "decode_ms_per_token"  # the latency of decoders; plug-ins have no further targets
 
 
@@ -83,13 +84,13 @@ class Target:
 
 def load_targets(store: Meta) -> tuple[Target, ...]:
     """The further targets of a study, in the order of their addition."""
-    return tuple(Target.from_dict(store.meta(_entry(name))) for name in store.meta("targets", []))
+    return tuple(Target.from_dict(store.meta(_entry(name))) for name in store.meta(NAMES, []))
 
 
 def keep_targets(store: Meta, targets: Iterable[Target]) -> None:
     """Write or replace targets, in one transaction."""
     found = list(targets)
-    names = list(dict.fromkeys([*store.meta("targets", []), *(t.name for t in found)]))
+    names = list(dict.fromkeys([*store.meta(NAMES, []), *(t.name for t in found)]))
     store.set_meta(targets=names, **{_entry(t.name): t.to_dict() for t in found})
 
 

@@ -21,7 +21,7 @@ from ray import tune
 from paretune.hardware_profiles.files import disk_problem
 from paretune.search.database import folder_gone
 from paretune.search.tune_search import OUTCOME
-from paretune.search.work import Outcome, Work
+from paretune.search.work import Outcome, Work, fatal
 
 FOLDER, HOME, EVALUATOR = "PARETUNE_STUDY_FOLDER", "PARETUNE_STUDY_HOME", "PARETUNE_EVALUATOR"
 
@@ -30,7 +30,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
     """Runs `Evaluator.run`; the evaluator lives as long as the process."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1)
+        log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1, encoding="utf-8", errors="replace")
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
         self._evaluator = make_evaluator(Path(os.environ[FOLDER]), Path(os.environ[HOME]))
@@ -78,14 +78,16 @@ def _disk_outcome(error: OSError) -> Outcome:
     folder = Path(os.environ[FOLDER])
     problem = disk_problem(error) if (folder / "study.db").exists() else folder_gone(folder)
     if problem is not None:
-        return Outcome("fatal", reason=str(problem), exit_code=problem.exit_code)
+        return fatal(problem)
     traceback.print_exc()
     return Outcome("failed", reason=f"{type(error).__name__}: {error}")
 
 
 def make_evaluator(folder: Path, home: Path) -> Any:
     """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
-    usual = json.loads((folder / "setup.json").read_text()).get("evaluator", "paretune.search.evaluator:Evaluator")
+    usual = json.loads((folder / "setup.json").read_text(encoding="utf-8")).get(
+        "evaluator", "paretune.search.evaluator:Evaluator"
+    )
     name = os.environ.get(EVALUATOR, usual)
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

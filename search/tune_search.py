@@ -89,7 +89,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the store is the truth."""
-        Path(checkpoint_path).write_text("{}")
+        Path(checkpoint_path).write_text("{}", encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +145,7 @@ META = (
     "versions",
     "machine",
     "spent_s",
+    "spent_at",
     "budget_s",
     "fit_error",
     "calibration",
@@ -153,6 +154,8 @@ META = (
     "elastic",
     "launches",
     "stage",
+    "ended",
+    "remedy",
     "seed",
     "command",
     "figures",
@@ -169,12 +172,12 @@ def load_view(store: Store) -> StudyView:
         meta["state"] = "interrupted"  # killed, so that nobody could write it down
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
     figures = Figures.of(meta["figures"])
-    confirmed = tuple(_point(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
-    rung0 = tuple(_point(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
+    confirmed = tuple(point_of(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
+    rung0 = tuple(point_of(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
     front, ties = front_of(confirmed, objectives)
     failures = tuple(e for e in evaluations if e.status in ("failed", "infeasible", "lost"))
     return StudyView(
-        store.meta("study"),
+        store.folder.name,  # of a copy under another name, too
         store.folder,
         meta,
         objectives,
@@ -200,9 +203,10 @@ def front_of(points: Sequence[Point], objectives: Sequence[str]) -> tuple[tuple[
     chosen = [usable[i] for i in non_dominated([p.vector(objectives) for p in usable])]
     chosen.sort(key=lambda p: (p.value(p.figures.quality).value, p.vector(objectives)))
     ties: dict[str, str] = {}
+    quick_first = sorted(objectives, key=lambda name: any(name == p.figures.quality for p in chosen))  # the quality resamples
     for i, point in enumerate(chosen):
         for earlier in chosen[:i]:
-            if earlier.key not in ties and all(tied(point, earlier, name) for name in objectives):
+            if earlier.key not in ties and all(tied(point, earlier, name) for name in quick_first):
                 ties[point.key] = earlier.key
                 break
     return tuple(chosen), ties
@@ -224,9 +228,10 @@ def tied(a: Point, b: Point, objective: str) -> bool:
 
 
 def standing(view: StudyView) -> dict[str, Any]:
-    """How far a study is: budget used, and how many points of each kind."""
+    """How far a study is: budget used (`spent_s`, as it was at `spent_at`), and how many points of each kind."""
     return {
         "spent_s": view.meta["spent_s"] or 0.0,
+        "spent_at": written_at(view.meta),
         "budget_s": view.meta["budget_s"],
         "explored": len(view.rung0),
         "confirmed": len(view.confirmed),
@@ -235,6 +240,12 @@ def standing(view: StudyView) -> dict[str, Any]:
         "failures": len(view.failures),
         "seconds_by_stage": view.seconds_by_stage,
     }
+
+
+def written_at(meta: Mapping[str, Any]) -> str | None:
+    """When `spent_s` was written; None where a version that does not say so has written it since."""
+    spent, at = meta["spent_at"] or (None, None)
+    return at if spent == meta["spent_s"] else None
 
 
 def failure_counts(view: StudyView) -> Counter[str]:
@@ -249,7 +260,8 @@ def _names(formats: Sequence[Format]) -> str:
     return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
-def _point(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+def point_of(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+    """A candidate with what an evaluation of it found."""
     return Point(
         row.key,
         row.number,

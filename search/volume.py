@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from paretune.objectives.quality import relative
 from paretune.search.front import Vector, hypervolume
 from paretune.search.spec import Reference
 
@@ -15,7 +16,7 @@ from paretune.search.spec import Reference
 def in_teacher_units(vector: Vector, teacher: Vector, objectives: Sequence[str]) -> Vector:
     """Relative NLL increase, and the other objectives over the teacher's."""
     return tuple(
-        value / base - 1 if name == "nll" else value / base
+        relative(value - base, base) if name == "nll" else value / base
         for value, base, name in zip(vector, teacher, objectives, strict=True)
     )
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from paretune.hardware_profiles.errors import ParetuneError
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality import Scores
 from paretune.spaces.kinds import AnyCandidate, candidate_from_dict
@@ -60,3 +61,8 @@ class Outcome:
         data["scores"] = None if data["scores"] is None else Scores.from_dict(data["scores"])
         data["artifact"] = None if data["artifact"] is None else (data["artifact"][0], data["artifact"][1])
         return cls(**data)
+
+
+def fatal(error: ParetuneError) -> Outcome:
+    """The outcome that ends the search with the error's exit code; the remedy is kept apart from the reason."""
+    return Outcome("fatal", reason=error.problem, exit_code=error.exit_code, facts={"remedy": error.remedy})

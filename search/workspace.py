@@ -35,7 +35,7 @@ from paretune.compression.prune import (
 from paretune.compression.quantize.sensitivity import measure_sensitivity, sensitivity_key
 from paretune.compression.student import ATTENTION, FFN, Codes, Network
 from paretune.hardware_profiles.detect import fingerprint
-from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible
+from paretune.hardware_profiles.errors import EnvironmentProblem, Infeasible, UsageError
 from paretune.hardware_profiles.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
@@ -46,16 +46,7 @@ from paretune.search.windows import WINDOW, batch_within_memory
 from paretune.spaces.candidate import Candidate, Format
 from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
-from paretune.teachers import (
-    Corpus,
-    Split,
-    Teacher,
-    TokenSplit,
-    library_corpus,
-    load_teacher,
-    token_splits,
-    user_corpus,
-)
+from paretune.teachers import Corpus, Split, Teacher, TokenSplit, chosen_corpus, load_teacher, token_splits
 from paretune.teachers.checkpoint import DAMAGED, load_tensors, read_meta
 from paretune.teachers.tokens import Windows
 
@@ -66,7 +57,7 @@ GOLDEN = 0.6180339887498949
 
 def read_corpus(spec: Spec) -> Corpus:
     """The text that a spec names. Raises UsageError."""
-    return library_corpus() if spec.data is None else user_corpus(Path(spec.data), spec.field)
+    return chosen_corpus(spec.data, spec.field)
 
 
 @contextlib.contextmanager
@@ -82,10 +73,11 @@ class Workspace:
     """Lazily loaded state of one worker process for one study."""
 
     def __init__(self, folder: Path, home: Path) -> None:
-        setup = json.loads((folder / "setup.json").read_text())
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
         self.folder, self.home, self.cache = folder, home, home / "cache"
         self.spec, self.profile = Spec.model_validate(setup["spec"]), Profile.model_validate(setup["profile"])
         self._mild = bool(setup["mild"])
+        self._text = setup.get("text")
         self.lock = MachineLock()
         self.fingerprint = fingerprint()
         self._networks: dict[int, Network] = {}
@@ -172,7 +164,7 @@ class Workspace:
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
-        return torch.from_numpy(self.tokens["calibration"].windows(self.window, CALIBRATION_TOKENS).ids)
+        return torch.from_numpy(self.tokens["calibration"].calibration(self.window, CALIBRATION_TOKENS))
 
     @cached_property
     def _elastic(self) -> tuple[dict[str, torch.Tensor], Importance]:
@@ -322,7 +314,13 @@ class Workspace:
     @property
     def _corpus(self) -> Corpus:
         if not hasattr(self, "_read_corpus"):
-            self._read_corpus = read_corpus(self.spec)
+            found = read_corpus(self.spec)
+            if self._text not in (None, found.fingerprint()):
+                raise UsageError(
+                    f"the text must stay the same during a study, but {self.spec.data} has changed since it began",
+                    "restore it, or search again with another --study name",
+                )
+            self._read_corpus = found
         return self._read_corpus
 
     def npy(self, name: str, array: Any) -> Path:

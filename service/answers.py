@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from paretune.hardware_profiles.errors import UsageError
@@ -10,23 +12,52 @@ from paretune.search.advice import Advice, advise
 from paretune.search.answer import Answer, answer_on
 from paretune.search.compare import compare, comparison_dict
 from paretune.search.recommend import Limits, point_dict
+from paretune.search.summary import summary
 from paretune.search.view import Point, StudyView, label_of
-from paretune.service.data import summary
-from paretune.service.job import Unknown, shown_state
+from paretune.service.job import LIVE, Job, Unknown, shown_state
 from paretune.service.state import Service
 
 Kind = Literal["confirmed", "rung0"]
 MOST_COMPARED = 12
+MOST_LISTED, LISTED = 1000, 100
 
 
-def listed(service: Service) -> list[dict[str, Any]]:
-    """Studies, and searches that wait, the newest first: their summaries, with the state that is shown, and their `job`."""
+@dataclass(frozen=True)
+class Listed:
+    """A part of the list of studies; `total` counts all that have the text in their name."""
+
+    studies: list[dict[str, Any]]
+    total: int
+    offset: int
+
+
+def listed(service: Service, limit: int = MOST_LISTED, offset: int = 0, text: str = "") -> Listed:
+    """Studies and searches without one: their summaries, with the state that is shown, and their `job`. What runs or waits for
+    its first start comes first, then the one that changed last. Only the stores of this part are opened."""
     jobs = {job.study: job for job in service.queue.jobs()}
-    found = [{**told, "job": jobs.pop(told["study"], None)} for told in service.studies.summaries()]
-    for told in found:
-        told["state"] = shown_state(told["job"], told["state"])
-    waiting = [{"study": name, "state": job.state, "job": job} for name, job in jobs.items()]
-    return [*reversed(waiting), *found]
+    moments = service.studies.moments()
+    entries = [((False, moment), name) for moment, name in moments]
+    begun = {name for _, name in moments}
+    entries += [(_place(job), name) for name, job in jobs.items() if name not in begun]
+    wanted = [name for _, name in sorted(entries, reverse=True) if text.lower() in name.lower()]
+    return Listed(
+        [_entry(service, name, jobs.get(name), name in begun) for name in wanted[offset : offset + limit]],
+        len(wanted),
+        offset,
+    )
+
+
+def _entry(service: Service, name: str, job: Job | None, begun: bool) -> dict[str, Any]:
+    if not begun:
+        return {"study": name, "state": shown_state(job, None), "job": job}
+    told = service.studies.summary(name)
+    return {**told, "state": shown_state(job, told["state"]), "job": job}
+
+
+def _place(job: Job) -> tuple[bool, float]:
+    """Where a search without a study stands in the list: on top while it waits or starts, else at the time when it ended."""
+    moment = job.ended or job.created
+    return job.state == "queued" or job.state in LIVE, datetime.fromisoformat(moment).timestamp() if moment else 0.0
 
 
 def front(service: Service, view: StudyView, profile: str | None) -> dict[str, Any]:

@@ -112,11 +112,13 @@ class Page(BaseModel):
 
 
 class Choices(BaseModel):
-    """Names that settings may have, the settings' JSON schema, and the presets."""
+    """Names that settings may have, what lies beside them and cannot be named (with the reason), the settings' JSON schema, and the
+    presets."""
 
     teacher: list[str]
     data: list[str]
     profile: list[str]
+    not_offered: list[str]
     presets: dict[str, dict[str, Any]]
     goals: list[str]
     settings_schema: dict[str, Any]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import threading
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Response
+from fastapi import APIRouter, Header, Response
+from fastapi import Path as PathPart
 
 from paretune import __version__
 from paretune.search.advice import GOALS
 from paretune.search.spec import PRESETS, Spec
-from paretune.service.allowed import choices, resolved
+from paretune.service.allowed import choices, not_offered, resolved
 from paretune.service.api_models import Choices, Health, JobModel, Nothing, Planned, Submission
 from paretune.service.job import LIVE
 from paretune.service.queue import check_settings
 from paretune.service.state import Service
+from paretune.service.work import OneAtATime, Quick
 
-StudyId = Annotated[str, Path(max_length=100, description="A study's id.")]
+HEALTH_S = 2.0  # Docker's check waits 4 s
+StudyId = Annotated[str, PathPart(max_length=100, description="A study's id.")]
 Key = Annotated[
     str | None,
     Header(
@@ -29,29 +32,32 @@ Key = Annotated[
 
 def searches_router(service: Service) -> APIRouter:
     """Routes of /v1 about searches."""
-    router, planning = APIRouter(), threading.Lock()
+    router = APIRouter()
+    planning, looking = OneAtATime("plan"), Quick("the queue", HEALTH_S)
 
     @router.get("/health")
-    def health() -> Health:
+    async def health() -> Health:
         """Whether the service answers; needs no token."""
-        states = [job.state for job in service.queue.jobs()]
+        states = [job.state for job in await looking.run(service.queue.jobs)]
         running = sum(state in LIVE for state in states)
         return Health(status="ok", version=__version__, running=running, queued=states.count("queued"))
 
     @router.get("/choices")
     def names() -> Choices:
         """What a submission's settings may name, with their schema."""
-        schema = Spec.model_json_schema()
-        return Choices(**choices(service.home), presets=PRESETS, goals=list(GOALS), settings_schema=schema)
+        return Choices(
+            **choices(service.home),
+            not_offered=not_offered(service.home),
+            presets=PRESETS,
+            goals=list(GOALS),
+            settings_schema=Spec.model_json_schema(),
+        )
 
     @router.post("/plan")
-    def plan(asked: Planned) -> dict[str, Any]:
-        """What a search with these settings would cost, as `paretune search --dry-run`; nothing is started."""
-        from paretune.search.prepare import prepare
-
-        settings = check_settings(resolved(asked.spec, service.home))
-        with planning:  # a plan loads the teacher: one at a time
-            return dict(prepare(Spec.model_validate(settings), service.home).plan.__dict__)
+    async def plan(asked: Planned) -> dict[str, Any]:
+        """What a search with these settings would cost, as `paretune search --dry-run`; nothing is started. It loads the teacher,
+        so one is made at a time: another is refused with 429 and Retry-After."""
+        return await planning.run(lambda: planned(asked.spec, service.home))
 
     @router.post("/studies", status_code=201, responses={200: {"model": JobModel, "description": "known by its key"}})
     def submit(asked: Submission, response: Response, key: Key = None) -> JobModel:
@@ -87,3 +93,11 @@ def searches_router(service: Service) -> APIRouter:
         return JobModel.of(service.queue.cancel(study))
 
     return router
+
+
+def planned(spec: dict[str, Any], home: Path) -> dict[str, Any]:
+    """The plan of a search. Raises as `paretune search` does."""
+    from paretune.search.prepare import prepare
+
+    settings = check_settings(resolved(spec, home))
+    return dict(prepare(Spec.model_validate(settings), home).plan.__dict__)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from paretune.hardware_profiles.errors import UsageError
-from paretune.hardware_profiles.profile import load_profile, profile_names
+from paretune.hardware_profiles.profile import load_profile
 from paretune.search.recommend import Limits
 from paretune.service import answers
+from paretune.service.allowed import known_profiles
 from paretune.service.api_models import Artifact, JobModel, Page, Problem, StudyModel
 from paretune.service.artifacts import files_of, find_file
-from paretune.service.data import summary
-from paretune.service.events import Streams, progress
-from paretune.service.job import QueueFull, Unknown, shown_state
+from paretune.service.events import Streams, clock, followed, progress, require_known
+from paretune.service.job import Unknown, shown_state
+from paretune.service.printable import Json
 from paretune.service.state import Service
 
 StudyId = Annotated[str, Path(max_length=100, description="A study's id.")]
@@ -23,6 +25,14 @@ CandidateKey = Annotated[str, Path(max_length=64, description="A candidate's key
 Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of a file.")]
 Profile = Annotated[str | None, Query(max_length=100, description="A profile's name; the searched one if left out.")]
 Positive = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
+SEVERAL = r"^[A-Za-z0-9._-]+(,[A-Za-z0-9._-]+){0,49}$"
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events"}
+}
+LISTED: dict[int | str, dict[str, Any]] = {
+    200: {"headers": {"X-Total-Count": {"schema": {"type": "integer"}}, "Link": {"schema": {"type": "string"}}}},
+    304: {"description": "unchanged since the ETag of If-None-Match"},
+}
 Goal = Annotated[
     str | None,
     Query(max_length=20, description="balanced, fastest, quality or smallest; else what the limits suggest."),
@@ -33,13 +43,16 @@ def studies_router(service: Service) -> APIRouter:
     """Routes of /v1 about studies."""
     router, streams = APIRouter(), Streams()
 
-    @router.get("/studies")
-    def studies() -> list[StudyModel]:
-        """All studies of the home, and searches that wait, the newest first."""
-        return [
-            StudyModel(**{**told, "job": None if told["job"] is None else JobModel.of(told["job"])})
-            for told in answers.listed(service)
-        ]
+    @router.get("/studies", response_model=list[StudyModel], responses=LISTED)
+    def studies(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=answers.MOST_LISTED, description="At most so many.")] = answers.LISTED,
+        offset: Annotated[int, Query(ge=0, le=10**9, description="So many are left out.")] = 0,
+        q: Annotated[str, Query(max_length=100, description="Only studies with this text in their id.")] = "",
+    ) -> Response:
+        """Studies of the home, and searches without one: those that run or wait first, then the one that changed last. The header
+        X-Total-Count has the number of all, Link the next part; with If-None-Match an unchanged list is answered with 304."""
+        return _listed(request, answers.listed(service, limit, offset, q), limit)
 
     @router.get("/studies/{study}")
     def study(study: StudyId) -> StudyModel:
@@ -47,25 +60,31 @@ def studies_router(service: Service) -> APIRouter:
         job = service.queue.job(study)
         model = None if job is None else JobModel.of(job)
         try:
-            told = summary(service.studies.view(study))
-            return StudyModel(**{**told, "state": shown_state(job, told["state"])}, job=model)
+            told = service.studies.standing(study).told
+            told = {**told, "state": shown_state(job, told["state"])}
+            return StudyModel(**told, **clock(told), job=model)
         except Unknown:
             if model is None:
                 raise
             return StudyModel(study=study, state=model.state, job=model)
 
-    @router.get(
-        "/studies/{study}/events",
-        response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events"}},
-    )
+    @router.get("/studies/{study}/events", response_class=StreamingResponse, responses=EVENTS)
     def events(study: StudyId) -> StreamingResponse:
         """Progress as server-sent events: `status` when something has changed, `end` when nothing will."""
-        if service.queue.job(study) is None:
-            service.studies.known(study)
-        if streams.is_full:
-            raise QueueFull("too many streams are open", "close some")
-        return StreamingResponse(progress(service, study, streams), media_type="text/event-stream")
+        require_known(service, study)
+        streams.require_room()
+        return StreamingResponse(progress(service, [study], streams), media_type="text/event-stream")
+
+    @router.get("/events", response_class=StreamingResponse, responses=EVENTS)
+    def all_events(
+        studies: Annotated[
+            str, Query(max_length=4000, pattern=SEVERAL, description="Up to 50 ids, separated by commas.")
+        ],
+    ) -> StreamingResponse:
+        """Progress of several studies in one stream: `status` when one has changed, `end` when one will not any more."""
+        names = followed(service, studies)
+        streams.require_room()
+        return StreamingResponse(progress(service, names, streams), media_type="text/event-stream")
 
     @router.get("/studies/{study}/front")
     def front(study: StudyId, profile: Profile = None) -> dict[str, Any]:
@@ -146,16 +165,34 @@ def studies_router(service: Service) -> APIRouter:
     @router.get("/profiles")
     def profiles() -> list[str]:
         """Names of the target machines that are known here."""
-        return profile_names(service.home)
+        return known_profiles(service.home)
 
     @router.get("/profiles/{name}", responses={404: {"model": Problem, "description": "no profile has this name"}})
     def profile(name: Annotated[str, Path(max_length=100)]) -> dict[str, Any]:
         """A target machine: every figure with its source."""
-        if name not in profile_names(service.home):
+        if name not in known_profiles(service.home):
             raise Unknown("no profile has this name", "look at /v1/profiles")
         return load_profile(name, service.home).model_dump(mode="json")
 
     return router
+
+
+def _listed(request: Request, found: answers.Listed, limit: int) -> Response:
+    """The list as JSON with its headers, or 304 if the client has it already."""
+    told = [
+        StudyModel(**{**s, "job": None if s["job"] is None else JobModel.of(s["job"])}).model_dump(mode="json")
+        for s in found.studies
+    ]
+    answer: Response = Json(told)
+    tag = f'"{hashlib.sha256(bytes(answer.body)).hexdigest()[:32]}"'
+    if request.headers.get("if-none-match") == tag:
+        answer = Response(status_code=304)
+    answer.headers["ETag"] = tag
+    answer.headers["X-Total-Count"] = str(found.total)
+    if found.offset + limit < found.total:
+        following = request.url.include_query_params(offset=found.offset + limit, limit=limit)
+        answer.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
+    return answer
 
 
 def pair_of(text: str) -> tuple[str, str]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from paretune import __version__
 from paretune.hardware_profiles.errors import EnvironmentProblem, NothingFeasible, ParetuneError
+from paretune.hardware_profiles.validation import OWN_RULE
 from paretune.service.api_models import Problem
 from paretune.service.api_searches import searches_router
 from paretune.service.api_studies import studies_router
 from paretune.service.job import Conflict, QueueFull, Unknown, WrongToken
 from paretune.service.login import login_router
+from paretune.service.printable import Json
+from paretune.service.refusal import told
 from paretune.service.security import Guard
 from paretune.service.state import Service
+from paretune.service.wording import without_options
 
 DESCRIPTION = """Searches, recommendations and comparisons of paretune. Every request needs `Authorization: Bearer TOKEN` (printed by
 `paretune serve`) or the cookie of `/login`; what changes something is sent as JSON. Ids are never paths."""
@@ -58,6 +61,7 @@ def create_app(service: Service) -> Guard:
         openapi_url="/v1/openapi.json",
         responses=REFUSALS,
         separate_input_output_schemas=False,
+        default_response_class=Json,
     )
     app.add_exception_handler(ParetuneError, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -77,23 +81,20 @@ def status_of(error: ParetuneError) -> int:
     return next((status for kind, status in STATUS if isinstance(error, kind)), 422)
 
 
-async def _problem(_request: Request, error: Exception) -> JSONResponse:
+async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ParetuneError)
-    return _told(status_of(error), error.problem, error.remedy)
+    return told(request, status_of(error), without_options(error.problem), without_options(error.remedy))
 
 
-async def _invalid(_request: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     malformed = first["type"] == "json_invalid"
-    return _told(400 if malformed else 422, f"{where}: {first['msg']}"[:500], "look at /v1/openapi.json")
+    message = str(first["msg"]).removeprefix(OWN_RULE)
+    return told(request, 400 if malformed else 422, f"{where}: {message}"[:500], "look at /v1/openapi.json")
 
 
-async def _http(_request: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _told(error.status_code, str(error.detail), "", error.headers)
-
-
-def _told(status: int, problem: str, remedy: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"error": problem, "remedy": remedy}, status, headers)
+    return told(request, error.status_code, str(error.detail), "", error.headers)

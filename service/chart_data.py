@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paretune.objectives.directions import MAXIMIZED, minimized
+from paretune.objectives.units import BYTES, drawn_in
 from paretune.search.front import non_dominated
 from paretune.search.view import Point, StudyView, label_of
 from paretune.tracking.wording import is_disturbed, measurement, recommended, told
@@ -106,13 +107,13 @@ def _interval(point: Point, name: str) -> list[Any] | None:
     m = measurement(point, name)
     if m is None:
         return None
-    scale = MEGA if name.endswith("bytes") else 1.0
+    scale = drawn_in(name)
     return [m.value / scale, m.low / scale, m.high / scale, m.provenance]
 
 
 def _value(point: Point, name: str) -> float | None:
     m = measurement(point, name)
-    return None if m is None else m.value / (MEGA if name.endswith("bytes") else 1.0)
+    return None if m is None else m.value / drawn_in(name)
 
 
 def _least(point: Point, name: str) -> float:
@@ -121,7 +122,8 @@ def _least(point: Point, name: str) -> float:
 
 
 def _label(view: StudyView, name: str) -> str:
-    return label_of(name, view.figures).replace("(bytes)", "(MB)")
+    label = label_of(name, view.figures)
+    return label.replace("(bytes)", "(MB)") if name in BYTES else label
 
 
 def _plain_label(view: StudyView, name: str) -> str:

@@ -54,6 +54,10 @@ class QueueFull(UsageError):
     """More searches wait than the service takes."""
 
 
+class Busy(QueueFull):
+    """Work of this kind is being done already; the client tries again."""
+
+
 class WrongToken(UsageError):
     """What was sent at the login is not the service's token."""
 

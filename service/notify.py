@@ -73,7 +73,7 @@ def load_notify(home: Path, command: str | None = None, url: str | None = None) 
     if kept.secret is not None and (mode := stat.S_IMODE(file.stat().st_mode)) & 0o077:
         raise EnvironmentProblem(
             f"{file} has a secret and must be readable by you alone, but its mode is {mode:04o}",
-            f"run `chmod 600 {file}`",
+            f"run `chmod 600 {shlex.quote(str(file))}`",
         )
     known = {name: os.environ.get(PREFIX + name.upper()) for name in ("command", "url", "secret")}
     given = {"command": command, "url": url}

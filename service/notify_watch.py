@@ -59,7 +59,7 @@ class Watch:
         except subprocess.TimeoutExpired:
             return [f"the notification takes more than {PATIENCE_S:.0f} s and goes on by itself"]
         with contextlib.suppress(OSError, ValueError):
-            return list(json.loads((self.folder / TOLD).read_text())["problems"])
+            return list(json.loads((self.folder / TOLD).read_text(encoding="utf-8"))["problems"])
         return ["the notification's process has failed"]
 
     def _write(self, data: Mapping[str, Any]) -> None:

@@ -18,15 +18,16 @@ from paretune.hardware_profiles.errors import NothingFeasible, ParetuneError
 from paretune.search.compare import compare
 from paretune.search.recommend import Limits
 from paretune.search.spec import PRESETS, Spec
+from paretune.search.summary import summary
 from paretune.search.view import StudyView, failure_counts
 from paretune.service import answers
-from paretune.service.allowed import choices
+from paretune.service.allowed import choices, not_offered
 from paretune.service.api_studies import CandidateKey, Profile, StudyId, pair_of
 from paretune.service.artifacts import files_of
 from paretune.service.chart_data import chart_data, slider_ranges
-from paretune.service.data import summary
-from paretune.service.events import status
+from paretune.service.events import clock, status
 from paretune.service.job import Unknown
+from paretune.service.printable import printable
 from paretune.service.state import Service
 from paretune.tracking.page import POLICY, duration, flat, minute
 from paretune.tracking.report import report_html
@@ -35,6 +36,9 @@ from paretune.tracking.wording import measurement, named, short_of, told, with_i
 HERE = Path(__file__).resolve().parent
 REPORT_POLICY = f"sandbox allow-scripts; {POLICY}"  # its script has no origin, so neither cookie nor /v1 are its
 LAST_EVENTS = 40
+ROWS = 50  # of a page of the list
+Text = Annotated[str, Query(max_length=100)]
+Offset = Annotated[int, Query(ge=0, le=10**9)]
 # Of a search that has not begun, or a study that cannot be read.
 UNKNOWN = dict.fromkeys(
     (
@@ -45,6 +49,7 @@ UNKNOWN = dict.fromkeys(
         "targets",
         "created",
         "spent_s",
+        "elapsed_s",
         "budget_s",
         "explored",
         "confirmed",
@@ -88,7 +93,7 @@ def renderer(service: Service) -> Page:
 
     def render(template: str, **values: Any) -> HTMLResponse:
         text = environment.get_template(template).render(version=__version__, mlflow=service.mlflow_url, **values)
-        return HTMLResponse(text)
+        return HTMLResponse(printable(text))
 
     return render
 
@@ -102,22 +107,36 @@ def pages_router(service: Service) -> APIRouter:
         return render("login.html")
 
     @router.get("/")
-    def studies() -> HTMLResponse:
-        return render("studies.html", studies=[{**UNKNOWN, **known} for known in answers.listed(service)])
+    def studies(q: Text = "", offset: Offset = 0) -> HTMLResponse:
+        found = answers.listed(service, ROWS, offset, q)
+        rows = [{**UNKNOWN, **known, **clock(known)} for known in found.studies]
+        return render("studies.html", studies=rows, **_paged(found, ROWS, q))
 
     @router.get("/new")
     def new() -> HTMLResponse:
-        return render("new.html", choices=choices(service.home), presets=PRESETS, spec=Spec.model_validate({}))
+        return render(
+            "new.html",
+            choices=choices(service.home),
+            others=not_offered(service.home),
+            presets=PRESETS,
+            spec=Spec.model_validate({}),
+        )
 
     @router.get("/compare")
     def comparison(
-        studies: Annotated[str, Query(max_length=2000)] = "", candidates: Annotated[str, Query(max_length=2000)] = ""
+        studies: Annotated[str, Query(max_length=2000)] = "",
+        candidates: Annotated[str, Query(max_length=2000)] = "",
+        q: Text = "",
+        offset: Offset = 0,
     ) -> HTMLResponse:
         names = [name for name in studies.split(",") if name]
         pairs = [pair_of(text) for text in candidates.split(",") if text]
         if not names and not pairs:
-            return render("compare.html", names=[], table=None, all=service.studies.names(), rows=[])
-        return render("compare.html", **_compared(service, names, pairs), all=service.studies.names())
+            found = answers.listed(service, ROWS, offset, q)
+            return render(
+                "compare.html", names=[], table=None, studies=found.studies, rows=[], **_paged(found, ROWS, q)
+            )
+        return render("compare.html", **_compared(service, names, pairs))
 
     @router.get("/studies/{study}")
     def study(study: StudyId, profile: Profile = None) -> HTMLResponse:
@@ -126,7 +145,7 @@ def pages_router(service: Service) -> APIRouter:
         except Unknown:
             if service.queue.job(study) is None:
                 raise
-            return render("waiting.html", study=study, status=status(service, study))
+            return render("waiting.html", study=study, status=_status(service, study))
         return render("study.html", **_study(service, view, profile))
 
     @router.get("/studies/{study}/chart")
@@ -136,7 +155,7 @@ def pages_router(service: Service) -> APIRouter:
 
     @router.get("/studies/{study}/report")
     def report(study: StudyId) -> HTMLResponse:
-        text = report_html(service.studies.view(study))
+        text = printable(report_html(service.studies.view(study)))
         return HTMLResponse(text, headers={"content-security-policy": REPORT_POLICY})
 
     @router.get("/studies/{study}/candidates/{key}")
@@ -166,8 +185,8 @@ def _study(service: Service, view: StudyView, profile: str | None) -> dict[str, 
     return {
         "study": view.study,
         "meta": view.meta,
-        "status": status(service, view.study),
-        "summary": summary(view),
+        "status": _status(service, view.study),
+        "summary": {**summary(view), "front": len(there.front), "ties": len(there.ties)},
         "profile": answer.name,
         "own": own,
         "profiles": sorted({own, *(t.name for t in view.targets), *choices(service.home)["profile"]}),
@@ -181,6 +200,24 @@ def _study(service: Service, view: StudyView, profile: str | None) -> dict[str, 
         "comparison": found,
         "sliders": slider_ranges(there),
     }
+
+
+def _paged(found: answers.Listed, rows: int, text: str) -> dict[str, Any]:
+    """What the links to the parts before and after need."""
+    end = found.offset + len(found.studies)
+    return {
+        "total": found.total,
+        "q": text,
+        "first": found.offset + 1,
+        "last": end,
+        "newer": max(0, found.offset - rows) if found.offset else None,
+        "older": end if end < found.total else None,
+    }
+
+
+def _status(service: Service, study: str) -> dict[str, Any]:
+    found = status(service, study)
+    return {"elapsed_s": None, "stage": None, **found, **clock(found)}
 
 
 def _row(view: StudyView, point: Any, columns: list[str]) -> dict[str, Any]:

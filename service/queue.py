@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import write_atomically
+from paretune.hardware_profiles.validation import said
 from paretune.search.control import Verb, order, state_of
 from paretune.search.database import is_taken, open_engine, take_lock
 from paretune.search.records import now
@@ -90,9 +91,8 @@ class Queue:
             known = None if client_key is None else _one(connection, job_table.c.client_key == client_key)
             if known is not None:
                 if known.settings != checked or name not in (None, known.study):
-                    raise Conflict(
-                        f"the key was used before, for the study {known.study!r} with other settings", "use a new key"
-                    )
+                    other = "with other settings" if known.settings != checked else f"not under the name {name!r}"
+                    raise Conflict(f"the key was used before, for the study {known.study!r}, {other}", "use a new key")
                 return self._placed(connection, known), False
             waiting = connection.execute(
                 sa.select(sa.func.count()).select_from(job_table).where(job_table.c.state == "queued")
@@ -275,7 +275,7 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UsageError(f"{where}: {first['msg']}, but got {first.get('input')!r}"[:500], f"change {where}") from None
+        raise UsageError(f"{where}: {said(first)}"[:500], f"change {where}") from None
 
 
 def study_state(folder: Path, otherwise: str = "") -> str:

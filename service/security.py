@@ -1,23 +1,24 @@
 """Who may talk to the service, and how much: pure ASGI, before any route is looked at.
 
 In this order: size of the header, Host (DNS rebinding), Origin and Sec-Fetch-Site (other sites' pages), rate, method and type of
-writes, size of the body, then the token or the session's cookie. No CORS at all. The cookie holds a key derived from the token, so
-that reading one never shows the other.
+writes, then the token or the session's cookie, size of the body. No CORS at all. The client's address is the connection's; what a
+proxy says of its client and of TLS (X-Forwarded-For, X-Forwarded-Proto) counts only if the connection is a trusted proxy's.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-from paretune.objectives.agent_access import host_is_known, token_matches
+from paretune.objectives.agent_access import host_is_known, host_problem, own_hosts, token_matches
+from paretune.objectives.connections import client_of
+from paretune.service.proxies import forwarded_client, forwarded_scheme
+from paretune.service.sessions import session_names
 from paretune.service.state import Service
 
 Scope = MutableMapping[str, Any]
@@ -25,12 +26,12 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-COOKIE = "paretune_session"
 MOST_BODY, MOST_QUERY = 256 * 1024, 4096
 BODY_S = 15.0
 REQUESTS_PER_S, BURST = 200.0, 400.0
 LOGINS_PER_S, LOGIN_BURST = 0.5, 10.0
-MOST_CLIENTS = 1000
+MOST_CLIENTS = MOST_WRONG = 1000
+UNGUESSABLE = 32  # characters of a token from which no number of tries at REQUESTS_PER_S finds it
 READS = ("GET", "HEAD")
 OPEN = ("/login", "/v1/health")
 OPEN_FOLDER = "/static/"
@@ -56,8 +57,14 @@ class Buckets:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def has(self, client: str) -> bool:
+        """Whether the client has one left, without taking it."""
+        with self._lock:
+            left, since = self._left.get(client, (self.burst, 0.0))
+            return left + (self.clock() - since) * self.rate >= 1
+
     def take(self, client: str) -> bool:
-        """Whether the client has one left."""
+        """Whether the client has one left, which is taken."""
         with self._lock:
             moment = self.clock()
             left, since = self._left.pop(client, (self.burst, moment))
@@ -82,6 +89,7 @@ class Guard:
     def __init__(self, app: App, service: Service) -> None:
         self.app, self.service = app, service
         self.requests, self.logins = Buckets(REQUESTS_PER_S, BURST), Buckets(LOGINS_PER_S, LOGIN_BURST)
+        self._wrong: OrderedDict[bytes, None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -105,38 +113,74 @@ class Guard:
         path, method = str(scope["path"]), str(scope["method"])
         if len(scope.get("query_string", b"")) > MOST_QUERY or len(scope.get("raw_path") or b"") > MOST_QUERY:
             raise Refused(414, f"path and query have at most {MOST_QUERY} bytes")
-        address, port = (scope.get("server") or ("127.0.0.1", 0))[:2]
-        if not host_is_known(headers.single("host"), str(address), int(port or 0), self.service.allowed_hosts):
-            raise Refused(403, "the Host header must be this service's own address, or a name given by --allow-host")
-        self._require_own_site(headers, method)
-        client = str((scope.get("client") or ("", 0))[0])
+        address, port = _local(scope)
+        host = headers.single("host")
+        if not host_is_known(host, address, port, self.service.allowed_hosts):
+            raise Refused(403, *host_problem(host, "start the service with --allow-host"))
+        peer = str((scope.get("client") or ("", 0))[0])
+        from_proxy = self.service.is_proxy(peer)
+        scheme = forwarded_scheme(headers.all("x-forwarded-proto")) if from_proxy else None
+        _require_own_site(headers, method, _schemes(scheme, host or "", own_hosts(address, port)))
+        client = forwarded_client(peer, headers.all("x-forwarded-for"), self.service.is_proxy) if from_proxy else peer
+        client = client_of(client)
         if not self.requests.take(client):
             raise Refused(429, f"a client sends at most {REQUESTS_PER_S:.0f} requests per second", "wait a second")
         if path == "/login" and method == "POST" and not self.logins.take(client):
             raise Refused(429, "too many logins", "wait some seconds")
         if method not in READS:
             _require_json(headers, method)
-        if not _is_open(path) and not self.is_known(headers):
+        if not _is_open(path) and not self._is_known(headers, client, scheme == "https"):
             raise Refused(401, "a request needs `Authorization: Bearer TOKEN`, or the cookie of /login", "log in")
 
-    def is_known(self, headers: Headers) -> bool:
-        """Whether the token or the cookie is right; either check takes the same time wherever it differs."""
-        if token_matches(headers.single("authorization"), self.service.token):
+    def _is_known(self, headers: Headers, client: str, secure: bool) -> bool:
+        """Whether the token or a session is right; neither check's time tells where it differs. Raises Refused for guesses."""
+        given = headers.single("authorization")
+        if given is not None and self._token_is_right(given, client):
             return True
-        try:
-            cookie = SimpleCookie(headers.single("cookie") or "").get(COOKIE)
-        except CookieError:
-            return False
-        given = "" if cookie is None else cookie.value
-        return hmac.compare_digest(given.encode("utf8", "replace"), session_key(self.service.token).encode())
+        return any(self.service.sessions.knows(name) for name in session_names(headers.all("cookie"), secure))
 
-    def _require_own_site(self, headers: Headers, method: str) -> None:
-        origin, site = headers.single("origin"), headers.single("sec-fetch-site")
-        if origin is not None and origin.lower().partition("://")[2] != (headers.single("host") or "").lower():
+    def _token_is_right(self, given: str, client: str) -> bool:
+        """A wrong token is a login that failed, once: a program that repeats an old one keeps nobody out.
+
+        Who has used up the logins is not told whether a short token, which can be somebody's own word, is right.
+        """
+        token, tried = self.service.token, hashlib.sha256(given.encode("latin-1", "replace")).digest()
+        guarded = len(token) < UNGUESSABLE
+        if not (guarded and not self.logins.has(client)) and token_matches(given, token):
+            return True
+        if tried not in self._wrong and not self.logins.take(client):
+            raise Refused(429, "too many wrong tokens", "wait some seconds")
+        self._wrong[tried] = None
+        while len(self._wrong) > MOST_WRONG:
+            self._wrong.popitem(last=False)
+        return False
+
+
+def _local(scope: Scope) -> tuple[str, int]:
+    """The address and port that the connection came to."""
+    address, port = (scope.get("server") or ("127.0.0.1", 0))[:2]
+    return str(address), int(port or 0)
+
+
+def _schemes(forwarded: str | None, host: str, own: set[str]) -> set[str]:
+    """Schemes that the address of one of our own pages can have: what a trusted proxy says; without one the service speaks HTTP,
+    but a name can be that of a proxy, which may do TLS."""
+    if forwarded is not None:
+        return {forwarded}
+    return {"http"} if host.lower() in own else {"http", "https"}
+
+
+def _require_own_site(headers: Headers, method: str, schemes: set[str]) -> None:
+    origin, site = headers.single("origin"), headers.single("sec-fetch-site")
+    host = (headers.single("host") or "").lower()
+    if origin is not None:
+        scheme, _, named = origin.lower().partition("://")
+        default = {"http": ":80", "https": ":443"}.get(scheme, "")
+        if scheme not in schemes or named.removesuffix(default) != host.removesuffix(default):
             raise Refused(403, "a page of another site may not talk to this service")
-        navigation = method in READS and headers.single("sec-fetch-mode") == "navigate"
-        if site not in (None, "none", "same-origin") and not navigation:
-            raise Refused(403, "a page of another site may not talk to this service")
+    navigation = method in READS and headers.single("sec-fetch-mode") == "navigate"
+    if site not in (None, "none", "same-origin") and not navigation:
+        raise Refused(403, "a page of another site may not talk to this service")
 
 
 class Headers:
@@ -146,15 +190,13 @@ class Headers:
         self._found = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
 
     def single(self, name: str) -> str | None:
-        found = [value for key, value in self._found if key == name]
+        found = self.all(name)
         if len(found) > 1:
             raise Refused(400, f"{name} must come once, but came {len(found)} times")
         return found[0] if found else None
 
-
-def session_key(token: str) -> str:
-    """What the cookie holds."""
-    return hmac.new(token.encode(), b"paretune session", hashlib.sha256).hexdigest()
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self._found if key == name]
 
 
 def _is_open(path: str) -> bool:

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.hardware_profiles.files import disk_problem, require_folder
 from paretune.objectives import agent_access
+from paretune.search.database import is_taken
 from paretune.service.data import Studies
+from paretune.service.proxies import Network
 from paretune.service.queue import Queue
 from paretune.service.state import Service
 from paretune.service.supervisor import TOKEN, Supervisor
@@ -24,8 +28,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 FOLDER = "service"
-MOST_CONNECTIONS = 256
-GRACE_S = 5
+BACKLOG = 256
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Settings:
     threads: int = 1
     mlflow: bool = False
     new_token: bool = False
+    proxies: tuple[Network, ...] = ()
 
 
 def run_service(home: Path, settings: Settings) -> int:
@@ -47,37 +51,27 @@ def run_service(home: Path, settings: Settings) -> int:
     Raises UsageError for a host that others can reach without a token of the operator's own, EnvironmentProblem for a port or
     folder that cannot be had, or a second service on the home.
     """
-    import uvicorn
-
     from paretune.service.app import create_app
+    from paretune.service.connections import server_of
 
-    token, fresh = token_for(home, settings)
-    listening = bind(settings.host, settings.port)
-    port = listening.getsockname()[1]
+    token = token_for(home, settings)
+    require_folder(home)
     with contextlib.ExitStack() as stack:
-        stack.callback(listening.close)
-        queue = Queue(home)
+        queue = _queue_of(home)
         stack.callback(queue.close)
+        listening = bind(settings.host, settings.port)
+        stack.callback(listening.close)
+        port = listening.getsockname()[1]
         mlflow = stack.enter_context(mlflow_beside(home, port + 1)) if settings.mlflow else None
-        service = Service(home, Studies(home), queue, token, settings.allowed_hosts, mlflow)
+        fresh = token is None
+        token = token or agent_access.write_token(home / FOLDER)
+        service = Service(home, Studies(home), queue, token, settings.allowed_hosts, mlflow, proxies=settings.proxies)
         if settings.searches:
             supervisor = Supervisor(queue, at_once=settings.searches, threads=settings.threads)
             supervisor.start()
             stack.callback(supervisor.stop)
-        config = uvicorn.Config(
-            create_app(service),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=GRACE_S,
-            limit_concurrency=MOST_CONNECTIONS,
-            h11_max_incomplete_event_size=32 * 1024,
-        )
         _tell(settings.host, port, token if fresh else None, home, mlflow)
-        server = uvicorn.Server(config)
+        server = server_of(create_app(service), service.is_proxy)
         server.capture_signals = lambda: ended_by_signals(server)  # type: ignore[method-assign]
         server.run(sockets=[listening])
         print("the service ends; running searches rest and go on with the next one", file=sys.stderr, flush=True)
@@ -96,22 +90,38 @@ def ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def token_for(home: Path, settings: Settings) -> tuple[str, bool]:
-    """(the token, whether it is new): of PARETUNE_TOKEN, else of <home>/service/token, else made there with mode 0600.
+def token_for(home: Path, settings: Settings) -> str | None:
+    """The token of PARETUNE_TOKEN, else of <home>/service/token; None where one is to be made once the service has its port.
 
     Raises UsageError for one that is too short, or if others can reach the host and there is none yet; EnvironmentProblem for a
     file that others can read.
     """
-    folder = home / FOLDER
-    known = None if settings.new_token else agent_access.kept_token(TOKEN, folder / "token")
-    if known is not None:
-        return known, False
-    if not agent_access.is_loopback(settings.host) and not settings.new_token:
+    if settings.new_token:
+        return None
+    known = agent_access.kept_token(TOKEN, home / FOLDER / "token")
+    if known is None and not agent_access.is_loopback(settings.host):
         raise UsageError(
-            f"{settings.host} can be reached from elsewhere, so the service needs a token of yours",
-            f"set {TOKEN}, or make one with `paretune serve --new-token`",
+            f"{settings.host or 'every address'} can be reached from elsewhere, so the service needs a token of yours",
+            f"set {TOKEN}, or make one with `{pasted('serve', '--new-token', home=home)}`",
         )
-    return agent_access.write_token(folder), True
+    return known
+
+
+def _queue_of(home: Path) -> Queue:
+    """The home's queue, which one service at a time has. Raises EnvironmentProblem."""
+    try:
+        return Queue(home)
+    except OSError as error:
+        raise disk_problem(error) or EnvironmentProblem(
+            f"{home / FOLDER} cannot be written: {error.strerror}", "make it writable, or name another --home"
+        ) from None
+    except EnvironmentProblem:
+        if not is_taken(home / FOLDER):
+            raise
+        holder = (home / FOLDER / "lock").read_text("utf8", "replace").strip() or "another process"
+        raise EnvironmentProblem(
+            f"another service runs on {home} ({holder})", "end it with Ctrl-C there, or name another --home"
+        ) from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -126,7 +136,7 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)
-        listening.listen(MOST_CONNECTIONS)
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         raise EnvironmentProblem(
@@ -151,8 +161,7 @@ def mlflow_beside(home: Path, port: int) -> Iterator[str]:
 
 def _tell(host: str, port: int, token: str | None, home: Path, mlflow: str | None) -> None:
     """Where to look; the token only when it is new, as part of an address that no log of a server ever sees."""
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{port}"
+    address = agent_access.url_to_open(host, port)
     if token is not None:
         print(f"open {address}/login#token={token}", file=sys.stderr)
         print(f"(the token is shown once and kept in {home / FOLDER / 'token'})", file=sys.stderr)

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paretune.service.data import Studies
+from paretune.service.proxies import Network, is_in
 from paretune.service.queue import Queue
+from paretune.service.sessions import Sessions
 
 
 @dataclass(frozen=True)
 class Service:
     """`token` is what clients and browsers must know; `allowed_hosts` are further names under which the service answers;
-    `mlflow_url` is where MLflow's page is, if it is served."""
+    `mlflow_url` is where MLflow's page is, if it is served; `sessions` are the browsers that are logged in, `proxies` the networks
+    whose word for a client's address and scheme is taken."""
 
     home: Path
     studies: Studies
@@ -20,3 +23,9 @@ class Service:
     token: str
     allowed_hosts: frozenset[str] = field(default_factory=frozenset)
     mlflow_url: str | None = None
+    sessions: Sessions = field(default_factory=Sessions)
+    proxies: tuple[Network, ...] = ()
+
+    def is_proxy(self, address: str) -> bool:
+        """Whether connections of this address are a trusted proxy's."""
+        return is_in(address, self.proxies)

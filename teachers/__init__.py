@@ -1,7 +1,7 @@
 """Models to start from and their text: the embedded `stdlib-coder` and any Hugging Face folder of a family in families.py."""
 
 from paretune.teachers.teacher import EMBEDDED, Teacher, load_teacher
-from paretune.teachers.text import SPLITS, Corpus, Document, Split, library_corpus, user_corpus
+from paretune.teachers.text import SPLITS, Corpus, Document, Split, chosen_corpus, library_corpus, user_corpus
 from paretune.teachers.tokens import TokenSplit, token_splits
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Split",
     "Teacher",
     "TokenSplit",
+    "chosen_corpus",
     "library_corpus",
     "load_teacher",
     "token_splits",

@@ -6,11 +6,44 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paretune.hardware_profiles.access import is_file, unreadable
 from paretune.hardware_profiles.errors import UsageError
 from paretune.spaces.candidate import Shape
-from paretune.teachers.families import FAMILIES
+from paretune.teachers.families import FAMILIES, Family
 
-STATIC_ROPE = {"default", "linear", "llama3"}
+STATIC_ROPE: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Rotary embeddings whose tables do not depend on the text, with the numbers that each needs."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+OTHER_NETWORK_REMEDY = "choose an unquantized checkpoint with no biases but those that are standard in its family"
+# Keys that ask for another network, with the values that change nothing; so does what is false, null or empty.
+OTHER_NETWORKS: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (),
+    "compression_config": (),
+    "pruned_heads": (),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "clip_qkv": (),
+    "scale_emb": (1, 1.0),
+    "scale_depth": (),
+    "attention_chunk_size": (),
+    "no_rope_layers": (),
+    "num_local_experts": (1,),
+    "num_experts": (1,),
+    "n_routed_experts": (),
+}
 NEEDED_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -19,7 +52,6 @@ NEEDED_KEYS = (
     "vocab_size",
     "max_position_embeddings",
 )
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -27,11 +59,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UsageError.
     """
+    if not is_file(path):
+        raise UsageError(f"{path.parent} has no file config.json", "name a complete Hugging Face folder")
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path.parent} has no config.json", "name a complete Hugging Face folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} is not readable JSON: {error}", "copy the folder again, it may be half-written"
         ) from None
@@ -41,30 +75,100 @@ def read_config(path: Path) -> dict[str, Any]:
             f"the model family must be one of {sorted(FAMILIES)}, but {path} says model_type={name!r}",
             "choose a supported checkpoint",
         )
-    config = {**FAMILIES[name].defaults, **config}
-    config |= {key: config.get(own) for key, own in FAMILIES[name].own_keys.items()}
-    for key in ("auto_map", "trust_remote_code", "_name_or_path"):
-        config.pop(key, None)
-    for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("quantization_config", None)):
-        if config.get(key, wanted) not in (wanted, None):
-            raise UsageError(
-                f"{path}: {key} must be {wanted}, but is {config[key]!r}",
-                "choose an unquantized checkpoint with no biases but those that are standard in its family",
-            )
-    if FAMILIES[name].gpt2:
+    family = FAMILIES[name]
+    _refuse_other_networks(config, family, path)
+    config = {key: value for key, value in {**family.defaults, **config}.items() if key in family.network_keys}
+    config["model_type"] = name
+    config |= {key: config.get(own) for key, own in family.own_keys.items()}
+    if family.gpt2:
         _check_gpt2(config, path)
-        return config
-    if config.get("hidden_act", "silu") != "silu":
+    else:
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+            raise UsageError(
+                f"{path}: hidden_act must be 'silu', but is {config['hidden_act']!r}", "choose a supported checkpoint"
+            )
+        _unite_rope(config, path)
+    _check_positive(config, path)
+    return config
+
+
+def _refuse_other_networks(config: dict[str, Any], family: Family, path: Path) -> None:
+    """Refuse keys that ask for another network than the family's, unless their value changes nothing."""
+    for key, neutral in {**OTHER_NETWORKS, **family.refused}.items():
+        value = config.get(key)
+        if value and not any(value == wanted and type(value) is type(wanted) for wanted in neutral):
+            wanted = " or ".join(map(repr, neutral)) or "absent"
+            raise UsageError(f"{path}: {key} must be {wanted}, but is {value!r}", OTHER_NETWORK_REMEDY)
+    kinds = config.get("layer_types")
+    other = {str(kind) for kind in kinds if kind not in LAYER_TYPES} if isinstance(kinds, list) else set()
+    if other:
         raise UsageError(
-            f"{path}: hidden_act must be 'silu', but is {config['hidden_act']!r}", "choose a supported checkpoint"
+            f"{path}: layer_types must be {' or '.join(map(repr, LAYER_TYPES))}, but has {', '.join(sorted(other))}",
+            "choose a supported checkpoint",
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+
+
+def _unite_rope(config: dict[str, Any], path: Path) -> None:
+    """Check the rotary embedding, and keep it as `rope_parameters` whichever of its spellings a config has.
+
+    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
+    """
+    old, new, theta = (config.pop(key, None) for key in ("rope_scaling", "rope_parameters", "rope_theta"))
+    found: dict[str, Any] = {}
+    for key, given in (("rope_scaling", old), ("rope_parameters", new)):
+        if given and not isinstance(given, dict):
+            raise UsageError(f"{path}: {key} must be an object, but is {given!r}", "mend config.json")
+        for name, value in (given or {}).items():
+            name = "rope_type" if name == "type" else name
+            if value is not None and found.setdefault(name, value) != value:
+                raise UsageError(
+                    f"{path}: rope_scaling and rope_parameters must agree, but say {name}={found[name]!r} and {value!r}",
+                    "remove the one that is wrong",
+                )
+    if theta is not None and found.setdefault("rope_theta", theta) != theta:
+        raise UsageError(
+            f"{path}: rope_theta must be the same everywhere, but is {theta!r} and {found['rope_theta']!r}",
+            "remove the one that is wrong",
+        )
+    kind = found.setdefault("rope_type", "default")
     if not isinstance(kind, str) or kind not in STATIC_ROPE:
         raise UsageError(
             f"{path}: rope_type must be one of {sorted(STATIC_ROPE)}, but is {kind!r}", "choose a supported checkpoint"
         )
-    return config
+    if found.pop("partial_rotary_factor", 1) != 1:
+        raise UsageError(
+            f"{path}: partial_rotary_factor must be 1: the whole head is rotated here", "choose a supported checkpoint"
+        )
+    if kind == "llama3":
+        found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    for name in ("rope_theta",) * ("rope_theta" in found) + STATIC_ROPE[kind]:
+        if not _is_positive(found.get(name)):
+            raise UsageError(
+                f"{path}: {name} of the {kind} rotary embedding must be a positive number, but is {found.get(name)!r}",
+                "mend config.json",
+            )
+    config.pop("original_max_position_embeddings", None)
+    kept = {"rope_type": kind, **{k: found[k] for k in ("rope_theta", *STATIC_ROPE[kind]) if k in found}}
+    config["rope_parameters"] = kept
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _check_positive(config: dict[str, Any], path: Path) -> None:
+    if config.get("rms_norm_eps") is None:
+        config.pop("rms_norm_eps", None)
+    elif not _is_positive(config["rms_norm_eps"]):
+        own = FAMILIES[config["model_type"]].own_keys.get("rms_norm_eps", "rms_norm_eps")
+        raise UsageError(
+            f"{path}: {own} must be a positive number, but is {config['rms_norm_eps']!r}", "mend config.json"
+        )
+    if not isinstance(config.setdefault("tie_word_embeddings", False), bool):
+        raise UsageError(
+            f"{path}: tie_word_embeddings must be true or false, but is {config['tie_word_embeddings']!r}",
+            "mend config.json",
+        )
 
 
 def _check_gpt2(config: dict[str, Any], path: Path) -> None:
@@ -140,16 +244,3 @@ def shape_of(config: dict[str, Any], where: Path) -> Shape:
         config["model_type"],
         **({"positions": config["max_position_embeddings"], "gated": False} if gpt2 else {}),
     )
-
-
-def check_token_ids(config: dict[str, Any], shape: Shape, where: Path) -> None:
-    """Refuse special tokens that the embedding has no row for."""
-    for key in TOKEN_IDS:
-        value = config.get(key)
-        ids = value if isinstance(value, list) else [value]
-        good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < shape.vocab for i in ids)
-        if value is not None and not (ids and good):
-            raise UsageError(
-                f"{where}: {key} must be null, a token id from 0 to {shape.vocab - 1} or a list of them, but is {value!r}",
-                "mend config.json",
-            )

@@ -53,6 +53,25 @@ ROOT_OF_GPT2: Tensors = {POSITIONS: ("positions", "hidden"), "model.norm.bias": 
 HEAD: Tensors = {"lm_head.weight": ("vocab", "hidden")}
 QK_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
 
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LLAMA_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -61,6 +80,10 @@ class Family:
     `defaults` is what transformers assumes for keys that config.json lacks, as far as it decides shapes or attention;
     `full_attention` are the settings that switch a sliding window off. `odd_heads_as` names the family that computes the
     same network where this one's config refuses a hidden size that is no multiple of the number of heads.
+
+    `keys` are those of config.json that are read beside LLAMA_KEYS (GPT-2: beside its defaults); no other key of the file
+    reaches transformers. `refused` are
+    keys that ask for a network that is not built here, with the values that change nothing.
 
     `gpt2` says all that sets GPT-2 apart: LayerNorm and biases everywhere, learned positions instead of rotary ones, an FFN
     without gate, tensors stored in a layout of its own. `own_keys` are its names for keys of config.json.
@@ -75,6 +98,14 @@ class Family:
     odd_heads_as: str = ""
     gpt2: bool = False
     own_keys: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def network_keys(self) -> frozenset[str]:
+        """The keys of config.json that are read: the network's sizes and constants, and its special tokens."""
+        own = ("tie_word_embeddings", *self.defaults) if self.gpt2 else LLAMA_KEYS
+        return frozenset((*TOKEN_KEYS, *own, *self.keys))
 
     @property
     def layer_tensors(self) -> Tensors:
@@ -106,6 +137,8 @@ class Family:
 
 
 _NO_WINDOW = {"sliding_window": None}
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window")
+_NO_BIAS: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
 _QWEN = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -125,7 +158,6 @@ _GPT2 = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
-    "eos_token_id": 50256,
 }
 _GPT2_KEYS = {
     "hidden_size": "n_embd",
@@ -139,15 +171,23 @@ _GPT2_KEYS = {
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", "Llama", defaults={"max_position_embeddings": 2048}, odd_heads_as="mistral"),
+        Family("llama", "Llama", defaults={"max_position_embeddings": 2048}, odd_heads_as="mistral", refused=_NO_BIAS),
         Family(
             "mistral",
             "Mistral",
             defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
             full_attention=_NO_WINDOW,
+            keys=_WINDOW_KEYS,
+            refused=_NO_BIAS,
         ),
         Family(
-            "qwen2", "Qwen2", qkv_bias=True, defaults=_QWEN, full_attention={"use_sliding_window": False, **_NO_WINDOW}
+            "qwen2",
+            "Qwen2",
+            qkv_bias=True,
+            defaults=_QWEN,
+            full_attention={"use_sliding_window": False, **_NO_WINDOW},
+            keys=_WINDOW_KEYS,
+            refused=_NO_BIAS,
         ),
         Family(
             "qwen3",
@@ -155,6 +195,8 @@ FAMILIES = {
             qk_norm=True,
             defaults={**_QWEN, "head_dim": 128},
             full_attention={"use_sliding_window": False, **_NO_WINDOW},
+            keys=_WINDOW_KEYS,
+            refused=_NO_BIAS,
         ),
         Family("gpt2", "GPT2", defaults=_GPT2, gpt2=True, own_keys=_GPT2_KEYS),
     )

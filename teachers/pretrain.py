@@ -198,10 +198,10 @@ def _finish(out: Path, model: Any, held_out: torch.Tensor, held_out_files: list[
         for n, p in library_modules()
         if is_held_out(n)
     }
-    (out / "heldout.json").write_text(json.dumps({"python": platform.python_version(), "modules": digests}, indent=1))
+    (out / "heldout.json").write_text(json.dumps({"python": platform.python_version(), "modules": digests}, indent=1), encoding="utf-8")
     size = sum(path.stat().st_size for path in held_out_files)
     figures |= {"held_out_nll": nll, "bits_per_byte": nll * len(held_out) / size / math.log(2)}
-    (out / "figures.json").write_text(json.dumps(figures, indent=1))
+    (out / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(figures)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paretune.hardware_profiles.access import is_file, require_readable, unreadable
 from paretune.hardware_profiles.errors import UsageError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,12 +68,12 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises UsageError if there is none, or the index is damaged or names a file that is missing.
     """
-    if (folder / SINGLE).is_file():
+    if is_file(folder / SINGLE):
         return [folder / SINGLE]
     index = read_index(folder)
     if index:
         return sorted({folder / shard for shard in index.values()})
-    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    found = sorted(p for p in folder.glob("*.safetensors") if is_file(p))
     if found:
         return found
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
@@ -87,18 +88,19 @@ def weight_files(folder: Path) -> list[Path]:
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name to file name by model.safetensors.index.json; empty without one."""
     path = folder / INDEX
-    if not path.exists():
+    if not is_file(path):
         return {}
+    require_readable(path)
     try:
-        found = json.loads(path.read_text())["weight_map"]
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not found or not all(isinstance(shard, str) for shard in found.values()):
             raise ValueError("weight_map must say a file for every tensor")
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not a readable index of weights: {error!r}", COPY_AGAIN) from None
     for name, shard in found.items():
         if Path(shard).name != shard:
             raise UsageError(f"{path}: tensor {name} must lie in its own folder, but in {shard!r}", "mend the index")
-        if not (folder / shard).is_file():
+        if not is_file(folder / shard):
             raise UsageError(f"{path} says that tensor {name} is in {shard}, but there is no such file", COPY_AGAIN)
     return dict(found)
 
@@ -125,6 +127,7 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
 def _header(file: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
+    require_readable(file)
     try:
         size = file.stat().st_size
         if size < MIN_HEADER_BYTES:
@@ -134,7 +137,9 @@ def _header(file: Path) -> dict[str, Stored]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header: Mapping[str, Any] = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(file, error) from None
+    except (SafetensorError, ValueError) as error:
         raise UsageError(f"{file} is not a complete safetensors file: {error}", COPY_AGAIN) from None
     data = 8 + length
     return {

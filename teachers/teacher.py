@@ -13,15 +13,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.hardware_profiles import access
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.files import warn_damaged
 from paretune.spaces.candidate import Shape
-from paretune.teachers.config import check_token_ids, check_window, read_config, shape_of
+from paretune.teachers.config import check_window, read_config, shape_of
 from paretune.teachers.contents import check_tensors
 from paretune.teachers.families import family_of
 from paretune.teachers.layout import canonical_shapes, from_stored, stored_as
 from paretune.teachers.pruned import fold_masks, masked_names, zero_masks
+from paretune.teachers.special_tokens import (
+    SpecialTokens,
+    check_named_tokens,
+    check_token_ids,
+    read_json,
+    special_tokens,
+)
 from paretune.teachers.stored import read_headers, weight_files
+from paretune.teachers.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -128,16 +137,23 @@ class Teacher:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's fast tokenizer (tokenizers.Tokenizer)."""
-        from tokenizers import Tokenizer
+        """The folder's fast tokenizer (tokenizers.Tokenizer) without truncation, padding and dropout."""
+        return load_tokenizer(self.folder)
 
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json, empty if there is none."""
+        return read_json(self.folder / "generation_config.json")
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        """The tokens that end and begin a text, of all files that name them."""
+        return special_tokens(self.config, self.generation, self.folder, self.tokenizer.get_vocab())
 
     @property
-    def end_token(self) -> int:
-        """Token id that ends a document; 0 if the config names none."""
-        end = self.config.get("eos_token_id")
-        return int(end[0] if isinstance(end, list) else end or 0)
+    def end_token(self) -> int | None:
+        """Token id that ends a document; None where no file names one."""
+        return next(iter(self.special.stop), None)
 
 
 def load_teacher(name_or_folder: str) -> Teacher:
@@ -158,26 +174,26 @@ def load_teacher(name_or_folder: str) -> Teacher:
 
 
 def is_folder(path: str) -> bool:
-    """Whether an existing folder is named; an empty or impossible path (too long, with a zero byte) names none."""
-    try:
-        return bool(path) and Path(path).is_dir()
-    except (OSError, ValueError):
-        return False
+    """Whether an existing folder is named; an empty path, or one with a zero byte, names none. Raises as `access.unreadable`."""
+    return bool(path) and "\0" not in path and access.is_folder(Path(path), "--teacher")
 
 
 def _check(name: str, folder: Path) -> Teacher:
     config = read_config(folder / "config.json")
     shape = shape_of(config, folder / "config.json")
     check_window(config, folder / "config.json")
-    check_token_ids(config, shape, folder / "config.json")
+    check_token_ids(config, shape.vocab, folder / "config.json")
+    check_token_ids(read_json(folder / "generation_config.json"), shape.vocab, folder / "generation_config.json")
     files = weight_files(folder)
     check_tensors(read_headers(files), shape, folder)
-    if not (folder / "tokenizer.json").exists():
+    if not access.is_file(folder / "tokenizer.json"):
         raise UsageError(
-            f"{folder} holds no tokenizer.json", "save the tokenizer into it: tokenizer.save_pretrained(DIR)"
+            f"{folder} holds no file tokenizer.json", "save the tokenizer into it: tokenizer.save_pretrained(DIR)"
         )
+    access.require_readable(folder / "tokenizer.json")
     teacher = Teacher(name, folder, config, shape, _digest([folder / "config.json", folder / "tokenizer.json", *files]))
-    vocabulary = _vocabulary_size(teacher)
+    known = teacher.tokenizer.get_vocab()
+    vocabulary = 1 + max(known.values(), default=-1)  # more than the number of tokens where ids are left out
     if vocabulary > shape.vocab:
         raise UsageError(
             f"the tokenizer has {vocabulary} tokens, but the model only {shape.vocab}",
@@ -188,17 +204,8 @@ def _check(name: str, folder: Path) -> Teacher:
             f"the tokenizer must cover at least half of the embedding, but has {vocabulary} tokens of {shape.vocab}",
             "use the tokenizer it was trained with",
         )
+    check_named_tokens(folder, known, shape.vocab)
     return teacher
-
-
-def _vocabulary_size(teacher: Teacher) -> int:
-    """Highest token id plus one: more than the number of tokens where ids are left out."""
-    try:
-        return 1 + max(teacher.tokenizer.get_vocab().values(), default=-1)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UsageError(
-            f"{teacher.folder / 'tokenizer.json'} cannot be read: {error}", "save the tokenizer again"
-        ) from None
 
 
 def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:

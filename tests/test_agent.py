@@ -25,14 +25,14 @@ from paretune import cli
 from paretune.hardware_profiles import EnvironmentProblem, Infeasible, UsageError
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives import agent_access, agent_jobs, agent_server
-from paretune.objectives.agent_access import TOKEN, given_token, host_is_known, is_loopback, new_token, token_matches
+from paretune.objectives.agent_access import TOKEN, given_token, host_is_known, is_loopback, token_matches
 from paretune.objectives.agent_client import ATTEMPTS, AgentClient, AgentLane
 from paretune.objectives.agent_graph import external_locations
 from paretune.objectives.agent_job import require_own_files
 from paretune.objectives.agent_jobs import MOST_WAITING, Job, Jobs, TooMany
 from paretune.objectives.agent_order import Order
 from paretune.objectives.agent_server import Agent, AgentServer, bind
-from paretune.objectives.agent_start import facts, serving, token_for
+from paretune.objectives.agent_start import facts, new_token, serving, token_for
 from paretune.objectives.agent_store import ContentStore, Full, WrongChecksum
 from paretune.objectives.agent_wire import AgentGone, Timeouts, Wire
 
@@ -228,11 +228,16 @@ def test_an_address_is_known_by_itself_only() -> None:
 def test_a_token_is_made_once_and_kept_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN, raising=False)
     assert given_token(tmp_path) is None
-    token, fresh = token_for("127.0.0.1", tmp_path)
     file = tmp_path / "agent" / "token"
-    assert fresh and len(token) >= 43 and file.read_text().strip() == token
+    assert token_for("127.0.0.1", tmp_path) is None and not file.exists(), "it is made once the agent has its port"
+    with serving(tmp_path, detected_profile(), None, port=0) as server:
+        token = server.agent.token
+        assert len(token) >= 43 and file.read_text().strip() == token
+        with pytest.raises(EnvironmentProblem, match="another agent runs"):
+            new_token(tmp_path)
+    assert file.read_text().strip() == token, "the running agent's own"
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
-    assert token_for("0.0.0.0", tmp_path) == (token, False)
+    assert token_for("0.0.0.0", tmp_path) == token
     assert new_token(tmp_path) != token and file.stat().st_mode & 0o777 == 0o600
     file.chmod(0o640)
     with pytest.raises(EnvironmentProblem, match="mode is 0640"):

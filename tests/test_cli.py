@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from paretune import cli, cli_search, console
-from paretune.hardware_profiles import EnvironmentProblem, UsageError
+from paretune import cli, cli_search
+from paretune.hardware_profiles import EnvironmentProblem, UsageError, command_line
 from paretune.objectives.figures import Figures
 from paretune.search import cluster
 from paretune.search.store import Store
@@ -305,9 +305,9 @@ def test_an_address_that_is_none(address):
 
 
 def test_a_program_in_a_folder_with_spaces_is_quoted(monkeypatch, tmp_path):
-    monkeypatch.setattr(console.shutil, "which", lambda _: None)
+    monkeypatch.setattr(command_line.shutil, "which", lambda _: None)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "my tools" / "paretune")])
-    assert shlex.split(console.program()) == [str(tmp_path / "my tools" / "paretune")]
+    assert shlex.split(command_line.program()) == [str(tmp_path / "my tools" / "paretune")]
 
 
 def test_the_printed_command_can_be_pasted(monkeypatch, tmp_path, capsys):

@@ -21,9 +21,10 @@ from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles import EnvironmentProblem, Profile, UsageError
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.objectives.agent_access import TOKEN, new_token
+from paretune.objectives.agent_access import TOKEN
 from paretune.objectives.agent_client import AgentClient, AgentLane
 from paretune.objectives.agent_order import Order
+from paretune.objectives.agent_start import new_token
 from paretune.objectives.agent_wire import AgentGone, Timeouts
 from paretune.objectives.lane import LaneResult
 from paretune.objectives.latency_fit import design

@@ -19,7 +19,8 @@ from paretune.search.view import load_view
 from paretune.service.app import create_app
 from paretune.service.data import Studies
 from paretune.service.queue import Queue
-from paretune.service.security import COOKIE, Buckets, session_key
+from paretune.service.security import Buckets
+from paretune.service.sessions import COOKIE
 from paretune.service.state import Service
 
 TOKEN = "t" * 32
@@ -90,7 +91,7 @@ def test_a_login_is_a_cookie_that_scripts_and_other_sites_cannot_use(open_client
     assert open_client.get("/v1/studies").status_code == 200
     open_client.post("/logout", json={})
     assert open_client.get("/v1/studies").status_code == 401
-    open_client.cookies.set(COOKIE, session_key("another token"))
+    open_client.cookies.set(COOKIE, "x" * 43)
     assert open_client.get("/v1/studies").status_code == 401
 
 
@@ -101,6 +102,8 @@ def test_a_login_is_a_cookie_that_scripts_and_other_sites_cannot_use(open_client
         ("localhost:8765", 200),
         ("LOCALHOST:8765", 200),
         ("models.example.org", 200),
+        ("models.example.org:8080", 200),
+        ("models.example.org:", 403),
         ("evil.test", 403),
         ("evil.test:8765", 403),
         ("127.0.0.1", 403),
@@ -126,6 +129,9 @@ def test_dns_rebinding_is_refused(client: TestClient, host: str, status: int) ->
         ({"Origin": BASE}, 200),
         ({"Origin": "http://evil.test"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "ftp://127.0.0.1:8765"}, 403),
+        ({"Origin": "https://127.0.0.1:8765"}, 403),
+        ({"Origin": "127.0.0.1:8765"}, 403),
         ({"Origin": "http://127.0.0.1:8766"}, 403),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
         ({"Sec-Fetch-Site": "none"}, 200),

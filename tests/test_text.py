@@ -134,7 +134,7 @@ def test_missing_empty_and_tiny_text_is_refused_with_the_numbers(
     assert "holds no text file" in problem_of(tmp_path)
     (tmp_path / "a.txt").write_text("short")
     assert "has 1 and 5" in problem_of(tmp_path)
-    write_text(tmp_path / "few", 7, 2000)
+    write_text(tmp_path / "few", 7, 500)
     assert "has 7 and" in problem_of(tmp_path / "few")
 
 

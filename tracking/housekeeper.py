@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.search.store import Store
 from paretune.search.view import load_view
@@ -45,7 +46,8 @@ class Housekeeper:
         left = len(self.store.outbox()) if self.store.is_there else 0
         if not left:
             return None
-        return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `paretune sync` when it is back"
+        again = pasted("sync", self.store.folder.name, home=self.home)
+        return f"{left} results are not in MLflow yet ({self.problem or 'it did not answer in time'}); run `{again}` when it is back"
 
     def _drain(self) -> None:
         self.problem = try_drain(self.home, self.store, load_view(self.store), MachineLock().shared)

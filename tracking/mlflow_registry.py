@@ -79,7 +79,7 @@ def summary(point: Point) -> str:
 
 
 def _figure(name: str, m: Any) -> str:
-    text = plain(name, m.value) + (" loss" if name == "relative_loss" else "")
+    text = plain(name, m.value, m.unit) + (" loss" if name == "relative_loss" else "")
     return text if m.provenance == "measured" else f"{text} ({m.provenance})"
 
 

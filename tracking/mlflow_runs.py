@@ -200,14 +200,14 @@ class StudyRuns:
 
 
 def _write_files(view: StudyView, folder: Path) -> None:
-    (folder / "report.html").write_text(report_html(view))
-    (folder / "front.html").write_text(figure_html(view))
-    (folder / "rung0.json").write_text(json.dumps(rung0_table(view)))
+    (folder / "report.html").write_text(report_html(view), encoding="utf-8")
+    (folder / "front.html").write_text(figure_html(view), encoding="utf-8")
+    (folder / "rung0.json").write_text(json.dumps(rung0_table(view)), encoding="utf-8")
     front_png(view, folder / "front.png")
     prices, picture = targets_table(view), targets_html(view)
     if prices is not None and picture is not None:
-        (folder / TARGETS).write_text(json.dumps(prices))
-        (folder / "targets.html").write_text(picture)
+        (folder / TARGETS).write_text(json.dumps(prices), encoding="utf-8")
+        (folder / "targets.html").write_text(picture, encoding="utf-8")
 
 
 def _tables(view: StudyView) -> list[str]:

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
@@ -145,7 +146,7 @@ class MlflowSink:
     def _alone(self) -> Iterator[None]:
         """One writer per home: two processes on a fresh database would both migrate it."""
         self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / "mlflow.lock").open("a") as lock:
+        with (self.home / "mlflow.lock").open("a", encoding="utf-8") as lock:
             _poll_lock(lock.fileno(), time.monotonic() + LOCK_S)
             yield
 
@@ -182,7 +183,7 @@ def _require_writable(database: Path) -> None:
     except sqlite3.Error as error:
         raise EnvironmentProblem(
             f"the MLflow database {database} cannot be written: {error}",
-            "free or move it away; `paretune sync` rebuilds it from the studies",
+            f"free or move it away; `{pasted('sync', home=database.parent)}` rebuilds it from the studies",
         ) from None
 
 
@@ -199,7 +200,7 @@ def _require_answer(uri: str) -> None:
             return
         raise EnvironmentProblem(
             f"the MLflow server at {host} does not answer: {getattr(error, 'reason', error)}",
-            "`paretune sync` writes what is missing when it is back",
+            f"`{pasted('sync')}` writes what is missing when it is back",
         ) from None
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from paretune.objectives.directions import minimized
 from paretune.objectives.energy import COST, ENERGY, THROUGHPUT
 from paretune.objectives.figures import DECODER, Figures
+from paretune.objectives.units import BYTES, drawn_in
 from paretune.search.front import non_dominated
 from paretune.search.recommend import Recommendation
 from paretune.search.view import Point, StudyView, label_of
@@ -141,16 +142,13 @@ def hidden_estimates(view: StudyView) -> int:
 def scaled(point: Point, name: str) -> float | None:
     """A measurement in the unit it is drawn in (bytes in MB), None where this fidelity has none."""
     m = measurement(point, name)
-    return None if m is None else m.value / _unit(name)
-
-
-def _unit(name: str) -> float:
-    return 1e6 if name.endswith("bytes") else 1.0
+    return None if m is None else m.value / drawn_in(name)
 
 
 def title(name: str, figures: Figures = DECODER) -> str:
     """What an axis says."""
-    return label_of(name, figures).replace("(bytes)", "(MB)")
+    label = label_of(name, figures)
+    return label.replace("(bytes)", "(MB)") if name in BYTES else label
 
 
 def _megabytes(points: Sequence[Point]) -> list[float]:
@@ -215,7 +213,7 @@ def column(group: Group, name: str) -> list[float | None]:
 def whiskers(group: Group, name: str) -> dict[str, Any]:
     """Distances from the value to the ends of its interval."""
     found = [measurement(p, name) for p in group.points]
-    unit = _unit(name)
+    unit = drawn_in(name)
     up = [0.0 if m is None else (m.high - m.value) / unit for m in found]
     down = [0.0 if m is None else (m.value - m.low) / unit for m in found]
     return {

@@ -9,6 +9,7 @@ import shlex
 from html import escape
 from typing import Any
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.files import write_atomically
 from paretune.search.recommend import Recommendation
 from paretune.search.view import StudyView, failure_counts
@@ -85,7 +86,8 @@ def _headline(view: StudyView, chosen: Recommendation | None) -> str:
     title = f"<h2>★ Recommended: {escape(point.name)} <code>{point.key[:8]}</code></h2>"
     note = (
         '<p class="quiet">Measured unless a number says otherwise. Chosen without limits of yours: give '
-        "<code>paretune recommend</code> a limit to get the best within it.</p>"
+        f"<code>{escape(pasted('recommend', view.study, home=view.folder.parent.parent, stored=True))}</code> "
+        "a limit to get the best within it.</p>"
     )
     body = f"<p>{escape(point.description)}</p><ul>{reasons}{price}</ul>{note}"
     return f'<section class="answer">{title}{body}</section>'

@@ -109,9 +109,13 @@ def _value(point: Point, name: str) -> str:
     m = measurement(point, name)
     if m is None:
         return "–"
-    interval = "" if m.low == m.high else f'<br><span class="quiet">{plain(name, m.low)} … {plain(name, m.high)}</span>'
+    interval = (
+        ""
+        if m.low == m.high
+        else f'<br><span class="quiet">{plain(name, m.low, m.unit)} … {plain(name, m.high, m.unit)}</span>'
+    )
     title = escape(f"{m.provenance}, {m.samples} samples. {m.note}")
-    return f'<span class="{m.provenance}" title="{title}">{plain(name, m.value)}</span>{interval}'
+    return f'<span class="{m.provenance}" title="{title}">{plain(name, m.value, m.unit)}</span>{interval}'
 
 
 def _provenance(point: Point) -> str:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.tracking.mlflow_experiment import EXPERIMENT, VIEWS, runs_page
 
@@ -77,7 +78,7 @@ def server_command(home: Path, port: int) -> list[str]:
     if not database.is_file():
         raise UsageError(
             f"there is no MLflow database in {home}",
-            "run a search first, or `paretune sync` to rebuild it from the studies",
+            f"run a search first, or `{pasted('sync', home=home)}` to rebuild it from the studies",
         )
     return [
         sys.executable,

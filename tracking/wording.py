@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from paretune.hardware_profiles.errors import NothingFeasible
+from paretune.objectives import units
 from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
-from paretune.search.recommend import UNITS, Limits, Recommendation, recommend
-from paretune.search.view import LABELS, Point, StudyView
+from paretune.search.recommend import Limits, Recommendation, recommend
+from paretune.search.view import Point, StudyView
 
 SHORT = {
     "nll": "NLL",
@@ -65,17 +66,9 @@ def measurement(point: Point, name: str) -> Measurement | None:
     return point.measurements.get(name)
 
 
-def plain(name: str, value: float) -> str:
-    """A value with its unit, bytes in MB."""
-    if name in UNITS:
-        return f"{value:.4g} {UNITS[name]}"
-    if name.endswith("bytes"):
-        return f"{value / 1e6:.2f} MB"
-    if name == "relative_loss":
-        return f"{value:+.1%}"
-    if "ms" in name.split("_"):
-        return f"{value:.3f} ms"
-    return f"{value:.3f}" if name in LABELS else f"{value:.4g}"
+def plain(name: str, value: float, unit: str = "") -> str:
+    """A value with its unit, bytes in MB, a loss with its sign."""
+    return units.plain(name, value, unit, signed=True, digits=4)
 
 
 def with_interval(name: str, m: Measurement | None) -> str:
@@ -83,8 +76,8 @@ def with_interval(name: str, m: Measurement | None) -> str:
     if m is None:
         return "–"
     if m.low == m.high:
-        return plain(name, m.value)
-    return f"{plain(name, m.value)} [{plain(name, m.low)}, {plain(name, m.high)}]"
+        return plain(name, m.value, m.unit)
+    return f"{plain(name, m.value, m.unit)} [{plain(name, m.low, m.unit)}, {plain(name, m.high, m.unit)}]"
 
 
 def is_disturbed(view: StudyView, point: Point) -> bool:

@@ -19,6 +19,7 @@ import zstandard
 
 from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.graph import INLINE_LIMIT_BYTES, build_model, save_model, weight_bytes
+from paretune.compression.export.tokenizer import search_settings, write_generation_config, write_tokenizer
 from paretune.compression.student import (
     EMBEDDING,
     HEAD,
@@ -32,7 +33,7 @@ from paretune.hardware_profiles.errors import Infeasible
 from paretune.hardware_profiles.files import sync_folder
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.checkpoint import write_tensors
-from paretune.teachers.families import family_of
+from paretune.teachers.families import TOKEN_KEYS, family_of
 from paretune.teachers.layout import to_stored
 from paretune.teachers.teacher import Teacher
 
@@ -43,7 +44,6 @@ with, except that int8 activations are not simulated there."""
 NO_HUGGING_FACE = (
     "There is no `hf/` folder, because no standard Hugging Face config expresses layers of different widths."
 )
-TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,11 @@ def write_artifact(
         model = _graph(weights, candidate, teacher.config, teacher.shape, codes)
         save_model(model, temporary / MODEL)
         del model  # as large as all weights
-        _write_tokenizer(teacher, temporary / "onnx")
-        (temporary / "onnx" / "genai_config.json").write_text(json.dumps(genai_config(teacher, candidate), indent=1))
+        write_tokenizer(teacher, temporary / "onnx")
+        write_generation_config(teacher, temporary / "onnx")
+        (temporary / "onnx" / "genai_config.json").write_text(
+            json.dumps(genai_config(teacher, candidate), indent=1), encoding="utf8"
+        )
         # what a standard config can express
         uniform = len({(layer.ffn, layer.kv_groups) for layer in candidate.layers}) == 1
         if uniform:
@@ -109,9 +112,9 @@ def write_artifact(
 def describe_artifact(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add `facts` to paretune.json, write the card from all of them, and renew the checksums."""
     path = folder / FACTS
-    told = {**(json.loads(path.read_text()) if path.exists() else {}), **facts}
-    path.write_text(json.dumps(told, indent=1))
-    (folder / "README.md").write_text(card(told))
+    told = {**(json.loads(path.read_text(encoding="utf8")) if path.exists() else {}), **facts}
+    path.write_text(json.dumps(told, indent=1), encoding="utf8")
+    (folder / "README.md").write_text(card(told), encoding="utf8")
     write_checksums(folder)
 
 
@@ -147,12 +150,13 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
     if len(groups) > 1:
         raise Infeasible(f"onnxruntime-genai needs the same KV groups in every layer, but got {sorted(groups)}", "")
     shape, kv = teacher.shape, candidate.layers[0].kv_groups
-    end = teacher.end_token
+    special = teacher.special
     return {
         "model": {
-            "bos_token_id": int(teacher.config.get("bos_token_id") or end),
-            "eos_token_id": end,
-            "pad_token_id": end,
+            **({} if special.begin is None else {"bos_token_id": special.begin}),
+            "eos_token_id": list(special.stop) if len(special.stop) != 1 else special.stop[0],
+            # where none is named, one that a shorter text of a batch may be filled with: it is masked
+            "pad_token_id": next((i for i in (special.pad, *special.stop) if i is not None), 0),
             "context_length": teacher.context,
             # to genai the type says what the interface is like, and ours is a Llama's
             "type": "llama" if family_of(shape).gpt2 else family_of(shape).name,
@@ -183,22 +187,7 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
                 },
             },
         },
-        "search": {
-            "do_sample": False,
-            "max_length": teacher.context,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
-            "early_stopping": True,
-            "length_penalty": 1.0,
-            "diversity_penalty": 0.0,
-            "no_repeat_ngram_size": 0,
-        },
+        "search": search_settings(teacher),
     }
 
 
@@ -215,22 +204,25 @@ def card(facts: Mapping[str, Any]) -> str:
 - recovery: {facts.get("recovery_text", "none, the teacher weights themselves")}
 
 `onnx/` runs in ONNX Runtime and onnxruntime-genai: `paretune generate . --prompt "def "`.
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model("onnx")
+tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # BOS, where the tokenizer's template adds one
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=64)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("def "))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+
 {HUGGING_FACE if facts.get("hugging_face", True) else NO_HUGGING_FACE}
 `SHA256SUMS` is verified whenever paretune loads this folder.
 """
-
-
-def _write_tokenizer(teacher: Teacher, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (teacher.folder / name).exists():
-            shutil.copyfile(teacher.folder / name, folder / name)
-    path = teacher.folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    config.pop("auto_map", None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.pop("backend", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
 def _write_hugging_face(
@@ -241,13 +233,33 @@ def _write_hugging_face(
     tied = HEAD not in weights and torch.equal(effective[HEAD], effective[EMBEDDING])
     if tied:
         del effective[HEAD]
-    config = student_config(teacher.config, candidate, teacher.shape).to_dict()
-    architecture = student_family(candidate, teacher.shape).architecture
-    config |= {"tie_word_embeddings": tied, "architectures": [architecture], "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    (folder / "config.json").write_text(
+        json.dumps(_standard_config(teacher, candidate, tied), indent=1, default=str), encoding="utf8"
+    )
     stored = {name: value.float() for name, value in to_stored(effective, teacher.shape).items()}
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
-    _write_tokenizer(teacher, folder)
+    write_tokenizer(teacher, folder, slow=True)
+    write_generation_config(teacher, folder)
+
+
+def _standard_config(teacher: Teacher, candidate: Candidate, tied: bool) -> dict[str, Any]:
+    """config.json in the words of transformers 5 and of the readers before it: each skips over a key that it does not know."""
+    config: dict[str, Any] = student_config(teacher.config, candidate, teacher.shape).to_dict()
+    architecture = student_family(candidate, teacher.shape).architecture
+    config |= {
+        "tie_word_embeddings": tied,
+        "architectures": [architecture],
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    config |= {key: teacher.config.get(key) for key in TOKEN_KEYS}
+    rope = config.get("rope_parameters")
+    if rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+        kind = scaled["rope_type"]
+        config["rope_scaling"] = None if kind == "default" else {**scaled, "type": kind}
+    return config
 
 
 def _sizes(folder: Path) -> tuple[int, int]:

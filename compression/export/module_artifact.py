@@ -55,9 +55,9 @@ def write_module_artifact(
 def describe_module(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add `facts` to paretune.json, write the card from all of them, and renew the checksums."""
     path = folder / FACTS
-    told = {**(json.loads(path.read_text()) if path.exists() else {}), **facts}
-    path.write_text(json.dumps(told, indent=1))
-    (folder / "README.md").write_text(_card(told))
+    told = {**(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}), **facts}
+    path.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    (folder / "README.md").write_text(_card(told), encoding="utf-8")
     write_checksums(folder)
 
 

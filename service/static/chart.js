@@ -36,6 +36,7 @@ export function layout(titleX, titleY, log) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: narrow ? 11 : 13 }, height: narrow ? 440 : 560,
     margin: { l: narrow ? 46 : 64, r: 12, t: 16, b: 50 }, hovermode: "closest", legend: { orientation: "h", x: 0, y: narrow ? -0.24 : -0.16, yanchor: "top" },
     xaxis: { ...axis, title: { text: titleX }, type: log ? "log" : "linear" }, yaxis: { ...axis, title: { text: titleY } },
+    uirevision: `${titleX} ${titleY} ${log}`,  // a zoom stays when points are added
     modebar: { bgcolor: "rgba(0,0,0,0)", color: GREY, activecolor: ACCENT },
   };
 }

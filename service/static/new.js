@@ -38,6 +38,16 @@ function show(error) {
   field.focus();
 }
 
+// One plan is made at a time; while another client's is made, this one waits and asks again.
+async function planOf(spec, tries = 30) {
+  try { return await ask("/v1/plan", { data: { spec } }); } catch (error) {
+    if (error.status !== 429 || tries <= 0) throw error;
+    planned.textContent = "Another plan is being made; this one waits.";
+    await new Promise((done) => setTimeout(done, 1000 * (error.retryAfter || 2)));
+    return planOf(spec, tries - 1);
+  }
+}
+
 form.preset.addEventListener("change", () => { form.budget.value = presets[form.preset.value].budget; });
 form.addEventListener("input", () => { key = crypto.randomUUID?.() ?? String(Math.random()).slice(2); });
 
@@ -45,7 +55,7 @@ document.getElementById("plan").addEventListener("click", async () => {
   clear();
   planned.textContent = "…";
   try {
-    const plan = await ask("/v1/plan", { data: { spec: settings() } });
+    const plan = await planOf(settings());
     planned.replaceChildren(element("h2", { textContent: "What it would cost" }), element("ul", {},
       element("li", { textContent: `${plan.teacher}: ${(plan.parameters / 1e6).toFixed(1)} million parameters, ${plan.space_size.toLocaleString("en")} candidates for ${plan.profile}` }),
       element("li", { textContent: `${duration(plan.budget_s)}: ${Object.entries(plan.seconds).map(([stage, s]) => `${stage} ${duration(s)}`).join(", ")}` }),

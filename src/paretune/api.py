@@ -13,15 +13,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretune.hardware_profiles.errors import NothingFeasible, UsageError
+from paretune.hardware_profiles.command_line import usual_home, use_home
+from paretune.hardware_profiles.errors import EnvironmentProblem, NothingFeasible, UsageError
 
 if TYPE_CHECKING:
     import pandas
 
     from paretune.search.advice import Advice
     from paretune.search.view import Point, StudyView
-
-HOME = "mlruns"
 
 
 def search(
@@ -40,7 +39,7 @@ def search(
     It takes the budget's time. The study is on the disk all the while: Ctrl-C ends it in good order, the same call goes on.
     `progress` False is silent. Raises UsageError, EnvironmentProblem; NothingFeasible if nothing could be confirmed.
     """
-    from paretune.cli_search import run_search
+    from paretune.cli_search import run_search, why_ended
     from paretune.console import talk
     from paretune.search.prepare import prepare
     from paretune.search.spec import make_spec
@@ -51,12 +50,23 @@ def search(
     began: list[str] = []
     quiet, talk.quiet = talk.quiet, talk.quiet or not progress
     try:
-        code = run_search(ready, folder, study, address, json=False, tell=began.append, output=False)
+        command = call_of("paretune.search", spec, study=study, preset=preset, home=home, address=address, **settings)
+        code = run_search(ready, folder, study, address, json=False, tell=began.append, output=False, command=command)
     finally:
         talk.quiet = quiet
-    if code == NothingFeasible.exit_code:
-        raise NothingFeasible(f"nothing was confirmed in the study {began[0]!r}", "look at its failures, or relax its limits")
-    return Study(began[0], folder)
+    found = Study(began[0], folder)
+    for kind in (UsageError, NothingFeasible, EnvironmentProblem):
+        if code == kind.exit_code:
+            raise kind(*why_ended(found.view, code))
+    return found
+
+
+def call_of(function: str, *arguments: Any, **named: Any) -> str:
+    """The Python call that made a study, for its report."""
+    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in named.items() if v is not None}
+    told = [repr(os.fspath(a) if isinstance(a, os.PathLike) else a) for a in arguments if a is not None]
+    told += [f"{name}={value!r}" for name, value in plain.items()]
+    return f"{function}({', '.join(told)})"
 
 
 def open_study(study: str | None = None, home: str | os.PathLike[str] | None = None) -> Study:
@@ -157,7 +167,9 @@ class Study:
         from paretune.search.advice import advise
         from paretune.search.recommend import Limits
 
-        limits = Limits(max_latency_ms, max_bytes, max_memory_bytes, max_loss, min_throughput, max_energy_j, max_cost_usd)
+        limits = Limits(
+            max_latency_ms, max_bytes, max_memory_bytes, max_loss, min_throughput, max_energy_j, max_cost_usd
+        )
         found = advise(self.view, limits, goal, profile, self.home)
         if found.chosen is None:
             assert found.nearest is not None
@@ -263,7 +275,9 @@ def _table(points: Sequence[Point]) -> pandas.DataFrame:
     (95 % interval) and NAME_provenance. Units are those of the names: ms, bytes, nats per token, fractions."""
     import pandas as pd
 
-    rows = [{"key": p.key, "name": p.name, "source": p.source, "description": p.description, **_cells(p)} for p in points]
+    rows = [
+        {"key": p.key, "name": p.name, "source": p.source, "description": p.description, **_cells(p)} for p in points
+    ]
     return pd.DataFrame(rows).set_index("key") if rows else pd.DataFrame({"name": []}).rename_axis("key")
 
 
@@ -291,5 +305,4 @@ def _front_html(view: StudyView) -> str:
 
 def _home(home: str | os.PathLike[str] | None) -> Path:
     """As the command line: the argument, else PARETUNE_HOME, else ./mlruns."""
-    return Path(home if home is not None else os.environ.get("PARETUNE_HOME", HOME)).resolve()
-
+    return use_home(usual_home() if home is None else Path(home).resolve())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 
 from paretune import __version__
 from paretune.cli_agent import agent
@@ -26,7 +26,8 @@ from paretune.cli_serve import serve
 from paretune.cli_study import front, recommend, status
 from paretune.cli_targets import targets
 from paretune.cli_tracking import report, sync, ui
-from paretune.console import print_text, talk
+from paretune.console import print_text, say, show_all_characters, talk, tell_problem
+from paretune.hardware_profiles.access import path_problem
 from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.hardware_profiles.files import disk_problem
 
@@ -48,6 +49,8 @@ app.command()(profile)
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one sentence and an exit code."""
+    show_all_characters()
+    _let_warnings_be_warnings()
     try:
         code = app(standalone_mode=False)  # typer hands an Exit's code back instead of raising it
         if isinstance(code, int) and code:
@@ -65,11 +68,15 @@ def main() -> None:
         _usage_or_bug(error)
 
 
+def _let_warnings_be_warnings() -> None:
+    """PYTHONWARNINGS=error makes an error of the first deprecated call in any library; it is for those who develop them."""
+    os.environ.pop("PYTHONWARNINGS", None)
+    warnings.filters[:] = [f for f in warnings.filters if f[0] != "error"]  # type: ignore[index]
+
+
 def _refuse(error: ParetuneError) -> NoReturn:
     """One sentence, the remedy, and the exit code."""
-    talk.print(f"[red]error:[/red] {escape(error.problem)}", soft_wrap=True)
-    if error.remedy:
-        talk.print(f"[green]remedy:[/green] {escape(error.remedy)}", soft_wrap=True)
+    tell_problem(error.problem, error.remedy)
     sys.exit(error.exit_code)
 
 
@@ -78,7 +85,7 @@ def _usage_or_bug(error: Exception) -> None:
         if hasattr(error, "show"):
             error.show(sys.stderr)
         sys.exit(2)
-    if isinstance(error, OSError) and (problem := disk_problem(error)) is not None:
+    if isinstance(error, OSError) and (problem := disk_problem(error) or path_problem(error)) is not None:
         _refuse(problem)
     if type(error).__module__.startswith("sqlalchemy") and type(error).__name__ == "OperationalError":
         reason = str(getattr(error, "orig", error))
@@ -90,7 +97,7 @@ def _usage_or_bug(error: Exception) -> None:
             )
         )
     talk.print_exception()
-    talk.print("[red]this is a bug in paretune[/red]; the study, if one ran, can be continued with the same command")
+    say(("this is a bug in paretune", "red"), "; the study, if one ran, can be continued with the same command")
     sys.exit(1)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paretune.cli_options import HOME, Home, Json, fraction, numbers
-from paretune.console import print_json, print_text, talk
+from paretune.console import print_json, print_text, say
 from paretune.hardware_profiles.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    artifact: Annotated[Path, typer.Argument(readable=False, help="Folder of an artifact.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
@@ -46,17 +46,21 @@ def generate(
                 print_json({"prompt": prompt, "text": text, **piece.__dict__})
             else:
                 print_text("")
-                talk.print(
+                say(
                     f"{piece.tokens} tokens, {piece.tokens_per_second:.0f} tokens/s, first token after {piece.ttft_ms:.1f} ms, {threads} thread(s)"
                 )
 
 
 def measure(
-    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    artifact: Annotated[Path, typer.Argument(readable=False, help="Folder of an artifact.")],
     profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
-    agent: Annotated[str | None, typer.Option(help="URL of a `paretune agent` that measures it on its machine.")] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="URL of a `paretune agent` that measures it on its machine.")
+    ] = None,
     within: Annotated[str, typer.Option(help="Half-width of the 95 % intervals to reach.")] = "3%",
-    sweep: Annotated[bool, typer.Option("--sweep", help="Several prompt and context lengths and batch sizes instead.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Several prompt and context lengths and batch sizes instead.")
+    ] = False,
     prompts: Annotated[str | None, typer.Option(help="Prompt lengths of the sweep such as 32,128.")] = None,
     contexts: Annotated[str | None, typer.Option(help="Context lengths of the sweep's decode such as 128,512.")] = None,
     batches: Annotated[str | None, typer.Option(help="Batch sizes of the sweep's decode such as 1,8.")] = None,

@@ -9,6 +9,7 @@ import typer
 
 from paretune.cli_options import HOME, Home, Json
 from paretune.console import print_json, print_text
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def hardware_calibrate(
     if not wanted.at_hand or wanted.agent is not None or profile not in profile_names(home.resolve()):
         raise UsageError(
             f"only a way to use this machine can be calibrated here, but got {profile!r}",
-            "name local-cpu or another of `paretune hardware list` that is measured here",
+            f"name local-cpu or another of `{pasted('hardware', 'list', home=home)}` that is measured here",
         )
     peaks = calibrate(wanted.threads, seconds)
     found = write_peaks(peaks, home.resolve(), wanted.name)
@@ -80,7 +81,9 @@ def hardware_calibrate(
 
 
 @hardware.command("check")
-def hardware_check(file: Annotated[Path, typer.Argument(help="A profile's YAML file.")], json: Json = False) -> None:
+def hardware_check(
+    file: Annotated[Path, typer.Argument(readable=False, help="A profile's YAML file.")], json: Json = False
+) -> None:
     """Whether a YAML file is a valid profile: keys and their units, figures and their sources. Exit code 2 if not."""
     from paretune.hardware_profiles.profile import Profile
     from paretune.hardware_profiles.yaml_file import load_model

@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paretune.hardware_profiles.command_line import HOME_VARIABLE, USUAL_HOME, pasted, use_home
 from paretune.hardware_profiles.errors import UsageError
 
 if TYPE_CHECKING:
     from paretune.search.view import StudyView
 
-HOME = Path("mlruns")
+HOME = Path(USUAL_HOME)
 Home = Annotated[
-    Path, typer.Option("--home", envvar="PARETUNE_HOME", help="Where studies, caches and the MLflow database live.")
+    Path,
+    typer.Option(
+        "--home",
+        envvar=HOME_VARIABLE,
+        callback=use_home,
+        readable=False,
+        help="Where studies, caches and the MLflow database live.",
+    ),
 ]
 
 
@@ -38,7 +46,7 @@ def complete_profile(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _home_of(ctx: typer.Context) -> Path:
     """The home that the line names, as far as it is typed."""
-    return Path(str(ctx.params.get("home") or os.environ.get("PARETUNE_HOME") or HOME))
+    return Path(str(ctx.params.get("home") or os.environ.get(HOME_VARIABLE) or HOME))
 
 
 def complete_words(*words: str) -> Callable[[str], list[str]]:
@@ -76,7 +84,9 @@ def study_folder(study: str | None, home: Path) -> Path:
         return studies / study
     found = sorted(studies.glob("*/study.db"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UsageError(f"there is no study in {studies}", "start one with `paretune search`, or name its --home")
+        raise UsageError(
+            f"there is no study in {studies}", f"start one with `{pasted('search', home=home)}`, or name its --home"
+        )
     return found[-1].parent
 
 
@@ -110,7 +120,9 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         found = tuple(int(part) for part in text.split(","))
         if min(found) > 0:
             return found
-    raise UsageError(f"{option} must be positive whole numbers such as 32,128, but got {text!r}", "separate them by commas")
+    raise UsageError(
+        f"{option} must be positive whole numbers such as 32,128, but got {text!r}", "separate them by commas"
+    )
 
 
 def fraction(text: str | None, option: str) -> float | None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json as json_text
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from paretune.cli_options import HOME, Home, Json
-from paretune.console import print_json, print_text, short, show, talk
+from paretune.console import note, print_json, print_text, screen, show, spinner, talk
+from paretune.console_table import Column, FittedTable
+from paretune.hardware_profiles.command_line import short
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from paretune.search.profiled import Profiled
 
 MOST_OPS = 12
@@ -25,13 +25,13 @@ QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def profile(
-    model: Annotated[
-        str, typer.Argument(help="stdlib-coder, a Hugging Face folder, or the folder of an artifact.")
-    ],
+    model: Annotated[str, typer.Argument(help="stdlib-coder, a Hugging Face folder, or the folder of an artifact.")],
     profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prefill.")] = 128,
     tokens: Annotated[int, typer.Option(min=4, help="Decode steps after it.")] = 24,
-    out: Annotated[Path | None, typer.Option(help="Write profile.json, profile.html and profile.svg into this folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write profile.json, profile.html and profile.svg into this folder.")
+    ] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
@@ -42,8 +42,9 @@ def profile(
     from paretune.tracking.mlflow_profile import log_profile
 
     target = local_profile_named(profile, home.resolve())
-    with talk.status("profiling") as status:
-        found = profile_model(model, Work(target, home.resolve(), prompt, tokens, status.update))
+    with talk.status(Text("profiling"), spinner=spinner()) as status:
+        told = Work(target, home.resolve(), prompt, tokens, lambda text: status.update(Text(text)))
+        found = profile_model(model, told)
     if json:
         print_json(found.to_dict())
     else:
@@ -55,11 +56,11 @@ def profile(
     if out is not None and not json:
         print_text(str(short(out.resolve() / "profile.html")))
     if problem:
-        talk.print(f"[yellow]note:[/yellow] the profile is not in MLflow: {problem}", soft_wrap=True)
+        note(f"the profile is not in MLflow: {problem}")
 
 
 def _write(found: Profiled, folder: Path) -> None:
-    from paretune.hardware_profiles.errors import EnvironmentProblem
+    from paretune.hardware_profiles.access import unwritable
     from paretune.hardware_profiles.files import write_atomically
     from paretune.tracking.profile_page import profile_html
     from paretune.tracking.profile_picture import profile_picture
@@ -70,16 +71,12 @@ def _write(found: Profiled, folder: Path) -> None:
         write_atomically(folder / "profile.html", profile_html(found).encode())
         profile_picture(found, folder / "profile.svg")
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the profile cannot be written to {folder}: {error.strerror}", "choose a writable folder with --out"
-        ) from None
+        raise unwritable(folder, error, "choose a writable folder with --out", "the profile in") from None
 
 
 def _show(found: Profiled) -> None:
     """Tables on stdout."""
-    from rich.console import Console
-
-    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    out = screen()
     m, s = found.measurements, found.settings
     print_text(f"{found.subject.name}: {found.subject.description}")
     print_text(
@@ -93,40 +90,57 @@ def _show(found: Profiled) -> None:
         f"int8 {roof.int8_gop_per_s:.0f} GOP/s ({roof.source})"
     )
     for phase in ("decode", "prefill"):
-        screen.print(_ops(found, phase))
-    screen.print(_layers(found))
+        out.print(_ops(found, phase))
+    out.print(_layers(found))
     for phase, seen in found.torch.items():
         top = ", ".join(f"{op.op} {op.ms:.3f} ms" for op in seen.ops[:4])
         print_text(f"in torch, {phase}: {seen.ms:.3f} ms; most in {top}")
-    screen.print(_places(found))
-    for note in found.notes:
-        talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+    out.print(_places(found))
+    for told in found.notes:
+        note(told)
 
 
-def _ops(found: Profiled, phase: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"{phase} by fused op", title_justify="left")
-    for name in ("op", "nodes", "ms", "share", "MB", "MFLOP", "ops/byte", "of the roof", "bound by"):
-        table.add_column(name, justify="left" if name in ("op", "bound by") else "right", no_wrap=True)
+def _ops(found: Profiled, phase: str) -> FittedTable:
+    columns = (
+        Column("op", right=False),
+        Column("nodes", rank=4),
+        Column("ms"),
+        Column("share", rank=1),
+        Column("MB", rank=3),
+        Column("MFLOP", rank=6),
+        Column("ops/byte", rank=7),
+        Column("of the roof", rank=2),
+        Column("bound by", right=False, rank=5),
+    )
+    rows: list[tuple[str, ...]] = []
     for t in found.totals(phase, "ops")[:MOST_OPS]:
-        figures = (f"{t.ms:.4f}", f"{t.share:.1%}", f"{t.bytes / 1e6:.3f}", f"{t.flops / 1e6:.2f}", f"{t.intensity:.2f}")
-        table.add_row(t.label, str(t.count), *figures, f"{t.efficiency:.0%}", t.bound)
-    table.add_row("between ops", "", f"{found.between_ms(phase):.4f}", *[""] * 6)
-    return table
+        figures = (
+            f"{t.ms:.4f}",
+            f"{t.share:.1%}",
+            f"{t.bytes / 1e6:.3f}",
+            f"{t.flops / 1e6:.2f}",
+            f"{t.intensity:.2f}",
+        )
+        rows.append((t.label, str(t.count), *figures, f"{t.efficiency:.0%}", t.bound))
+    rows.append(("between ops", "", f"{found.between_ms(phase):.4f}", *[""] * 6))
+    return FittedTable(columns, tuple(rows), f"{phase} by fused op")
 
 
-def _layers(found: Profiled) -> Table:
-    from rich.table import Table
-
-    table = Table(title="by layer", title_justify="left")
-    for name in ("layer", "decode ms", "share", "MB", "of the roof", "prefill ms"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+def _layers(found: Profiled) -> FittedTable:
+    columns = (
+        Column("layer", right=False),
+        Column("decode ms"),
+        Column("share", rank=1),
+        Column("MB", rank=4),
+        Column("of the roof", rank=3),
+        Column("prefill ms", rank=2),
+    )
+    rows = []
     prefill = {t.label: t.ms for t in found.totals("prefill", "layers")}
     for t in sorted(found.totals("decode", "layers"), key=lambda t: _order(t.label)):
         figures = (f"{t.ms:.4f}", f"{t.share:.1%}", f"{t.bytes / 1e6:.3f}", f"{t.efficiency:.0%}")
-        table.add_row(t.label, *figures, f"{prefill.get(t.label, 0.0):.3f}")
-    return table
+        rows.append((t.label, *figures, f"{prefill.get(t.label, 0.0):.3f}"))
+    return FittedTable(columns, tuple(rows), "by layer")
 
 
 def _order(layer: str) -> int:
@@ -135,13 +149,17 @@ def _order(layer: str) -> int:
     return known[layer] if layer in known else int(layer.removeprefix("layer "))
 
 
-def _places(found: Profiled) -> Table:
-    from rich.table import Table
-
-    table = Table(title="where compression would pay (predicted)", title_justify="left")
-    for name in ("change", "decode ms saved", "interval", "TTFT ms saved", "MB less per token"):
-        table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
+def _places(found: Profiled) -> FittedTable:
+    columns = (
+        Column("change", right=False, folds=True),
+        Column("decode ms saved"),
+        Column("interval", rank=1),
+        Column("TTFT ms saved", rank=2),
+        Column("MB less per token", rank=3),
+    )
+    rows = []
     for p in found.best:
         interval = f"{p.decode_ms.low:.4f} … {p.decode_ms.high:.4f}"
-        table.add_row(p.text, f"{p.decode_ms.value:.4f}", interval, f"{p.ttft_ms.value:.3f}", f"{p.read_bytes / 1e6:.3f}")
-    return table
+        saved = (f"{p.decode_ms.value:.4f}", interval, f"{p.ttft_ms.value:.3f}", f"{p.read_bytes / 1e6:.3f}")
+        rows.append((p.text, *saved))
+    return FittedTable(columns, tuple(rows), "where compression would pay (predicted)")

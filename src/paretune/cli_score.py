@@ -20,8 +20,8 @@ def score(
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Processes that divide the weights among them; divides KV heads and FFN.")
     ] = 1,
-    data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
-    field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your text: a text file, records (.jsonl, .json, .csv, .tsv, .parquet) or a folder of them.")] = None,
+    field: Annotated[str | None, typer.Option(help="Text field of records; keys joined by dots for a nested one.")] = None,
     split: Annotated[str, typer.Option(help="Part of the text: report (confirmations), search or calibration.")] = "report",
     tokens: Annotated[int | None, typer.Option(min=1, help="Thin the text evenly to about so many tokens.")] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds after which the processes are stopped.")] = 3600.0,
@@ -30,14 +30,16 @@ def score(
 ) -> None:
     """Score a teacher in float32 torch: NLL with an interval over documents, in one process or in several."""
     from paretune.search.score import score_teacher
-    from paretune.teachers import library_corpus, load_teacher, user_corpus
+    from paretune.teachers import chosen_corpus, load_teacher
+    from paretune.teachers.own_output import mark_home
     from paretune.teachers.shards import check_degree
     from paretune.teachers.tokens import token_split
 
     wanted = _split(split)
     found = load_teacher(teacher)
     check_degree(found.shape, tensor_parallel)  # before any text is read
-    corpus = library_corpus() if data is None else user_corpus(Path(data), field)
+    mark_home(home.resolve())
+    corpus = chosen_corpus(data, field)
     text = token_split(found, corpus, wanted, home.resolve() / "cache")
     scores, measurements = score_teacher(found, text, tensor_parallel, timeout, tokens)
     if json:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from paretune.cli_options import HOME, Home, Json, complete_profile, complete_words, fraction
 from paretune.cli_study import status_of
 from paretune.cli_targets import show_targets
-from paretune.console import Progress, front_table, handle, print_json, print_text, program, short, talk
+from paretune.console import Progress, front_table, handle, note, print_json, print_text, say, talk, tell_problem
+from paretune.hardware_profiles.command_line import pasted, short
+from paretune.hardware_profiles.errors import NothingFeasible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,20 +24,28 @@ if TYPE_CHECKING:
     from paretune.search.prepare import Ready
     from paretune.search.view import StudyView
 
+BUDGET_ENDED, INTERRUPTED = 3, 130
+MOST_FAILURES_TOLD = 3
+
 
 def search(
     spec_file: Annotated[
-        Path | None, typer.Argument(metavar="SPEC.yaml", help="Settings; options override them.")
+        Path | None, typer.Argument(metavar="SPEC.yaml", readable=False, help="Settings; options override them.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="quick (9 minutes) or overnight (8 hours).", autocompletion=complete_words("quick", "overnight"))] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="quick (9 minutes) or overnight (8 hours).", autocompletion=complete_words("quick", "overnight")
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
             help="stdlib-coder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, GPT-2), or plugin:NAME (plugin:MODULE:CLASS)."
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Your text: .txt, .jsonl or a folder of text files.")] = None,
-    field: Annotated[str | None, typer.Option(help="Text field of a .jsonl file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your text: a text file, records (.jsonl, .json, .csv, .tsv, .parquet) or a folder of them.")] = None,
+    field: Annotated[str | None, typer.Option(help="Text field of records; keys joined by dots for a nested one.")] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,10 +54,15 @@ def search(
         ),
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or sequential.", autocompletion=complete_words("tpe", "nsga2", "sequential"))] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="tpe, nsga2 or sequential.", autocompletion=complete_words("tpe", "nsga2", "sequential")),
+    ] = None,
     max_loss: Annotated[
         str | None,
-        typer.Option(help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%."),
+        typer.Option(
+            help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     study: Annotated[
@@ -59,7 +73,8 @@ def search(
         str | None, typer.Option(help="Address of a running Ray cluster; a local one is started if left out.")
     ] = None,
     notify_command: Annotated[
-        str | None, typer.Option(help="Program that is run when the search ends or dies; the event is on its standard input.")
+        str | None,
+        typer.Option(help="Program that is run when the search ends or dies; the event is on its standard input."),
     ] = None,
     notify_url: Annotated[
         str | None, typer.Option(help="https address that is told when the search ends or dies.")
@@ -89,7 +104,9 @@ def search(
     if dry_run:
         _show_plan(ready.plan, json)
         return
-    code = run_search(ready, home.resolve(), study, address, json, whom=notify)
+    code = run_search(
+        ready, home.resolve(), study, address, json, whom=notify, command=shlex.join(["paretune", *sys.argv[1:]])
+    )
     raise typer.Exit(code)
 
 
@@ -102,9 +119,11 @@ def run_search(
     tell: Callable[[str], None] = lambda _study: None,
     output: bool = True,
     whom: Notify | None = None,
+    command: str = "",
 ) -> int:
     """Start or continue the study, show its progress and its end; returns the exit code. `tell` is given the study's id as soon as it
-    is known; without `output` nothing is written on stdout; `whom` is told of the end, None: what the home says."""
+    is known; without `output` nothing is written on stdout; `whom` is told of the end, None: what the home says; `command` starts
+    the same search again, for the report."""
     from paretune.search.cluster import require_cluster
     from paretune.search.finish_targets import finish_targets
     from paretune.search.run import run_study
@@ -119,14 +138,15 @@ def run_search(
         require_cluster(address)
     name, exists = find_study(home, ready, wanted)
     tell(name)
-    command = "paretune " + shlex.join(sys.argv[1:])
     store = Store.open_study(home / "studies" / name) if exists else create_study(ready, home, name, command)
-    talk.print(
-        f"study [bold]{name}[/bold]{' (continued)' if exists else ''}: {ready.teacher.name}, {ready.teacher.parameters / 1e6:.1f}M parameters, "
-        f"{ready.plan.space_size:,} candidates, profile {', '.join(p.name for p in (ready.profile, *ready.targets))}, budget {ready.spec.budget}"
+    say(
+        "study ",
+        (name, "bold"),
+        f"{' (continued)' if exists else ''}: {ready.teacher.name}, {ready.teacher.parameters / 1e6:.1f}M parameters, "
+        f"{ready.plan.space_size:,} candidates, profile {', '.join(p.name for p in (ready.profile, *ready.targets))}, budget {ready.spec.budget}",
     )
-    for note in store.meta("notes", []):
-        talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+    for told in store.meta("notes", []):
+        note(told)
     keeper = Housekeeper(store, home)
     known = float(store.meta("spent_s", 0.0) or 0.0)
     with (
@@ -146,20 +166,26 @@ def run_search(
             code = run_study(store, ready, home, notify, address)
             problem = finish_targets(store, ready, home) if code in (0, 3) else None
             if problem:
-                talk.print(f"[yellow]note:[/yellow] {escape(problem)}", soft_wrap=True)
+                note(problem)
         finally:
             left = keeper.finish()
     view = load_view(store)
     show_targets(view)
     _show_end(view, home, code, left)
     for problem in watch.ended(end_of(view, code)):
-        talk.print(f"[yellow]note:[/yellow] {escape(problem)}", soft_wrap=True)
+        note(problem)
     if json:
-        print_json(status_of(view))
+        print_json({**status_of(view), **outcome_of(view, code)})
     elif output:
         print_text(str(short(view.folder / "report.html")))
     store.close()
     return code
+
+
+def outcome_of(view: StudyView, code: int) -> dict[str, Any]:
+    """The exit code of a search with its reason and remedy, as JSON-able data; empty words after a good end."""
+    reason, remedy = ("", "") if code in (0, INTERRUPTED) else why_ended(view, code)
+    return {"exit_code": code, "reason": reason, "remedy": remedy}
 
 
 def end_of(view: StudyView, code: int) -> dict[str, Any]:
@@ -173,12 +199,13 @@ def end_of(view: StudyView, code: int) -> dict[str, Any]:
         "exit_code": code,
         "confirmed": len(view.confirmed),
         "front": len(view.front) - len(view.ties),
-        "recommended": None if best is None else {"key": best.chosen.key, "name": best.chosen.name, "why": list(best.why)},
+        "recommended": None
+        if best is None
+        else {"key": best.chosen.key, "name": best.chosen.name, "why": list(best.why)},
     }
 
 
 def _show_end(view: StudyView, home: Path, code: int, left: str | None) -> None:
-    from paretune.hardware_profiles.errors import NothingFeasible
     from paretune.search.recommend import Limits, recommend
 
     if view.front:
@@ -187,25 +214,43 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None) -> None:
         found = recommend(view, Limits())
     except NothingFeasible as error:
         if view.confirmed:
-            talk.print(f"[yellow]note:[/yellow] {error.problem}; {error.remedy}", soft_wrap=True)
+            note(f"{error.problem}; {error.remedy}")
     else:
-        talk.print(f"[bold]recommended: {found.chosen.name}[/bold] ({found.chosen.key[:8]})")
+        say((f"recommended: {found.chosen.name}", "bold"), f" ({found.chosen.key[:8]})")
         for sentence in found.why:
-            talk.print(f"  · {sentence}", soft_wrap=True)
+            say(f"  · {sentence}")
         artifact = view.folder / "artifacts" / found.chosen.key
         if view.figures.is_decoder:
-            line = f'  {program()} generate {shlex.quote(str(short(artifact)))} --prompt "def "'
-            talk.print(line, soft_wrap=True, markup=False)
-    talk.print(f"report: {short(view.folder / 'report.html')}   MLflow: {program()} ui", soft_wrap=True)
+            say(f"  {pasted('generate', short(artifact), '--prompt', 'def ')}")
+    say(f"report: {short(view.folder / 'report.html')}   MLflow: {pasted('ui', home=home)}")
     if left:
-        talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
-    if code == 3:
-        talk.print(
-            "[yellow]the budget ended before a finalist was confirmed[/yellow]: the baselines are usable; a longer --budget finds students"
+        note(left)
+    if code == INTERRUPTED:
+        state = str(view.meta["state"])
+        say(
+            state
+            if state == "cancelled"
+            else f"{state}; the same command goes on, or `{pasted('resume', view.study, home=home)}`"
         )
-    if code == 130:
-        ended = view.meta["state"]
-        talk.print(ended if ended == "cancelled" else f"{ended}; the same command goes on, or `{program()} resume`")
+    elif code:
+        tell_problem(*why_ended(view, code))
+
+
+def why_ended(view: StudyView, code: int) -> tuple[str, str]:
+    """(reason, remedy) of a search that ended with `code` other than 0 and 130."""
+    from paretune.search.view import failure_counts
+
+    reason, remedy = str(view.meta["ended"] or "no reason is known"), str(view.meta["remedy"] or "")
+    if code == BUDGET_ENDED:
+        return (
+            "the budget ended before a finalist was confirmed",
+            "the baselines are usable; a longer --budget finds students",
+        )
+    if code == NothingFeasible.exit_code and not remedy:
+        counts = [f"{text} ({number} times)" for text, number in failure_counts(view).most_common(MOST_FAILURES_TOLD)]
+        reason = f"nothing was confirmed: {'; '.join([reason, *counts])}"
+        remedy = f"see {short(view.folder / 'worker.log')}; the same command goes on, with a larger --budget a new study begins"
+    return reason, remedy or "mend that, then run the same command again: it goes on"
 
 
 def _show_plan(plan: Plan, json: bool) -> None:
@@ -216,17 +261,25 @@ def _show_plan(plan: Plan, json: bool) -> None:
         f"{plan.teacher}: {plan.parameters / 1e6:.1f}M parameters, {plan.space_size:,} candidates for {plan.profile}"
     )
     print_text(f"{plan.text_what}: {', '.join(f'{name} {n:,}' for name, n in plan.text.items())} {plan.text_unit}")
+    for line in plan.read:
+        print_text(f"  {line}")
     print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
     print_text(
         f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
         f"confirmed, and for more of them, {plan.most_finalists} at most, if they take less"
     )
     if "elastic student" in plan.seconds:
-        sizes = "mild cuts only, at least three quarters of every width" if plan.mild else "all sizes down to a quarter of the widths"
-        print_text(f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so {sizes}")
+        sizes = (
+            "mild cuts only, at least three quarters of every width"
+            if plan.mild
+            else "all sizes down to a quarter of the widths"
+        )
+        print_text(
+            f"elastic student: {plan.tokens_per_parameter:.2g} training tokens per parameter are affordable, so {sizes}"
+        )
     print_text(
         f"disk about {plan.disk_bytes / 1e9:.1f} GB ({plan.free_disk_bytes / 1e9:.0f} GB free), memory about {plan.memory_bytes / 1e9:.1f} GB "
         f"({plan.free_memory_bytes / 1e9:.0f} GB free)"
     )
-    for note in plan.notes:
-        talk.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+    for told in plan.notes:
+        note(told)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli_options import HOME, Home, Json, Study, fraction, milliseconds, opened_view, positive, size_in_bytes, complete_profile, complete_words
-from paretune.console import front_table, print_json, print_text, short, talk
+from paretune.cli_options import (
+    HOME,
+    Home,
+    Json,
+    Study,
+    fraction,
+    milliseconds,
+    opened_view,
+    positive,
+    size_in_bytes,
+    complete_profile,
+    complete_words,
+)
+from paretune.console import front_table, print_json, print_text, say, screen, tell_problem
+from paretune.hardware_profiles.command_line import short
 from paretune.hardware_profiles.errors import NothingFeasible
 
 if TYPE_CHECKING:
@@ -24,20 +36,16 @@ def status(study: Study = None, home: Home = HOME, json: Json = False) -> None:
         if json:
             print_json(data)
             return
-        talk.print(
-            f"[bold]{view.study}[/bold]: {data['state']}, {data['spent_s']:.0f} of {data['budget_s']:.0f} s used"
-        )
+        say((view.study, "bold"), f": {data['state']}, {data['spent_s']:.0f} of {data['budget_s']:.0f} s used")
         print_text(
             f"{data['explored']} explored, {data['confirmed']} confirmed, front {data['front']} ({data['ties']} ties), {data['failures']} failures"
         )
         for event in view.events[-8:]:
-            talk.print(f"  [dim]{event.at[:19]}[/dim] {event.text}", soft_wrap=True)
+            say("  ", (event.at[:19], "dim"), f" {event.text}")
 
 
 def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
     """The Pareto front of a study: confirmed candidates only."""
-    from rich.console import Console
-
     from paretune.search.recommend import point_dict, why_empty
 
     with opened_view(study, home) as view:
@@ -51,26 +59,40 @@ def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
                 }
             )
         else:
-            Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(front_table(view, view.study))
+            screen().print(front_table(view, view.study))
             if not view.front:
-                talk.print(why_empty(view).problem, soft_wrap=True)
+                say(why_empty(view).problem)
 
 
 def recommend(
     study: Study = None,
-    max_latency: Annotated[float | None, typer.Option(help="Decode milliseconds per token; of a plug-in, per forward.")] = None,
+    max_latency: Annotated[
+        float | None, typer.Option(help="Decode milliseconds per token; of a plug-in, per forward.")
+    ] = None,
     max_size: Annotated[str | None, typer.Option(help="Compressed artifact size such as 3MB.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory of the engine such as 40MB.")] = None,
-    max_loss: Annotated[str | None, typer.Option(help="Increase of the NLL (or a plug-in's quality) over the fp32 teacher such as 1%.")] = None,
+    max_loss: Annotated[
+        str | None, typer.Option(help="Increase of the NLL (or a plug-in's quality) over the fp32 teacher such as 1%.")
+    ] = None,
     min_throughput: Annotated[float | None, typer.Option(help="Tokens per second of one stream, at least.")] = None,
     max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the profile's power.")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")] = None,
-    goal: Annotated[str | None, typer.Option(
+    max_cost: Annotated[
+        float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
             help="balanced, fastest, quality or smallest; without it, what the limits suggest.",
             autocompletion=complete_words("balanced", "fastest", "quality", "smallest"),
-        )] = None,
-    profile: Annotated[str | None, typer.Option(help="For this target: its costs, kept or predicted on the fly.", autocompletion=complete_profile)] = None,
-    export: Annotated[Path | None, typer.Option(help="Write the artifact with HOW_TO_RUN.md into this new folder.")] = None,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="For this target: its costs, kept or predicted on the fly.", autocompletion=complete_profile),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the artifact with HOW_TO_RUN.md into this new folder.")
+    ] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
@@ -106,12 +128,11 @@ def _tell(found: Advice, folder: Path, delivered: Path | None) -> None:
     if found.chosen is None:
         assert found.nearest is not None
         near = f"{found.nearest.name} ({found.nearest.key[:8]})"
-        talk.print(
-            f"[red]error:[/red] no front member keeps all limits; the nearest is {near}: {'; '.join(found.why)}",
-            soft_wrap=True,
-        )
         buys = [f"{r.limit} 10 % looser: {r.gain}" for r in found.relaxed if r.key is not None]
-        talk.print(f"[green]remedy:[/green] relax a limit{''.join(f'; {b}' for b in buys)}", soft_wrap=True)
+        tell_problem(
+            f"no front member keeps all limits; the nearest is {near}: {'; '.join(found.why)}",
+            f"relax a limit{''.join(f'; {b}' for b in buys)}",
+        )
         return
     print_text(f"{found.chosen.name} ({found.chosen.key})\n{found.chosen.description}")
     for sentence in found.why:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from paretune.cli_options import HOME, Home, Json, Study, opened_view, study_folder
-from paretune.console import print_json, talk
+from paretune.console import note, print_json, say, screen, talk
+from paretune.console_table import Column, FittedTable
+from paretune.hardware_profiles.command_line import pasted
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from paretune.objectives.measurement import Measurement
     from paretune.search.compare import Comparison
@@ -46,11 +45,10 @@ def targets(
         if json:
             print_json({"study": view.study, "targets": [], "regret": []} if found is None else comparison_dict(found))
         elif found is None:
-            talk.print(f"{view.study} has no further targets: add one with `paretune targets --profile NAME`")
+            more = pasted("targets", view.study, "--profile", "NAME", home=home)
+            say(f"{view.study} has no further targets: add one with `{more}`")
         else:
-            from rich.console import Console
-
-            print_comparison(found, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+            print_comparison(found, screen())
 
 
 def _add(folder: Path, home: Path, names: list[str], seconds: float) -> None:
@@ -73,7 +71,7 @@ def _add(folder: Path, home: Path, names: list[str], seconds: float) -> None:
         add_targets(store, home, profiles, seconds)
         left = Housekeeper(store, home).finish()
         if left:
-            talk.print(f"[yellow]note:[/yellow] {left}", soft_wrap=True)
+            note(left)
     finally:
         store.close()
 
@@ -94,10 +92,10 @@ def print_comparison(found: Comparison, console: Console) -> None:
     console.print(_matrix_table(found, regret))
     console.print(robust_sentence(found, regret), soft_wrap=True)
     for side in found.sides:
-        for note in side.notes:
-            talk.print(f"[yellow]note:[/yellow] {side.name}: {escape(note)}", soft_wrap=True)
+        for told in side.notes:
+            note(f"{side.name}: {told}")
         for reason in sorted(set(side.infeasible.values()))[:3]:
-            talk.print(f"[yellow]note:[/yellow] {side.name}: {escape(reason)}", soft_wrap=True)
+            note(f"{side.name}: {reason}")
 
 
 def robust_sentence(found: Comparison, regret: Regret) -> str:
@@ -109,28 +107,36 @@ def robust_sentence(found: Comparison, regret: Regret) -> str:
     return f"smallest worst regret: {name} ({best.key[:8]}), at most {best.worst:+.1%} ({best.where})"
 
 
-def _targets_table(found: Comparison, regret: Regret) -> Table:
-    from rich.table import Table
-
+def _targets_table(found: Comparison, regret: Regret) -> FittedTable:
     title = f"fastest within {regret.limit:.0%}"
-    table = Table(title=f"{found.view.study}: targets", caption_justify="left")
-    for name in ("target", "measured", "predicted", "cannot run", "front", "recommended", title, "its decode ms"):
-        table.add_column(name, justify="left" if name in ("target", "recommended", title) else "right")
+    columns = (
+        Column("target", right=False, folds=True),
+        Column("measured", rank=4),
+        Column("predicted", rank=5),
+        Column("cannot run", rank=6),
+        Column("front", rank=3),
+        Column("recommended", right=False, folds=True, rank=2),
+        Column(title, right=False),
+        Column("its decode ms", rank=1),
+    )
+    rows = []
     for side in found.sides:
         key, chosen, points = regret.choices[side.name], side.recommended(), side.view.confirmed
         predicted = sum(side.provenance(p.key) == "predicted" for p in points)
         point = None if key is None else side.view.point(key)
-        table.add_row(
-            side.name,
-            str(side.measured),
-            str(predicted),
-            str(len(side.infeasible)),
-            str(len(side.view.front) - len(side.view.ties)),
-            "none" if chosen is None else chosen.chosen.name,
-            "none" if point is None else point.key[:8],
-            "-" if point is None else _cost(point.measurements[side.view.figures.latency]),
+        rows.append(
+            (
+                side.name,
+                str(side.measured),
+                str(predicted),
+                str(len(side.infeasible)),
+                str(len(side.view.front) - len(side.view.ties)),
+                "none" if chosen is None else chosen.chosen.name,
+                "none" if point is None else point.key[:8],
+                "-" if point is None else _cost(point.measurements[side.view.figures.latency]),
+            )
         )
-    return table
+    return FittedTable(columns, tuple(rows), f"{found.view.study}: targets")
 
 
 def _cost(m: Measurement) -> str:
@@ -139,18 +145,14 @@ def _cost(m: Measurement) -> str:
     return f"{m.value:.3f} [{m.low:.3f} … {m.high:.3f}]{mark}"
 
 
-def _matrix_table(found: Comparison, regret: Regret) -> Table:
-    from rich.table import Table
-
+def _matrix_table(found: Comparison, regret: Regret) -> FittedTable:
+    columns = (
+        Column("choice of \\ runs on", right=False, folds=True),
+        *(Column(name, rank=place) for place, name in enumerate(regret.targets)),
+    )
+    rows = tuple((a, *(_cell(found, regret, a, b) for b in regret.targets)) for a in regret.targets)
     caption = "more time per token than the target's own choice; p: predicted"
-    table = Table(title=f"regret within {regret.limit:.0%} loss", caption=caption, caption_justify="left")
-    table.add_column("choice of \\ runs on")
-    table.columns[0].overflow = "fold"
-    for name in regret.targets:
-        table.add_column(name, justify="right", overflow="fold")
-    for a in regret.targets:
-        table.add_row(a, *(_cell(found, regret, a, b) for b in regret.targets))
-    return table
+    return FittedTable(columns, rows, f"regret within {regret.limit:.0%} loss", caption)
 
 
 def _cell(found: Comparison, regret: Regret, a: str, b: str) -> str:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shlex
-import shutil
+import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from paretune.console_table import Column, FittedTable
 
 if TYPE_CHECKING:
     from paretune.objectives.measurement import Measurement
     from paretune.search.view import Point, StudyView
 
-talk = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
+# As wide as any table of ours: what is piped is read by programs, which take no columns away.
+PIPE_WIDTH = 1000
+
+
+def width_of(stream: IO[str]) -> int | None:
+    """Columns of what `stream` leads to: COLUMNS, or the terminal's own (None: rich asks it), or enough for everything in a pipe."""
+    told = os.environ.get("COLUMNS", "")
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    return None if stream.isatty() else PIPE_WIDTH
+
+
+def screen() -> Console:
+    """stdout for tables. Texts are shown as they are: no markup, no emoji codes, no highlighting."""
+    return Console(highlight=False, markup=False, emoji=False, width=width_of(sys.stdout))
+
+
+talk = Console(stderr=True, highlight=False, markup=False, emoji=False, width=width_of(sys.stderr))
 # Columns of the front for what is an objective only where the settings say so.
 FURTHER = {
     "throughput_tokens_per_s": "tokens/s",
@@ -44,6 +60,29 @@ def print_text(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def say(*parts: str | tuple[str, str]) -> None:
+    """One line of talk on stderr; a part is a text, shown as it is, or a text with a style such as ("note:", "yellow")."""
+    talk.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    say(("note:", "yellow"), f" {text}")
+
+
+def tell_problem(problem: str, remedy: str = "") -> None:
+    """A refusal or a bad end: the reason, then what to do."""
+    say(("error:", "red"), f" {problem}")
+    if remedy:
+        say(("remedy:", "green"), f" {remedy}")
+
+
+def show_all_characters() -> None:
+    """Whatever the locale: what stdout and stderr cannot show is replaced, never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def show(m: Measurement | None, kind: str = "") -> str:
     """Value with the half-width of its interval; a mark for what was not measured."""
     if m is None:
@@ -59,36 +98,43 @@ def show(m: Measurement | None, kind: str = "") -> str:
     return f"{m.value:.3f}" + (f" ±{half:.3f}" if half else "") + mark
 
 
-def front_table(view: StudyView, title: str = "") -> Table:
+def front_table(view: StudyView, title: str = "") -> FittedTable:
     """The front as a table, best quality first."""
-    table = Table(
-        title=title or None,
-        caption="interval: 95 %; = tied with the member named; loss against the fp32 teacher",
-        caption_justify="left",
-    )
     figures = view.figures
     quality = "NLL" if figures.is_decoder else figures.quality.replace("_", " ")
     times = ["decode ms", "TTFT ms"] if figures.is_decoder else ["forward ms"]
     further = [name for name in view.objectives if name in FURTHER]
     titles = [FURTHER[name] for name in further]
-    for name in ("candidate", "key", quality, "loss", *times, *titles, "MB zstd", "peak MB", ""):
-        justify: Literal["left", "right"] = "left" if name in ("candidate", "key", "") else "right"
-        table.add_column(name, justify=justify, no_wrap=name in ("key", times[0]))
+    columns = [
+        Column("candidate", right=False, folds=True),
+        Column("key", right=False),
+        Column(quality, rank=4),
+        Column("loss"),
+        *(Column(name, rank=1 + 4 * number) for number, name in enumerate(times)),
+        *(Column(name, rank=3) for name in titles),
+        Column("MB zstd", rank=2),
+        Column("peak MB", rank=6),
+        Column("tie", right=False, rank=7),
+    ]
+    rows = []
     for point in view.front:
         m = point.measurements
         tie = f"= {view.ties[point.key][:8]}" if point.key in view.ties else ""
-        table.add_row(
-            point.name,
-            point.key[:8],
-            f"{m[figures.quality].value:.{3 if figures.is_decoder else 5}f}",
-            show(m.get("relative_loss"), "%"),
-            *(show(m.get(time)) for time, _ in figures.latencies),
-            *(show(m.get(name), "g") for name in further),
-            show(m.get("compressed_bytes"), "MB"),
-            show(m.get("peak_memory_bytes"), "MB"),
-            tie,
+        rows.append(
+            (
+                point.name,
+                point.key[:8],
+                f"{m[figures.quality].value:.{3 if figures.is_decoder else 5}f}",
+                show(m.get("relative_loss"), "%"),
+                *(show(m.get(time)) for time, _ in figures.latencies),
+                *(show(m.get(name), "g") for name in further),
+                show(m.get("compressed_bytes"), "MB"),
+                show(m.get("peak_memory_bytes"), "MB"),
+                tie,
+            )
         )
-    return table
+    caption = "interval: 95 %; = tied with the member named; loss against the fp32 teacher"
+    return FittedTable(tuple(columns), tuple(rows), title, caption)
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +151,7 @@ class Progress:
 
     def __init__(self, budget_s: float, spent_s: float) -> None:
         self.budget_s, self.start = budget_s, time.monotonic() - spent_s
-        self.status = talk.status("starting") if talk.is_terminal else None
+        self.status = talk.status(Text("starting"), spinner=spinner()) if talk.is_terminal else None
         self.explored = self.confirmed = self.failed = 0
         self.front_size, self.best = 0, ""
         self._last_line = 0.0
@@ -119,9 +165,9 @@ class Progress:
         if self.status is not None:
             self.status.stop()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """One line that stays."""
-        talk.print(f"[dim]{duration(time.monotonic() - self.start):>7}[/dim]  {text}", soft_wrap=True)
+        say((f"{duration(time.monotonic() - self.start):>7}", "dim"), "  ", (text, style))
 
     def update(self, doing: str, every_s: float = 15.0) -> None:
         """What is going on; in a log at most every `every_s` seconds."""
@@ -129,7 +175,7 @@ class Progress:
         best = f", best so far {self.best}" if self.best else ""
         text = f"{doing} · {self.explored} explored, {self.confirmed} confirmed, front {self.front_size}{best} · ends in {duration(left)} at the latest"
         if self.status is not None:
-            self.status.update(text)
+            self.status.update(Text(text))
         elif time.monotonic() - self._last_line > every_s:
             self._last_line = time.monotonic()
             self.say(text)
@@ -187,23 +233,12 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
     elif kind == "recovered":
         progress.update("recovering a finalist")
     elif kind == "lost":
-        progress.say(f"[yellow]{data['kind']} lost: {data['reason']}[/yellow]")
+        progress.say(f"{data['kind']} lost: {data['reason']}", "yellow")
     if data.get("status") in ("failed", "infeasible"):
         progress.failed += 1
-        progress.say(f"[yellow]{kind} {data['status']}: {str(data['reason'])[:200]}[/yellow]")
+        progress.say(f"{kind} {data['status']}: {str(data['reason'])[:200]}", "yellow")
 
 
-def program() -> str:
-    """How this shell would call us again, quoted."""
-    if shutil.which("paretune"):
-        return "paretune"
-    if Path(sys.argv[0]).name == "__main__.py":
-        return "python -m paretune"
-    return shlex.quote(str(short(Path(sys.argv[0]).absolute())))
-
-
-def short(path: Path) -> Path:
-    """Relative to the working directory where that is shorter."""
-    with contextlib.suppress(ValueError):
-        return path.relative_to(Path.cwd())
-    return path
+def spinner() -> str:
+    """One that the terminal's encoding can show."""
+    return "dots" if talk.encoding.startswith("utf") else "line"
