@@ -1,10 +1,10 @@
 """One ONNX decoder in OpenVINO on the CPU: the same file that ONNX Runtime runs.
 
 OpenVINO takes liberties by default that would make its numbers another model's: bfloat16 arithmetic where the CPU has it,
-8-bit activations in front of compressed weights, an 8-bit KV cache. All three are switched off here, and integer products where
-the CPU clips them, so logits agree with ONNX Runtime wherever activations are floats. `accuracy_level` of MatMulNBits is not read: activations that ONNX Runtime rounds to 8
-bits stay floats here. The KV cache becomes state inside the engine, as its own text generation has it. Imported in engine
-children only.
+8-bit activations in front of compressed weights, an 8-bit KV cache. All three are switched off here, and so are integer products
+where the CPU clips them, so logits agree with ONNX Runtime wherever activations are floats. `accuracy_level` of
+MatMulNBits is not read: activations that ONNX Runtime rounds to 8 bits stay floats here. The KV cache becomes state inside the
+engine, as its own text generation has it. Imported in engine children only.
 """
 
 from __future__ import annotations
