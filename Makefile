@@ -1,5 +1,5 @@
 # make demo   set up .venv and run the main job (about ten minutes)
-# make test   set up .venv if needed, lint, type-check, test
+# make test   set up .venv if needed, lint, type-check, test; ORDER=7 for a random order
 # make check  lint and type-check only; make browser Debian's Chromium for the browser tests, if it is not there
 # make readers transformers 4.57 in .venv-readers for the tests of what older readers make of an artifact
 # make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
@@ -39,8 +39,10 @@ browser:
 readers: install
 	@scripts/install_readers.sh $(BIN)/python .venv-readers
 
+# Files are shared out to two workers. ORDER=7 runs files and their tests in a random order, the same for the same number.
 test: check browser readers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+		$(if $(ORDER),-p randomly --randomly-seed=$(ORDER) --randomly-dont-reset-seed)
 
 bench: install
 	$(BIN)/python -m benchmarks.run $(NAME)

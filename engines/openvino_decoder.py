@@ -1,14 +1,15 @@
 """One ONNX decoder in OpenVINO on the CPU: the same file that ONNX Runtime runs.
 
 OpenVINO takes liberties by default that would make its numbers another model's: bfloat16 arithmetic where the CPU has it,
-8-bit activations in front of compressed weights, an 8-bit KV cache. All three are switched off here, so logits agree with ONNX Runtime
-wherever activations are floats. `accuracy_level` of MatMulNBits is not read: activations that ONNX Runtime rounds to 8
-bits stay floats here. The KV cache becomes state inside the engine, as its own text generation has it. Imported in engine
-children only.
+8-bit activations in front of compressed weights, an 8-bit KV cache. All three are switched off here, and so are integer products
+where the CPU clips them, so logits agree with ONNX Runtime wherever activations are floats. `accuracy_level` of
+MatMulNBits is not read: activations that ONNX Runtime rounds to 8 bits stay floats here. The KV cache becomes state inside the
+engine, as its own text generation has it. Imported in engine children only.
 """
 
 from __future__ import annotations
 
+import platform
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from openvino.frontend.onnx import ConversionExtension
 
 from paretune.engines.decoder import CPU, EngineDecoder, Ids, Logits
+from paretune.hardware_profiles.detect import detect_local
 from paretune.hardware_profiles.errors import EnvironmentProblem
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -106,7 +108,13 @@ def settings(threads: int) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        **({} if _exact_in_8_bits(platform.machine(), detect_local().isa) else {"LP_TRANSFORMS_MODE": False}),
     }
+
+
+def _exact_in_8_bits(machine: str, isa: tuple[str, ...]) -> bool:
+    """x86 CPUs without VNNI add pairs of 8-bit products in 16 bits and clip the sum, so there the products are left to floats."""
+    return machine not in ("x86_64", "AMD64") or bool({"avx512_vnni", "avx_vnni"} & set(isa))
 
 
 def _one_length_for_all(model: Any) -> None:

@@ -51,6 +51,7 @@ import onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = {threads}
 options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+options.add_session_config_entry("session.x64quantprecision", "1")
 session = onnxruntime.InferenceSession("onnx/model.onnx", options)
 print([(i.name, i.shape, i.type) for i in session.get_inputs()])
 ```

@@ -113,6 +113,35 @@ def pytest_fixture_setup(
         return (yield)
 
 
+# Files whose tests run searches, services and browsers in processes of their own, or time something: `make test` runs them one
+# after the other, beside the rest.
+MACHINE = (
+    "test_api test_benchmarks test_browser test_control test_elsewhere test_end_to_end test_kill test_mlflow_ui test_notify "
+    "test_objectives test_pages test_placement test_plugin_search test_supervisor test_tracking test_walk"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file stays together, so that its fixtures are made once, and the group of MACHINE comes first."""
+    machine = set(MACHINE.split())
+    items.sort(key=lambda item: item.path.stem not in machine)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("machine" if item.path.stem in machine else item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """While a test marked `alone` runs, the other workers wait between two of theirs. It is outside of the test's timeout."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    from paretune.hardware_profiles.lock import MachineLock
+
+    lock = MachineLock(Path(str(item.config._tmp_path_factory.getbasetemp().parent), "turns"))  # type: ignore[attr-defined]
+    with lock.shared() if item.get_closest_marker("alone") is None else lock.exclusive(900.0):
+        return (yield)
+
+
 TINY_VOCAB = 288
 TINY = {
     "vocab_size": TINY_VOCAB,

@@ -146,6 +146,7 @@ def test_the_artifact_alone_gives_the_quality_that_was_told(study: StudyView, tm
     assert check_artifact(alone)["kind"] == "module"
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(str(alone / "onnx" / "model.onnx"), options, providers=["CPUExecutionProvider"])
     errors = [
         np.square(session.run(None, {"input0": b.inputs[0].numpy()})[0] - b.target.numpy()).mean(axis=(1, 2, 3))

@@ -162,7 +162,12 @@ def genai_config(teacher: Teacher, candidate: Candidate) -> dict[str, Any]:
             "type": "llama" if family_of(shape).gpt2 else family_of(shape).name,
             "vocab_size": shape.vocab,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 1, "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "intra_op_num_threads": 1,
+                    "session.x64quantprecision": "1",  # 8-bit products are exact on CPUs without VNNI too
+                    "provider_options": [],
+                },
                 "filename": "model.onnx",
                 "head_size": shape.head_dim,
                 "hidden_size": candidate.width(shape),

@@ -249,7 +249,9 @@ class _Graph:
         """stream @ W.T with int8 weights [K, N] and their scales [N], activations rounded by their own range."""
         x, scale, point = f"{name}/activations", f"{name}/activations/scale", f"{name}/activations/zero"
         self.node("DynamicQuantizeLinear", [stream], f"{name}/round", [x, scale, point])
-        zero = self.constant("int8_zero", INT8_ZERO)
+        zero = self.constant(
+            f"{name}/zero", INT8_ZERO
+        )  # of its own: ONNX Runtime fails where it makes a shared one uint8
         sums = self.node("MatMulInteger", [x, weight[0], point, zero], name)
         real = self.node("Cast", [sums], f"{name}/cast", to=TensorProto.FLOAT)
         return self.node("Mul", [real, self.node("Mul", [scale, weight[1]], f"{name}/scale")], f"{name}/real", outputs)
