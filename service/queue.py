@@ -334,8 +334,8 @@ def _job(row: Any, position: int = 0) -> Job:
         json.dumps(settings, allow_nan=False)
         if state not in STATES:
             raise ValueError(f"{str(state)[:40]!r} is no state")
-        times = tuple(str(value or "") for value in (row.created, row.started, row.ended))
-        for moment in times:
+        created, started, ended = (str(value or "") for value in (row.created, row.started, row.ended))
+        for moment in (created, started, ended):
             datetime.datetime.fromisoformat(moment or now())
         return Job(
             study,
@@ -343,7 +343,9 @@ def _job(row: Any, position: int = 0) -> Job:
             settings,
             row.client_key,
             int(row.attempts or 0),
-            *times,
+            created,
+            started,
+            ended,
             clean(str(row.reason or "")),
             position,
         )

@@ -7,7 +7,6 @@ PARETUNE_PICTURES=1 PARETUNE_PICTURES_HOME=mlruns python -m pytest tests/browser
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +32,6 @@ from paretune.tracking.mlflow_registry import model_name
 
 TESTS = Path(__file__).resolve().parents[1]
 START_S = 90.0
-# What a visitor clicks away once: the assistant's panel and the notice about telemetry.
-SETTLED = {
-    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
-    "mlflow.assistant.panelOpen_v1": "false",
-    "mlflow.telemetry.info.alert.dismissed_v1": "true",
-}
-HIDE_ASSISTANT = "[data-assistant-ui] { display: none !important }"
 
 
 def helpers() -> Any:
@@ -73,12 +67,13 @@ class Shown:
     """A home whose MLflow is open at `address`, the page that `paretune ui` names; `views` by study."""
 
     address: str
+    cookie: dict[str, str]
     home: Path
     views: dict[str, StudyView]
 
     @property
     def server(self) -> str:
-        return self.address.split("/#")[0]
+        return self.address.split("#")[0].rstrip("/")
 
     def route(self, view: str) -> str:
         found = re.search(r"/experiments/(\d+)/", self.address)
@@ -120,7 +115,7 @@ def shown(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         command = [sys.executable, "-m", "paretune", "ui", "--home", str(home), "--port", str(free_port())]
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
-        yield Shown(told_address(process, log), home, views)
+        yield Shown(*enter(told_link(process, log)), home, views)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
@@ -132,29 +127,43 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def told_address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address that the command prints, once something answers there."""
+def told_link(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The link that the command prints once MLflow answers."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
-        found = re.search(r"at (http://127\.0\.0\.1:(\d+)/#\S+)", log.read_text())
+        found = re.search(r"at (http://127\.0\.0\.1:\d+/login\?key=\S+)", log.read_text(encoding="utf8"))
         if found is not None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(found[2]))) == 0:
-                    return found[1]
+            return found[1]
         time.sleep(0.2)
-    pytest.fail(f"MLflow did not come up: {log.read_text()[-600:]}")
+    pytest.fail(f"MLflow did not come up: {log.read_text(encoding='utf8')[-600:]}")
+
+
+class Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def enter(link: str) -> tuple[str, dict[str, str]]:
+    """Where the link leads, and the cookie that it gives, once: every page of these tests has it."""
+    server = link.split("/login")[0]
+    try:
+        urllib.request.build_opener(Stay).open(link, timeout=30)
+    except urllib.error.HTTPError as error:
+        assert error.code == 303
+        name, _, value = str(error.headers["set-cookie"]).partition(";")[0].partition("=")
+        return server + str(error.headers["location"]), {"name": name, "value": value, "url": server}
+    pytest.fail("the link led nowhere")
 
 
 @pytest.fixture
-def mlflow_page(visit: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """`mlflow_page(address, height)`: MLflow opened there by somebody who has seen it before. It may reach nothing outside."""
+def mlflow_page(shown: Shown, visit: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """`mlflow_page(address, height)`: MLflow opened there by somebody who came by the link. It may reach nothing outside."""
     opened = []
 
     def open_page(address: str, height: int = 1000) -> Any:
         found = visit(width=1640, height=height)
         opened.append(found)
-        seeds = "".join(f"localStorage.setItem({json.dumps(k)}, {json.dumps(v)});" for k, v in SETTLED.items())
-        found.page.context.add_init_script(seeds)
+        found.page.context.add_cookies([shown.cookie])
         found.page.goto(address)
         return found.page
 
@@ -168,7 +177,6 @@ def matching(page: Any, number: int) -> None:
 
 
 def shoot(picture: Callable[..., Path], page: Any, name: str) -> None:
-    page.add_style_tag(content=HIDE_ASSISTANT)
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # lines are drawn step by step
     picture(page, name)
