@@ -317,7 +317,7 @@ class Workspace:
             found = read_corpus(self.spec)
             if self._text and self._text != found.fingerprint():  # not kept by older studies
                 raise UsageError(
-                    f"the text must stay the same during a study, but {self.spec.data} has changed since it began",
+                    f"the text must stay the same during a study, but {found.source} has changed since it began",
                     "restore it, or search again with another --study name",
                 )
             self._read_corpus = found
