@@ -315,9 +315,9 @@ class Workspace:
     def _corpus(self) -> Corpus:
         if not hasattr(self, "_read_corpus"):
             found = read_corpus(self.spec)
-            if self._text not in (None, found.fingerprint()):
+            if self._text and self._text != found.fingerprint():  # not kept by older studies
                 raise UsageError(
-                    f"the text must stay the same during a study, but {self.spec.data} has changed since it began",
+                    f"the text must stay the same during a study, but {found.source} has changed since it began",
                     "restore it, or search again with another --study name",
                 )
             self._read_corpus = found
