@@ -30,7 +30,7 @@ def problem_of(text: str) -> str | None:
 def require_text(value: Any, where: str = "", levels: int = MOST_LEVELS) -> None:
     """Raises ValueError naming the first text inside plain data (keys, too) that is not fit to be kept."""
     if levels == 0:
-        raise ValueError(f"{where or 'settings'}: at most {MOST_LEVELS} levels may be nested")
+        raise ValueError(f"{where or 'settings'}: at most {MOST_LEVELS} levels may be nested, but there are more")
     if isinstance(value, str):
         if problem := problem_of(value):
             raise ValueError(f"{where}: {problem}" if where else problem)
@@ -45,8 +45,13 @@ def require_text(value: Any, where: str = "", levels: int = MOST_LEVELS) -> None
 
 
 def clean(text: str) -> str:
-    """The text with every half of a pair as U+FFFD: anything can hold it."""
-    return SURROGATE.sub("�", text)
+    """The text with what is no Unicode escaped: the byte E9 becomes `\\xe9`. Valid text is unchanged."""
+    if not SURROGATE.search(text):
+        return text
+    try:
+        return text.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
+    except UnicodeEncodeError:  # a half that stands for no byte
+        return text.encode("utf8", "backslashreplace").decode()
 
 
 def cleaned(value: Any) -> Any:
@@ -61,6 +66,6 @@ def cleaned(value: Any) -> Any:
 
 
 def loads(text: str) -> Any:
-    """JSON that was kept. Halves of pairs, which an older version may have kept, become U+FFFD: no answer could hold them."""
+    """JSON that was kept. Halves of pairs, which an older version may have kept, are escaped: no answer could hold them."""
     found = json.loads(text)
     return cleaned(found) if "\\ud" in text.lower() else found

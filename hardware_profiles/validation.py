@@ -16,5 +16,8 @@ def said(error: Mapping[str, Any]) -> str:
     message = str(error["msg"]).removeprefix(OWN_RULE)
     if ", but " in message:
         return clean(message)
-    got = repr(error.get("input"))
+    try:
+        got = repr(error.get("input"))
+    except RecursionError:
+        got = "something nested too deeply"
     return clean(f"{message}, but got {got if len(got) < MOST_SHOWN else got[:MOST_SHOWN] + '…'}")

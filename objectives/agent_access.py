@@ -22,19 +22,21 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.files import sync_folder
 
 TOKEN = "PARETUNE_AGENT_TOKEN"
+TOKEN_FILE = "PARETUNE_AGENT_TOKEN_FILE"  # where a search puts it for its workers
 SHORTEST, LONGEST = 16, 256
 
 
 def given_token(home: Path, server: str = "") -> str | None:
-    """The token of the environment, else of `<home>/agent/<server>.token` (host_port); for this machine's own agent also of
-    `<home>/agent/token`, which no other server is told. None if there is none.
+    """The token of the environment, else of the file that it names, else of `<home>/agent/<server>.token` (host_port); for this
+    machine's own agent also of `<home>/agent/token`, which no other server is told. None if there is none.
 
     Raises UsageError for a token that is too short or has other than printable ASCII, EnvironmentProblem for a file that
     others can read.
     """
     folder = home / "agent"
     own = not server or is_loopback(server.rpartition("_")[0])
-    return kept_token(TOKEN, *[folder / f"{server}.token"] * bool(server), *[folder / "token"] * own)
+    named = [Path(os.environ[TOKEN_FILE])] if TOKEN_FILE in os.environ else []
+    return kept_token(TOKEN, *named, *[folder / f"{server}.token"] * bool(server), *[folder / "token"] * own)
 
 
 def kept_token(variable: str, *paths: Path) -> str | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 Stage = str
 TAIL_S = 4.0
+# So much later work is ended that should have ended itself; what is over by more than OVER_S is said.
+GRACE_S, OVER_S = 3.0, 5.0
 
 
 @dataclass
@@ -31,6 +33,12 @@ class Budget:
     def left_s(self) -> float:
         """Seconds until work must end; a few are kept back for the last report."""
         return max(0.0, self.total_s - TAIL_S - self.elapsed_s)
+
+    @property
+    def over(self) -> str:
+        """How far the time used is over the budget, in words; empty where it is not, or by seconds only."""
+        over = self.elapsed_s - self.total_s
+        return f"{self.elapsed_s:.0f} s were used of a budget of {self.total_s:.0f} s" if over > OVER_S else ""
 
     def charge(self, stage: Stage, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds

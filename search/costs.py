@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from paretune.search.budget import Budget
+from paretune.search.budget import TAIL_S, Budget
 from paretune.search.ledger import Ledger
 from paretune.search.records import Fidelity
 from paretune.search.spec import Spec
@@ -65,9 +65,9 @@ class Costs:
         return self.typical_seconds("confirmed", self.scale * CONFIRM_GUESS_S)
 
     def timeout_s(self, kind: Kind) -> float:
-        """After how long a worker gives itself up."""
+        """After how long a worker gives itself up: within the budget, whatever it does."""
         left = self.budget.left_s
         most = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0, "sensitivity": 300.0}.get(
             kind, left + 60.0
         )
-        return min(self.scale * most, left + 20.0)
+        return min(self.scale * most, left + TAIL_S / 2)

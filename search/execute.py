@@ -16,6 +16,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.director import Director
 from paretune.search.processes import descendants, end_survivors
+from paretune.search.secrets_kept import hidden
 from paretune.search.surroundings import TEMP_PREFIX, not_started, prepare_environment, session_folder
 from paretune.search.work import Outcome, Work
 
@@ -64,6 +65,14 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     os.environ["PARETUNE_STUDY_FOLDER"], os.environ["PARETUNE_STUDY_HOME"] = str(folder), str(home)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     prepare_environment(os.environ, home, local=address is None)
+    _clean_up_dead_launch(director)
+    with hidden(os.environ) as secrets:
+        _run_ray(director, folder, cores, launch, address, secrets)
+
+
+def _run_ray(
+    director: Director, folder: Path, cores: int, launch: int, address: str | None, secrets: Path | None
+) -> None:
     import optuna
     import ray
     from ray import tune
@@ -74,7 +83,6 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for name in ("ray", "ray.tune", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    _clean_up_dead_launch(director)
     temp = session_folder()
     passed = passed_on(os.environ)
     local: dict[str, Any] = {
@@ -96,7 +104,13 @@ def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: in
             )
         except (OSError, RuntimeError, ValueError) as error:  # ConnectionError and TimeoutError are OSErrors
             raise not_started(error, temp) from error
-        director.store.set_meta(ray={"temp": str(temp), "processes": descendants(os.getpid())})
+        director.store.set_meta(
+            ray={
+                "temp": str(temp),
+                "secrets": None if secrets is None else str(secrets),
+                "processes": descendants(os.getpid()),
+            }
+        )
         tuner = tune.Tuner(
             tune.with_resources(StudyWorker, placement(cores, folder, ray.cluster_resources())),
             tune_config=tune.TuneConfig(
@@ -165,8 +179,9 @@ def _clean_up_dead_launch(director: Director) -> None:
     if dead is None:
         return
     end_survivors([(pid, started) for pid, started in dead["processes"]])
-    if Path(dead["temp"]).name.startswith(TEMP_PREFIX):
-        shutil.rmtree(dead["temp"], ignore_errors=True)
+    for place in (dead["temp"], dead.get("secrets")):
+        if place and Path(place).name.startswith(TEMP_PREFIX):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _trial_name(trial: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from paretune.search.ledger import MAX_ATTEMPTS
 from paretune.search.prepare import Ready
 from paretune.search.records import now
 from paretune.search.store import Store
+
+BEAT_S = 5.0
 
 
 def run_study(
@@ -43,7 +46,8 @@ def run_study(
     director = Director(store, ready.spec, ready.space, budget, notify)
     try:
         cores = ready.profile.cores if address else min(ready.profile.cores, len(os.sched_getaffinity(0)))
-        execute(director, store.folder, home, cores, launches, address)
+        with time_kept(store, budget):
+            execute(director, store.folder, home, cores, launches, address)
     except BaseException as error:
         if not store.is_there:
             raise folder_gone(store.folder) from error
@@ -64,11 +68,33 @@ def run_study(
         ended=director.stop_reason,
         remedy=director.remedy,
     )
+    if budget.over:
+        store.event("budget", f"{budget.over}: the last work, or the machine, took longer than expected")
     store.event("end", f"{director.stop_reason} (exit code {code})")
     withdraw(store.folder)
     if code != 130 or obeyed == "cancelled":
         shutil.rmtree(store.folder / "work", ignore_errors=True)
     return code
+
+
+@contextlib.contextmanager
+def time_kept(store: Store, budget: Budget, every_s: float = BEAT_S) -> Iterator[None]:
+    """The time used is written every `every_s` seconds, whatever runs: a killed search has used it, too."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(every_s):
+            with contextlib.suppress(Exception):  # a full disk is told by who needs to write
+                spent = budget.elapsed_s
+                store.set_meta(spent_s=spent, spent_at=[spent, now()])
+
+    thread = threading.Thread(target=keep, name="time used", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _ending(director: Director, store: Store) -> int:

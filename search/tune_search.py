@@ -17,6 +17,7 @@ from ray.tune import Stopper
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from paretune.search.budget import GRACE_S
 from paretune.search.director import Director
 from paretune.search.sampler import distributions, frozen_trial, make_sampler, rebuild, stable_seed, tell_constraints
 from paretune.search.sequential import SequentialPlan
@@ -25,7 +26,6 @@ from paretune.spaces.kinds import AnyCandidate, params_of
 
 MOST_DUPLICATES = 40
 OUTCOME = "outcome"
-GRACE_S = 25.0
 LOOK_EVERY_S = 0.5
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from paretune.hardware_profiles.text import clean
+
+printable = clean
+
 
 def is_printable(text: str) -> bool:
     """Whether it can be sent as UTF-8."""
@@ -16,16 +20,6 @@ def is_printable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def printable(text: str) -> str:
-    """The text with what is no Unicode escaped: the byte E9 becomes `\\xe9`. Valid text is unchanged."""
-    if is_printable(text):
-        return text
-    try:
-        return text.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
-        return text.encode("utf8", "backslashreplace").decode()
 
 
 def sendable(data: Any) -> Any:
