@@ -276,6 +276,16 @@ def tiny_weights(tiny_teacher: Teacher) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def learned_weights() -> Callable[[str], dict[str, torch.Tensor]]:
+    """`learned_weights("five")` or `("three")` layers that have learned the generated text: the same on every processor, because
+    they lie in a file (data/make_learned.py)."""
+    from safetensors.torch import load_file
+
+    stored = load_file(Path(__file__).parent / "data" / "learned.safetensors")
+    return lambda model: {n.partition("/")[2]: w.float() for n, w in stored.items() if n.startswith(f"{model}/")}
+
+
+@pytest.fixture(scope="session")
 def tiny_space(tiny_teacher: Teacher) -> Space:
     from paretune.spaces import Space
 

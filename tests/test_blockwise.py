@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from paretune.compression.distill import RecoveryRecipe, recover, recover_blocks
 from paretune.compression.distill.blockwise import block_output, layer_alone, relative_error
 from paretune.compression.distill.hidden import hidden_loss, layer_outputs, segments
-from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.prune import importance, layer_statistics, slice_weights, sort_by_importance
 from paretune.compression.student import Network, quantized_weights
 from paretune.spaces import Candidate, Format, Layer
 from paretune.teachers import Teacher, TokenSplit
-from paretune.teachers.batches import Batches
 
 Weights = dict[str, torch.Tensor]
 INT4 = Format(4, 32, "fp32")
@@ -69,24 +67,16 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_teacher: Teacher, tiny_tokens: dict[str, TokenSplit]) -> Trained:
+def trained(
+    tiny_teacher: Teacher, tiny_tokens: dict[str, TokenSplit], learned_weights: Callable[[str], Weights]
+) -> Trained:
     made: dict[int, Network] = {}
 
     def networks(depth: int) -> Network:
         return made.setdefault(depth, Network(tiny_teacher.config, tiny_teacher.shape, depth))
 
-    train = torch.as_tensor(tiny_tokens["train"].ids[:].astype("int64"))
-    parameters = {
-        n: torch.nn.Parameter(0.3 * w if w.ndim == 2 else w.clone()) for n, w in tiny_teacher.weights().items()
-    }
-    optimizers, batches = Optimizers(parameters, 0.02, 3e-3), Batches(train, 64, 8, 0)
-    for step in range(250):
-        ids = batches.at(step)
-        logits = networks(3)(parameters, ids)[:, :-1]
-        torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
-        optimizers.step(decay(step, step / 250))
+    train, weights = torch.as_tensor(tiny_tokens["train"].ids[:].astype("int64")), learned_weights("three")
     calibration = torch.from_numpy(tiny_tokens["calibration"].windows(64).ids[:16])
-    weights = {n: p.detach() for n, p in parameters.items()}
     order = importance(layer_statistics(networks(3), weights, calibration), tiny_teacher.shape)
     weights = sort_by_importance(weights, order, tiny_teacher.shape)
     student = slice_weights(weights, CUT, order, tiny_teacher.shape)
