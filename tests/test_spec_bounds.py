@@ -11,7 +11,7 @@ import pytest
 from paretune.hardware_profiles import UsageError
 from paretune.hardware_profiles.text import clean, cleaned, loads, require_text
 from paretune.hardware_profiles.yaml_file import load_model
-from paretune.search.spec import Spec, make_spec, seconds
+from paretune.search.spec import make_spec, seconds
 from paretune.service.checks import check_plan, check_settings, least_parameters
 from paretune.service.job import Conflict
 from paretune.service.notify import Notify
