@@ -168,7 +168,7 @@ def runtime_notes(teacher: Teacher) -> list[str]:
     notes = []
     if problem := tokenizer_problem(teacher.folder):
         notes.append(
-            f"onnxruntime-genai cannot use the teacher's tokenizer: {problem}. `paretune generate` and transformers can; other "
+            f"onnxruntime-genai cannot use the teacher's tokenizer: {problem}. `generate` and transformers can; other "
             "programs must encode prompts with the tokenizers library, or the teacher needs a byte-level BPE tokenizer"
         )
     if not teacher.special.stop:

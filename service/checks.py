@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.profile import load_profile
 from paretune.hardware_profiles.text import clean
@@ -66,5 +67,5 @@ def not_from_here(study: str, settings: Any) -> UsageError | None:
         return None
     return UsageError(
         f"a plug-in is started from the command line only, but the teacher of {study} is {teacher!r}",
-        f"run `paretune resume {study}` there" if study != "this search" else "run `paretune search` there",
+        f"run `{pasted('resume', study)}` there" if study != "this search" else f"run `{pasted('search')}` there",
     )

@@ -21,7 +21,7 @@ from paretune.tracking.ui import require_database, start_page
 if TYPE_CHECKING:
     from paretune.service.security import Receive, Scope, Send
 
-SPENT = "this link was used already, or is not the one that was printed: start `paretune ui` again for a new one"
+SPENT = "this link was used already, or is not the one that was printed: start the command again for a new one"
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def test_an_impossible_teacher_path_is_a_usage_error(path: str, tmp_path: Path) 
         prepare(make_spec(None, None, {"teacher": path}), tmp_path)
 
     problem = problem_of(search)
-    assert "--teacher" in problem
+    assert "teacher" in problem
     assert len(problem) < 500
 
 
@@ -187,7 +187,8 @@ def test_impossible_data_is_a_usage_error(path: str, tmp_path: Path, tiny_teache
     def search() -> None:
         prepare(make_spec(None, None, {"data": path, "teacher": str(tiny_teacher_dir)}), tmp_path)
 
-    assert "--data must name" in problem_of(search)
+    problem = problem_of(search)
+    assert "--data must name" in problem or "data: " in problem
 
 
 TEXT = "".join(f"line {i} of a text with an ä in it\n" for i in range(40))
