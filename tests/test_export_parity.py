@@ -263,7 +263,9 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
         "one weight moved": torch_logits(one_weight_moved(weights), candidate, teacher, shipping.ids),
         "coarser grid": torch_logits(weights, coarser(candidate), teacher, shipping.ids),
     }
-    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids)) >= 0.9
+    # The least seen on two of a CPU's paths was 0.875. With four ties expected in 32 sequences, fewer than 0.6 of
+    # them agree in 3 of ten million runs.
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids)) >= 0.6
     for name, other in controls.items():
         assert agreement(other) <= 0.1, f"the control {name!r} passed"
 
@@ -369,7 +371,9 @@ def test_gptq_with_rounded_activations_ships_as_it_is_searched(
     network = Network(teacher.config, teacher.shape, 3)
     with torch.no_grad():
         exact = network(quantized_weights(weights, candidate, codes), torch.from_numpy(shipping.ids))
-    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids, codes=codes)) >= 0.9
+    # The least seen on two of a CPU's paths was 0.875. With four ties expected in 32 sequences, fewer than 0.6 of
+    # them agree in 3 of ten million runs.
+    assert agreement(torch_logits(weights, candidate, teacher, shipping.ids, codes=codes)) >= 0.6
     assert agreement(exact) <= 0.1, "the control without rounded activations passed"
     assert agreement(torch_logits(weights, to_nearest(candidate), teacher, shipping.ids)) <= 0.1
     moved = one_code_moved(codes)
