@@ -31,9 +31,10 @@ class Ranks:
     def __init__(self, folder: Path, rank: int, degree: int) -> None:
         self.rank, self.degree = rank, degree
         if degree > 1:
-            where = f"file://{(folder / 'rendezvous').resolve()}"
+            # By path: torch would not take back the quotes of a URL.
+            meeting = distributed.FileStore(str((folder / "rendezvous").resolve()), degree)  # type: ignore[attr-defined]
             distributed.init_process_group(
-                "gloo", init_method=where, rank=rank, world_size=degree, timeout=EXCHANGE_TIMEOUT
+                "gloo", store=meeting, rank=rank, world_size=degree, timeout=EXCHANGE_TIMEOUT
             )
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.tracking.mlflow_app import PREFIX, environment_of
-from paretune.tracking.mlflow_paths import remove_stray
+from paretune.tracking.mlflow_paths import follow_home
 from paretune.tracking.ui import end_server, require_database
 
 if TYPE_CHECKING:
@@ -41,16 +42,15 @@ ANSWERED = (
     "cache-control",
     "location",
 )
-# MLflow's page is not ours: scripts of its own files only, and files of runs are shown in a frame without rights.
-HEADERS = [
-    (
-        b"content-security-policy",
-        b"default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-        b"connect-src 'self'; worker-src 'self' blob:; frame-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
-        b"form-action 'self'; frame-ancestors 'self'",
-    ),
-    (b"x-frame-options", b"SAMEORIGIN"),
-]
+# MLflow's page is not ours: scripts of its own files only, and files of runs are shown in a frame without rights. Its parallel
+# coordinates make functions at run time (unsafe-eval). Scripts inside HTML files of runs are under the page's policy, so they
+# draw only where `inline` allows it.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-eval'{inline}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; frame-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
+)
+FRAMES = (b"x-frame-options", b"SAMEORIGIN")
 
 
 @contextlib.contextmanager
@@ -60,13 +60,15 @@ def mlflow_process(home: Path) -> Iterator[Path]:
     Raises UsageError if nothing was recorded in `home` yet, EnvironmentProblem if it does not come up.
     """
     require_database(home)
+    _follow(home)
     folder = Path(tempfile.mkdtemp(prefix="paretune-", dir=_short_folder()))  # of mode 0700
     path = folder / "mlflow"
-    command = [sys.executable, "-m", "paretune.tracking.mlflow_app", str(path), str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "paretune.tracking.mlflow_app", str(path), str(os.getpid())]
     try:
         server = subprocess.Popen(
             command,
             env=environment_of(home),
+            cwd=folder,  # MLflow makes folders where it stands
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -78,7 +80,14 @@ def mlflow_process(home: Path) -> Iterator[Path]:
             end_server(server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        remove_stray(home)
+
+
+def _follow(home: Path) -> None:
+    """A home that was moved or copied shows its own files. One that cannot be written shows what it can."""
+    try:
+        follow_home(home)
+    except sqlite3.Error as error:
+        print(f"note: MLflow's addresses of files stay as they are: {error}", file=sys.stderr)
 
 
 def _short_folder() -> str | None:
@@ -99,10 +108,12 @@ def _wait(server: subprocess.Popen[bytes], path: Path) -> None:
 
 class MlflowProxy:
     """Hands requests below PREFIX on to the socket, without cookies, tokens or other headers that MLflow does not need; everything
-    else goes to `app`."""
+    else goes to `app`. `inline_scripts`: charts inside HTML files of runs are drawn; only where nothing but MLflow has the address."""
 
-    def __init__(self, app: App, path: Path) -> None:
+    def __init__(self, app: App, path: Path, inline_scripts: bool = False) -> None:
         self.app, self.path = app, path
+        policy = POLICY.format(inline=" 'unsafe-inline'" if inline_scripts else "")
+        self.headers = [(b"content-security-policy", policy.encode()), FRAMES]
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,7 +139,7 @@ class MlflowProxy:
                 scope["method"], url, headers=headers, data=body, allow_redirects=False
             ) as answer:
                 kept = [(n.encode(), answer.headers[n].encode("latin-1")) for n in ANSWERED if n in answer.headers]
-                await send({"type": "http.response.start", "status": answer.status, "headers": [*kept, *HEADERS]})
+                await send({"type": "http.response.start", "status": answer.status, "headers": [*kept, *self.headers]})
                 began = True
                 async for piece in answer.content.iter_any():
                     await send({"type": "http.response.body", "body": piece, "more_body": True})

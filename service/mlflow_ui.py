@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import html
 import secrets
 import sys
 from dataclasses import dataclass, field
@@ -56,7 +57,9 @@ class OneLink:
             cookie = (
                 f"{COOKIE}={self.visitors.sessions.begin()}; Path=/; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
             )
-            await _say(send, 303, "", [(b"location", self.page.encode()), (b"set-cookie", cookie.encode())])
+            # A page, not a redirect: the browser sends the strict cookie also if the link was clicked on another site's page.
+            page = f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(self.page)}"><title>MLflow</title>'
+            await _say(send, 200, page, [(b"set-cookie", cookie.encode())], b"text/html; charset=utf-8")
 
     def _opens(self, given: str) -> bool:
         if self.key is None or not hmac.compare_digest(given.encode(), self.key.encode()):
@@ -80,7 +83,7 @@ def serve_ui(home: Path, port: int) -> int:
         path = stack.enter_context(mlflow_process(home))
         visitors = Visitors()
         links = OneLink(visitors, start_page(home, PREFIX + "/"))
-        server = server_of(Guard(MlflowProxy(links, path), visitors), visitors.is_proxy)
+        server = server_of(Guard(MlflowProxy(links, path, inline_scripts=True), visitors), visitors.is_proxy)
         server.capture_signals = lambda: ended_by_signals(server)  # type: ignore[method-assign]
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         print(f"MLflow shows {home} at {address}/login?key={links.key}", file=sys.stderr)
@@ -89,12 +92,14 @@ def serve_ui(home: Path, port: int) -> int:
     return 0
 
 
-async def _say(send: Send, status: int, words: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+async def _say(
+    send: Send,
+    status: int,
+    words: str,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    kind: bytes = b"text/plain; charset=utf-8",
+) -> None:
     body = words.encode()
-    start = [
-        *(headers or []),
-        (b"content-type", b"text/plain; charset=utf-8"),
-        (b"content-length", str(len(body)).encode()),
-    ]
+    start = [*(headers or []), (b"content-type", kind), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": start})
     await send({"type": "http.response.body", "body": body})

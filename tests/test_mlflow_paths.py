@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
+from paretune.service.mlflow_page import mlflow_process
 from paretune.tracking.mlflow_paths import ADDRESSES, artifact_root, database_path, database_uri, follow_home
 
 WRITE = """
@@ -19,7 +21,7 @@ import sys
 from pathlib import Path
 from mlflow import MlflowClient
 from paretune.tracking.mlflow_experiment import EXPERIMENT
-from paretune.tracking.mlflow_paths import artifact_root, database_uri, follow_home, remove_stray
+from paretune.tracking.mlflow_paths import artifact_root, database_uri, follow_home
 home = Path(sys.argv[1])
 follow_home(home)
 client = MlflowClient(database_uri(home), database_uri(home))
@@ -27,7 +29,6 @@ found = client.get_experiment_by_name(EXPERIMENT)
 experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifact_location=artifact_root(home))
 for run in [*client.search_runs([experiment]), client.create_run(experiment)]:
     client.log_text(run.info.run_id, "text", "folder/file.txt")
-remove_stray(home)
 """
 ODD = ("feature%2Flogin", "a?b", "a%20b", "100%", "a b#c;d&e", "ümlaut", "runs [best]", "it's")
 
@@ -86,6 +87,31 @@ def test_a_moved_home_keeps_its_files_and_gets_the_new_ones(template: Path, tmp_
     assert found and all(Path(unquote(urlparse(value).path)).is_relative_to(home) for value in found)
     assert len(list(home.rglob("file.txt"))) == 2
     assert sorted(path.name for path in template.rglob("*")) == before and old.is_dir() and not gone.exists()
+
+
+def test_the_page_of_a_copy_shows_the_copy_s_files(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before anything is recorded anew, as after a move, a restore or a mount elsewhere."""
+    home = Path(shutil.copytree(template / "feature%2Flogin?", tmp_path / "copy #1"))
+    monkeypatch.setattr("paretune.service.mlflow_page._wait", lambda *_: None)
+    with mlflow_process(home):
+        assert all(Path(unquote(urlparse(value).path)).is_relative_to(home) for value in addresses(home))
+
+
+def test_a_home_below_a_folder_that_only_others_may_write(tmp_path: Path) -> None:
+    """`/mnt/My Drive/home`: nothing may be made beside it, so nothing is."""
+    above = tmp_path / "mnt"
+    home = above / "My Drive"
+    home.mkdir(parents=True)
+    above.chmod(0o555)
+    try:
+        with_root = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 and shutil.which("setpriv") else []
+        done = subprocess.run([*with_root, sys.executable, "-c", WRITE, str(home)], capture_output=True, timeout=200)
+        assert done.returncode == 0, done.stderr.decode()[-500:]
+        assert [path.name for path in above.iterdir()] == [home.name]
+    finally:
+        above.chmod(0o755)
 
 
 def test_what_is_not_ours_stays(template: Path, tmp_path: Path) -> None:

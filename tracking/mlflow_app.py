@@ -32,7 +32,7 @@ READS: tuple[tuple[str, str], ...] = (
     ("GET", f"{API}experiments/get-by-name"),
     ("GET", f"{API}experiments/search"),
     ("POST", f"{API}experiments/search-datasets"),
-    ("POST", "/graphql"),  # queries of runs; its only mutation is a test that answers its own input
+    ("POST", "/graphql"),  # reads only, its mutations, too; tests/test_mlflow_routes.py knows them by name
     ("POST", f"{API}experiments/search"),
     ("GET", f"{API}runs/get"),
     ("POST", f"{API}runs/search"),
@@ -56,15 +56,27 @@ READS: tuple[tuple[str, str], ...] = (
     ("GET", f"{API}logged-models/[A-Za-z0-9_-]+/artifacts/files"),
 )
 ALLOWED = tuple((method, re.compile(PREFIX + pattern)) for method, pattern in READS)
-# What a visitor would click away: the assistant, which does not answer here, and the notice about telemetry, which is off.
+# What a visitor would click away: the assistant, which does not answer here, and the notice about telemetry, which is off. The page
+# begins on the side for models and asks for no gateway, whose refusal it would show as an error.
 SETTLED_SCRIPT = """\
 localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 localStorage.setItem("mlflow.telemetry.info.alert.dismissed_v1", "true");
+if (localStorage.getItem("mlflow.workflowType_v1") === null)
+  localStorage.setItem("mlflow.workflowType_v1", '"machine_learning"');
+const served = window.fetch;
+window.fetch = (asked, ...more) => {
+  const url = String(asked instanceof Request ? asked.url : asked);
+  if (url.includes("ajax-api/2.0/mlflow/gateway-proxy"))
+    return Promise.resolve(new Response('{"endpoints": []}', { headers: { "content-type": "application/json" } }));
+  return served.call(window, asked, ...more);
+};
 """
 WITHOUT_ASSISTANT = "<style>[data-assistant-ui] { display: none !important }</style>"
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_ENABLE_AI_GATEWAY": "false",
+    "MLFLOW_ENABLE_REMOTE_ASSISTANT": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "_MLFLOW_STATIC_PREFIX": PREFIX,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 from pathlib import Path
 from urllib.parse import quote
@@ -25,21 +24,16 @@ def database_path(home: Path) -> Path:
 
 
 def database_uri(home: Path) -> str:
-    """The SQLAlchemy address of the home's database, quoted: it is unquoted when opened, and a `?` would end the path."""
-    return f"sqlite:///{quote(str(database_path(home)))}"
+    """The SQLAlchemy address of the home's database, quoted: it is unquoted when opened, and a `?` would end the path.
+
+    It names the driver: of an address that begins with `sqlite:///` MLflow makes the folder as it is quoted, beside the home.
+    """
+    return f"sqlite+pysqlite:///{quote(str(database_path(home)))}"
 
 
 def artifact_root(home: Path) -> str:
     """Address of the folder that holds the files of runs."""
     return (home.resolve() / "artifacts").as_uri()
-
-
-def remove_stray(home: Path) -> None:
-    """Remove the empty folder that MLflow makes beside a home whose path has to be quoted."""
-    stray = Path(quote(str(home.resolve())))
-    if stray != home.resolve():
-        with contextlib.suppress(OSError):
-            os.removedirs(stray)
 
 
 def follow_home(home: Path) -> int:

@@ -25,7 +25,7 @@ from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError
 from paretune.search.store import Store
 from paretune.search.view import StudyView, load_view
 from paretune.tracking.mlflow_experiment import experiment_of
-from paretune.tracking.mlflow_paths import artifact_root, database_uri, follow_home, remove_stray
+from paretune.tracking.mlflow_paths import artifact_root, database_uri, follow_home
 from paretune.tracking.mlflow_runs import StudyRuns
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class MlflowSink:
     def _require_there(self) -> None:
         """Raises EnvironmentProblem if the database cannot be written or the server is silent. Asked before the first turn is
         taken, so that no measurement waits for MLflow."""
-        if self.uri.startswith("sqlite:"):
+        if self.uri.startswith("sqlite"):
             _require_writable(self.home / "mlflow.db")
         elif self.uri.startswith(("http://", "https://")):
             _require_answer(self.uri)
@@ -147,7 +147,7 @@ class MlflowSink:
 
     def _artifact_location(self) -> str | None:
         """Absolute, because MLflow's default depends on the working directory; a remote server decides itself."""
-        return artifact_root(self.home) if self.uri.startswith("sqlite:") else None
+        return artifact_root(self.home) if self.uri.startswith("sqlite") else None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -155,10 +155,7 @@ class MlflowSink:
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / "mlflow.lock").open("a", encoding="utf-8") as lock:
             _poll_lock(lock.fileno(), time.monotonic() + LOCK_S)
-            try:
-                yield
-            finally:
-                remove_stray(self.home)
+            yield
 
 
 def _client(uri: str) -> MlflowClient:

@@ -88,7 +88,9 @@ def _latin(world: World) -> dict[str, str] | None:
 def _runs(home: Path) -> list[object]:
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    from paretune.tracking.mlflow_paths import database_uri
+
+    client = mlflow.MlflowClient(database_uri(home))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return list(client.search_runs(experiments))
 
