@@ -160,11 +160,13 @@ def test_no_secret_and_no_setting_of_another_mlflow(tmp_path: Path) -> None:
         "PARETUNE_AGENT_TOKEN": "b",
         "PARETUNE_NOTIFY_SECRET": "c",
         "MLFLOW_TRACKING_PASSWORD": "d",
+        "AWS_SECRET_ACCESS_KEY": "e",
+        "OPENAI_API_KEY": "f",
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true",
     }
     found = environment_of(tmp_path, given)
-    assert not {"a", "b", "c", "d"} & set(found.values()) and found["PATH"] == "/bin"
+    assert not {"a", "b", "c", "d", "e", "f"} & set(found.values()) and found["PATH"] == "/bin"
     assert found["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == found["_MLFLOW_SERVER_SERVE_ARTIFACTS"] == "false"
     assert not [name for name in found if name.startswith("PARETUNE")]
 

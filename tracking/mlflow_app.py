@@ -82,6 +82,10 @@ ENVIRONMENT = {
     "_MLFLOW_STATIC_PREFIX": PREFIX,
     "_MLFLOW_SERVER_SERVE_ARTIFACTS": "false",
 }
+# Names only, so that no secret of anybody reaches MLflow, whatever it is called.
+INHERITED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|TEMP|TMP|LD_LIBRARY_PATH|VIRTUAL_ENV|PYTHON\w+|OMP_\w+"
+)
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -133,7 +137,7 @@ def environment_of(home: Path, given: MutableMapping[str, str] | None = None) ->
     from paretune.tracking.mlflow_paths import artifact_root, database_uri
 
     inherited = os.environ if given is None else given
-    kept = {name: value for name, value in inherited.items() if not re.match(r"_?(PARETUNE|MLFLOW)_", name)}
+    kept = {name: value for name, value in inherited.items() if INHERITED.fullmatch(name)}
     stores = {name: database_uri(home) for name in ("_MLFLOW_SERVER_FILE_STORE", "_MLFLOW_SERVER_REGISTRY_STORE")}
     return kept | ENVIRONMENT | stores | {"_MLFLOW_SERVER_ARTIFACT_ROOT": artifact_root(home)}
 
