@@ -28,7 +28,6 @@ DISK = (
     sqlite3.SQLITE_PERM,
 )
 LACKS = ("no such table", "no such column")
-ERRNO = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS}
 
 
 def code_of(error: sa.exc.DBAPIError) -> int:
@@ -53,10 +52,8 @@ def database_problem(error: sa.exc.DBAPIError, folder: Path, what: str = "the da
 def _disk(code: int, reason: str, folder: Path, what: str) -> EnvironmentProblem:
     """SQLite does not say why a file cannot be opened or written, so it is tried: no space, no handle, no permission, read-only."""
     lack = disk_lack(folder)
-    number = lack.errno if lack is not None else ERRNO.get(code)
+    number = lack.errno if lack is not None else errno.ENOSPC if code == sqlite3.SQLITE_FULL else None
     problem = None if number is None else disk_problem(OSError(number, os.strerror(number)))
-    if code == sqlite3.SQLITE_READONLY and number != errno.EROFS:
-        problem = None
     if problem is not None:
         return DiskProblem(f"{problem.problem}; {what} in {folder}: {reason}", problem.remedy)
     remedy = "look at the folder's disk and permissions"

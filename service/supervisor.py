@@ -47,10 +47,11 @@ def search_command(job: Job, spec: Path, home: Path) -> list[str]:
 @dataclass
 class Running:
     """A search's process and the file in memory into which it writes how it ends; None where one of an earlier service still
-    holds the study."""
+    holds the study. `end` is what was known when it had ended: the disk may be free again before that can be written."""
 
     process: subprocess.Popen[bytes] | None
     told: int | None = None
+    end: Ended | None = None
 
     def close(self) -> None:
         if self.told is not None:
@@ -258,17 +259,20 @@ class Supervisor:
         """Write how a search ended. It counts as running until that is written: a full disk must not lose it."""
         running, job = self.running[study], self.queue.job(study)
         if job is not None:
-            end = Ended(
-                code,
-                study_says(self._folder(study)),
-                None if running.told is None else ending.read(running.told),
-                self.log_of(study).words(),
-                self.hold.lack() if code else "",
-                self._ending.is_set(),
-            )
-            self._write_end(job, end)
+            running.end = running.end or self._end_of(study, running, code)
+            self._write_end(job, running.end)
         running.close()
         del self.running[study]
+
+    def _end_of(self, study: str, running: Running, code: int) -> Ended:
+        return Ended(
+            code,
+            study_says(self._folder(study)),
+            None if running.told is None else ending.read(running.told),
+            self.log_of(study).words(),
+            self.hold.lack() if code else "",
+            self._ending.is_set(),
+        )
 
     def _write_end(self, job: Job, end: Ended) -> None:
         found = outcome_of(job, end, self.most_restarts)
