@@ -39,10 +39,13 @@ browser:
 readers: install
 	@scripts/install_readers.sh $(BIN)/python .venv-readers
 
-# Files are shared out to two workers. ORDER=7 runs files and their tests in a random order, the same for the same number.
+# First what can run beside other work, on two processes; then, alone, what times things or searches against the clock.
+# ORDER=7 runs files and their tests in a random order, the same for the same number.
+RANDOM_ORDER = $(if $(ORDER),-p randomly --randomly-seed=$(ORDER) --randomly-dont-reset-seed)
+
 test: check browser readers
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
-		$(if $(ORDER),-p randomly --randomly-seed=$(ORDER) --randomly-dont-reset-seed)
+	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile $(RANDOM_ORDER)
+	$(BIN)/python -m pytest -m machine $(RANDOM_ORDER)
 
 bench: install
 	$(BIN)/python -m benchmarks.run $(NAME)

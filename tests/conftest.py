@@ -123,23 +123,11 @@ MACHINE = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file stays together, so that its fixtures are made once, and the group of MACHINE comes first."""
+    """Marks the files of MACHINE: they time things or run searches against the clock, so nothing may run beside them."""
     machine = set(MACHINE.split())
-    items.sort(key=lambda item: item.path.stem not in machine)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("machine" if item.path.stem in machine else item.path.stem))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """While a test marked `alone` runs, the other workers wait between two of theirs. It is outside of the test's timeout."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return (yield)
-    from paretune.hardware_profiles.lock import MachineLock
-
-    lock = MachineLock(Path(str(item.config._tmp_path_factory.getbasetemp().parent), "turns"))  # type: ignore[attr-defined]
-    with lock.shared() if item.get_closest_marker("alone") is None else lock.exclusive(900.0):
-        return (yield)
+        if item.path.stem in machine:
+            item.add_marker(pytest.mark.machine)
 
 
 TINY_VOCAB = 288

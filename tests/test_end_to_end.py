@@ -93,7 +93,6 @@ def test_the_artifact_alone_generates_text(night, view, tmp_path):
     assert damaged.returncode == 2 and "differs from its checksum" in " ".join(damaged.stderr.split())
 
 
-@pytest.mark.alone
 def test_measure_compares_with_the_study(night, view):
     point = view.front[0]
     done = paretune("measure", view.folder / "artifacts" / point.key, "--json", cwd=night[0])
