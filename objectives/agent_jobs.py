@@ -201,7 +201,7 @@ def _limit(pid: int, memory: int) -> None:
     with contextlib.suppress(ProcessLookupError, AttributeError):  # it has ended; only Linux has prlimit
         resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
     with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def _conclude(job: Job, told: bytes, errors: IO[bytes]) -> None:

@@ -143,7 +143,7 @@ def all_memory() -> int:
     """Bytes of memory that this machine, or the control group that holds us, has in all."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):
-        return min(machine, int((CONTROL_GROUP / "memory.max").read_text()))
+        return min(machine, int((CONTROL_GROUP / "memory.max").read_text(encoding="utf-8")))
     return machine
 
 

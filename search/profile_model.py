@@ -48,7 +48,7 @@ def profile_model(model: str, work: Work) -> Profiled:
 
     Raises UsageError for what is neither, is damaged or has too short a context; Infeasible if the engine refuses it.
     """
-    if is_plugin(model) or not (model == EMBEDDED or is_folder(model)):
+    if is_plugin(model) or not (model == EMBEDDED or is_folder(model, "MODEL")):
         raise UsageError(
             f"MODEL must be {EMBEDDED!r}, a Hugging Face folder or the folder of an artifact, but got {model!r}",
             "check the path; a plug-in's module has no layers that could be told apart",

@@ -159,7 +159,7 @@ def remeasure(
 
 def context_of(artifact: Path) -> int:
     """The longest sequence of a decoder's artifact, in tokens."""
-    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text())["model"]["context_length"])
+    return int(json.loads((artifact / "onnx" / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"])
 
 
 def require_at_hand(profile: Profile) -> None:

@@ -173,9 +173,9 @@ def load_teacher(name_or_folder: str) -> Teacher:
     return _check(folder.resolve().name, folder.resolve())
 
 
-def is_folder(path: str) -> bool:
+def is_folder(path: str, what: str = "--teacher") -> bool:
     """Whether an existing folder is named; an empty path, or one with a zero byte, names none. Raises as `access.unreadable`."""
-    return bool(path) and "\0" not in path and access.is_folder(Path(path), "--teacher")
+    return bool(path) and "\0" not in path and access.is_folder(Path(path), what)
 
 
 def _check(name: str, folder: Path) -> Teacher:

@@ -277,7 +277,7 @@ def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator:
     cut = Candidate((Layer(64, 2),) * 2)
     outcome = evaluator.run(Work("rung0", cut))
     assert outcome.status == "fatal" and outcome.exit_code == 5
-    assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.reason
+    assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.facts["remedy"]
 
 
 def test_scoring_lets_go_of_the_machine_between_slices(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from paretune.hardware_profiles import EnvironmentProblem, NothingFeasible, UsageError
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.measurement import LEFT_PREDICTED
-from paretune.search.budget import Budget
+from paretune.search.budget import GRACE_S, Budget
 from paretune.search.calibration import Calibration, Pair
 from paretune.search.director import Director
 from paretune.search.execute import run_inline
@@ -468,9 +468,9 @@ def test_the_driver_ends_what_a_stuck_worker_would_keep_alive(tmp_path):
     director = Director(store, ready.spec, ready.space, Budget(100.0, clock=clock))
     stopper = Interrupt(director)
     assert not stopper.stop_all()
-    clock.now = 110.0
+    clock.now = 100.0 + GRACE_S - 1.0
     assert not stopper.stop_all(), "the worker has some seconds to end by itself"
-    clock.now = 130.0
+    clock.now = 100.0 + GRACE_S + 1.0
     assert stopper.stop_all()
 
 

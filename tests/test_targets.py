@@ -15,6 +15,7 @@ import pytest
 
 from paretune import cli
 from paretune.hardware_profiles import Infeasible, UsageError, fingerprint
+from paretune.hardware_profiles.command_line import pasted
 from paretune.hardware_profiles.errors import EnvironmentProblem
 from paretune.hardware_profiles.profile import Profile, detected_profile, load_profile
 from paretune.hardware_profiles.yaml_file import dump_model
@@ -241,7 +242,9 @@ def test_a_target_that_was_never_added_is_predicted_on_the_fly(home, call):
     write_profile(home, "other")
     code, out, _ = call("recommend", "s", "--profile", "other", home=home)
     assert (
-        code == 0 and "costs on other are predicted on the fly; `paretune targets s --profile other` keeps them" in out
+        code == 0
+        and f"costs on other are predicted on the fly; `{pasted('targets', 's', '--profile', 'other', home=home)}` keeps them"
+        in out
     )
     assert "other" not in [t.name for t in view_of(home).targets]
     code, _, err = call("recommend", "s", "--profile", "nothing", home=home)

@@ -207,7 +207,7 @@ def test_damaged_tokens_are_encoded_again(tmp_path: Path, tiny_teacher: Teacher,
     else:
         data.unlink()
     expected = np.array(first["train"].ids), first["search"].offsets
-    with pytest.warns(RuntimeWarning, match=r"search\.json is damaged"):
+    with pytest.warns(RuntimeWarning, match=r"search\.json (is damaged|cannot be read)"):
         again = token_splits(tiny_teacher, corpus, tmp_path)
     assert np.array_equal(again["search"].offsets, expected[1]) and len(again["search"].ids) == expected[1][-1]
     assert np.array_equal(again["train"].ids, expected[0])

@@ -11,14 +11,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from benchmarks.reports.row import Row, Seen
-from benchmarks.reports.world import World, have, write_teacher, write_text
+from benchmarks.reports.world import World, have, write_teacher, write_documents
 
 LOCALE = "en_US.ISO-8859-1"
 STRANGER = ("setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups")
 
 
 def inputs(world: World) -> tuple[Path, Path]:
-    return write_teacher(world.folder / "teacher"), write_text(world.folder / "text")
+    return write_teacher(world.folder / "teacher"), write_documents(world.folder / "text")
 
 
 def long_temporary_folder(world: World) -> Seen:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.reports.row import Row, Seen
-from benchmarks.reports.world import VOCABULARY, World, document, nll, write_teacher, write_text
+from benchmarks.reports.world import VOCABULARY, World, document, nll, write_teacher, write_documents
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 MESSAGES = [{"role": "user", "content": "the model reads"}]
@@ -27,7 +27,7 @@ def stored_truncation(world: World) -> Seen:
             "pad_token": "<|end|>",
         }
 
-    data = write_text(world.folder / "text")
+    data = write_documents(world.folder / "text")
     values = []
     for name, change in (("plain", None), ("cut", cut)):
         home = world.folder / f"home-{name}"
@@ -46,7 +46,7 @@ def template_and_generation_config(world: World) -> Seen:
     teacher = write_teacher(world.folder / "teacher")
     (teacher / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     (teacher / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 0}), encoding="utf-8")
-    ended = world.search(teacher, write_text(world.folder / "text"))
+    ended = world.search(teacher, write_documents(world.folder / "text"))
     if ended.code not in (0, 3):
         return Seen.runs(ended)
     artifact = world.artifact()
@@ -77,7 +77,7 @@ def stop_tokens(world: World) -> Seen:
 
     teacher = write_teacher(world.folder / "teacher", {"tie_word_embeddings": False}, weights=says_two)
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}), encoding="utf-8")
-    ended = world.search(teacher, write_text(world.folder / "text"))
+    ended = world.search(teacher, write_documents(world.folder / "text"))
     if ended.code not in (0, 3):
         return Seen.runs(ended)
     artifact = world.artifact()
@@ -96,13 +96,13 @@ def runtime_keys(world: World) -> Seen:
         world.folder / "teacher",
         {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"},
     )
-    return Seen.runs(world.search(teacher, write_text(world.folder / "text")))
+    return Seen.runs(world.search(teacher, write_documents(world.folder / "text")))
 
 
 def rope_theta(world: World) -> Seen:
     """`hf/config.json` has both spellings of the rotary base, for readers before and after transformers 5."""
     teacher = write_teacher(world.folder / "teacher", {"rope_theta": 1e6})
-    ended = world.search(teacher, write_text(world.folder / "text"))
+    ended = world.search(teacher, write_documents(world.folder / "text"))
     if ended.code not in (0, 3):
         return Seen.runs(ended)
     config = json.loads((world.artifact() / "hf" / "config.json").read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def huge_loss(world: World) -> Seen:
         tensors["lm_head.weight"].mul_(5000)
 
     teacher = write_teacher(world.folder / "teacher", {"tie_word_embeddings": False}, weights=enlarge)
-    ended = world.search(teacher, write_text(world.folder / "text"))
+    ended = world.search(teacher, write_documents(world.folder / "text"))
     if ended.code not in (0, 3):
         return Seen.runs(ended)
     shown = world.paretune("front", "--home", world.home, "--json")
@@ -126,7 +126,7 @@ def huge_loss(world: World) -> Seen:
 def short_context(world: World) -> Seen:
     """A context of 64 tokens: measured within it, or refused before work."""
     teacher = write_teacher(world.folder / "teacher", {"max_position_embeddings": 64})
-    data = write_text(world.folder / "text")
+    data = write_documents(world.folder / "text")
     planned = world.plan(teacher, data)
     if planned.code == 2:
         return Seen("refused before work or measured", f"refused: {planned.tail()}", "64" in planned.text)
@@ -148,7 +148,7 @@ def word_level_tokenizer(world: World) -> Seen:
         tokenizer["post_processor"] = None
 
     teacher = write_teacher(world.folder / "teacher", tokenizer=words)
-    data = write_text(world.folder / "text")
+    data = write_documents(world.folder / "text")
     planned = world.plan(teacher, data)
     right = "refused (2), or a note in the plan and an answer without traceback from generate"
     if planned.code:
@@ -180,7 +180,7 @@ def beginning_of_text(world: World) -> Seen:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     teacher = write_teacher(world.folder / "teacher", {"eos_token_id": 1}, tokenizer=add)
-    ended = world.search(teacher, write_text(world.folder / "text"))
+    ended = world.search(teacher, write_documents(world.folder / "text"))
     if ended.code not in (0, 3):
         return Seen.runs(ended)
     artifact = next(  # the fp32 teacher: greedy continuations of two runtimes agree there

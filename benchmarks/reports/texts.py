@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from benchmarks.reports.row import Row, Seen
-from benchmarks.reports.world import World, document, write_records, write_teacher, write_text
+from benchmarks.reports.world import World, document, write_records, write_teacher, write_documents
 
 
 def json_records(world: World) -> Seen:
@@ -24,7 +24,7 @@ def json_records(world: World) -> Seen:
 
 def home_inside_text(world: World) -> Seen:
     """`--data .` with the default home inside: interrupted once, the same command goes on with the same study."""
-    folder = write_text(world.folder / "text")
+    folder = write_documents(world.folder / "text")
     teacher = write_teacher(world.folder / "teacher")
     command = ("search", "--teacher", teacher, "--data", ".", "--budget", "60s")
     first = world.paretune(*command, cwd=folder, interrupt_after=25)

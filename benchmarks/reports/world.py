@@ -138,7 +138,7 @@ def document(seed: int, characters: int = 4096) -> str:
     return text[:characters]
 
 
-def write_text(folder: Path, documents: int = 60) -> Path:
+def write_documents(folder: Path, documents: int = 60) -> Path:
     """`documents` text files of 4 kB."""
     folder.mkdir(parents=True)
     for i in range(documents):

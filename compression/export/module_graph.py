@@ -176,23 +176,25 @@ def _is_unused(name: str, values: Mapping[str, Array]) -> bool:
 def _dequantized(
     place: Place, matrix: Matrix, weight: torch.Tensor, form: Format
 ) -> tuple[list[onnx.TensorProto], onnx.NodeProto]:
-    """Codes, scales and the DequantizeLinear that gives the weight its old name."""
+    """Codes, scales and the DequantizeLinear that gives the weight its old name.
+
+    8-bit codes per channel get zero points of 0: where ONNX Runtime makes 8-bit weights unsigned, on x86 CPUs without VNNI, it
+    adds a single one otherwise and refuses it.
+    """
     q = quantize_matrix(weight, matrix, form)
     codes, scales, axis = _laid_out(q, matrix, weight, place.transposed)
     attributes: dict[str, Any] = {"axis": axis}
     if scales.ndim == 2:
         attributes["block_size"] = q.group_size
-    node = helper.make_node(
-        "DequantizeLinear",
-        [f"{place.name}.codes", f"{place.name}.scales"],
-        [place.name],
-        f"{place.name}/dequantize",
-        **attributes,
-    )
+    inputs = [f"{place.name}.codes", f"{place.name}.scales"]
     tensors = [
         _integers(codes, form.bits, f"{place.name}.codes"),
         numpy_helper.from_array(scales, f"{place.name}.scales"),
     ]
+    if form.bits == 8 and scales.ndim == 1:
+        inputs.append(f"{place.name}.zeros")
+        tensors.append(numpy_helper.from_array(np.zeros(scales.shape, np.int8), f"{place.name}.zeros"))
+    node = helper.make_node("DequantizeLinear", inputs, [place.name], f"{place.name}/dequantize", **attributes)
     return tensors, node
 
 
