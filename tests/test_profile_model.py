@@ -235,7 +235,7 @@ def test_what_is_no_decoder_is_refused(damaged: Path, work: Work, changed: dict[
 
 @pytest.mark.parametrize("model", ["", "nowhere", "plugin:digits", "x" * 5000])
 def test_what_is_no_model_is_refused(work: Work, model: str) -> None:
-    with pytest.raises(UsageError, match="MODEL must be 'stdlib-coder'|MODEL x+… cannot be read: File name too long"):
+    with pytest.raises(UsageError, match=r"MODEL must be 'stdlib-coder'|MODEL x+… cannot be read: File name too long"):
         profile_model(model, work)
 
 

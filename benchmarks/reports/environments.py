@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from benchmarks.reports.row import Row, Seen
-from benchmarks.reports.world import World, have, write_teacher, write_documents
+from benchmarks.reports.world import World, have, write_documents, write_teacher
 
 LOCALE = "en_US.ISO-8859-1"
 STRANGER = ("setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups")

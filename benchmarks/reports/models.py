@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.reports.row import Row, Seen
-from benchmarks.reports.world import VOCABULARY, World, document, nll, write_teacher, write_documents
+from benchmarks.reports.world import VOCABULARY, World, document, nll, write_documents, write_teacher
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 MESSAGES = [{"role": "user", "content": "the model reads"}]

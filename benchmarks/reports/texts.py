@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from benchmarks.reports.row import Row, Seen
-from benchmarks.reports.world import World, document, write_records, write_teacher, write_documents
+from benchmarks.reports.world import World, document, write_documents, write_records, write_teacher
 
 
 def json_records(world: World) -> Seen:
