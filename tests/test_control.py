@@ -148,7 +148,7 @@ def test_where_nothing_runs_only_stop_and_cancel_make_sense(tmp_path):
         control.order(tmp_path / "studies" / "none", "stop")
 
 
-SPEC = "budget: 5m\nfit_points: 30\nmax_candidates: 40\nfinalists: 1\n"
+SPEC = "budget: 5m\nfit_points: 30\nmax_candidates: 400\nfinalists: 1\n"
 
 
 class Searches:
@@ -216,7 +216,7 @@ def test_a_real_search_is_paused_resumed_and_stopped_from_elsewhere(tmp_path):
         assert searches.say("stop", "s")[0] == 0
         assert second.wait(90) in (0, 3), second.stderr.read()[-2000:]
         state = searches.say("status", "s")[1]
-        assert state["state"] == "complete" and state["explored"] < 40
+        assert state["state"] == "complete" and state["explored"] < 400
         assert searches.say("resume", "s")[0] == 2
     finally:
         first.kill()

@@ -170,7 +170,7 @@ def test_a_second_service_an_open_host_and_a_taken_port_are_refused(tmp_path: Pa
         port = service.address.rpartition(":")[2]
         assert refused("--port", port, "--home", str(tmp_path / "other"))[0] == 5
         code, told = refused("--port", "0", "--home", str(home))
-        assert code == 5 and "running" in told
+        assert code == 5 and "another service runs" in told
         assert service.ask("/v1/health")[1]["status"] == "ok"
         (home / "service" / "token").chmod(0o644)
         code, told = refused("--port", "0", "--home", str(home))
