@@ -33,7 +33,7 @@ from paretune.tracking.report import report_html, write_report
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits"
 SPEC: dict[str, Any] = {
     "teacher": "plugin:paretune_digits:Digits",
-    "budget": "50s",
+    "budget": "150s",  # it ends when its candidates are done; a slow machine needs a third of this for the baselines
     "fit_points": 8,
     "finalists": 1,
     "max_candidates": 8,
