@@ -7,6 +7,7 @@ lies in a folder that only this user can enter.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from paretune.service.security import App, Receive, Scope, Send
 
 START_S, ANSWER_S = 90.0, 60.0
+RESTARTS_S = (0.5, 1.0, 5.0, 30.0)  # before the process is started again; the last one from then on
 ASKED = (b"accept", b"accept-encoding", b"content-type", b"if-none-match", b"if-modified-since", b"range")
 ANSWERED = (
     "content-type",
@@ -55,31 +58,75 @@ FRAMES = (b"x-frame-options", b"SAMEORIGIN")
 
 @contextlib.contextmanager
 def mlflow_process(home: Path) -> Iterator[Path]:
-    """MLflow over `home` until the end of the block; gives its Unix socket once it answers.
+    """MLflow over `home` until the end of the block; gives its Unix socket once it answers. If it ends by itself, it is started again.
 
     Raises UsageError if nothing was recorded in `home` yet, EnvironmentProblem if it does not come up.
     """
     require_database(home)
     _follow(home)
     folder = Path(tempfile.mkdtemp(prefix="paretune-", dir=_short_folder()))  # of mode 0700
-    path = folder / "mlflow"
-    command = [sys.executable, "-P", "-m", "paretune.tracking.mlflow_app", str(path), str(os.getpid())]
     try:
-        server = subprocess.Popen(
+        kept = _Kept(home, folder / "mlflow")
+        try:
+            kept.begin()
+            yield kept.path
+        finally:
+            kept.end()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Kept:
+    """The process on `path`, and a thread that starts it again when it ends before `end` was called."""
+
+    def __init__(self, home: Path, path: Path) -> None:
+        self.home, self.path = home, path
+        self._server: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Event()
+        self._lock = threading.Lock()  # no start after the end
+        self._thread = threading.Thread(target=self._keep, name="mlflow", daemon=True)
+
+    def begin(self) -> None:
+        self._server = self._start()
+        _wait(self._server, self.path)
+        self._thread.start()
+
+    def end(self) -> None:
+        with self._lock:
+            self._ending.set()
+        if self._server is not None:
+            end_server(self._server)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _keep(self) -> None:
+        """The kernel ends the process when the thread that started it ends, so this one waits for what it started."""
+        for wait_s in itertools.chain(RESTARTS_S, itertools.repeat(RESTARTS_S[-1])):
+            assert self._server is not None
+            code = self._server.wait()
+            if self._ending.is_set():
+                return
+            print(f"MLflow ended with {code}; it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
+            self._ending.wait(wait_s)
+            with self._lock:
+                if self._ending.is_set():
+                    return
+                try:
+                    self._server = self._start()
+                except OSError as error:
+                    print(f"MLflow cannot be started: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.path.unlink(missing_ok=True)
+        command = [sys.executable, "-P", "-m", "paretune.tracking.mlflow_app", str(self.path), str(os.getpid())]
+        return subprocess.Popen(
             command,
-            env=environment_of(home),
-            cwd=folder,  # MLflow makes folders where it stands
+            env=environment_of(self.home),
+            cwd=self.path.parent,  # MLflow makes folders where it stands
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-        try:
-            _wait(server, path)
-            yield path
-        finally:
-            end_server(server)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _follow(home: Path) -> None:
@@ -147,8 +194,8 @@ class MlflowProxy:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if began:
                 raise
-            words = f"MLflow does not answer ({type(error).__name__}): start the service again".encode()
-            await _answer(send, 503, [(b"content-type", b"text/plain; charset=utf-8")], words)
+            words = f"MLflow does not answer ({type(error).__name__}); it is started again if it ended: try again in a few seconds"
+            await _answer(send, 503, [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"5")], words.encode())
 
     def _opened(self) -> aiohttp.ClientSession:
         import aiohttp

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 from paretune.service.mlflow_page import MlflowProxy, mlflow_process
 from paretune.service.security import Guard
 from paretune.service.serve import bind, ended_by_signals
-from paretune.service.sessions import COOKIE, SESSION_S, Sessions
+from paretune.service.sessions import SESSION_S, UI_COOKIE, Sessions
 from paretune.tracking.mlflow_app import PREFIX
 from paretune.tracking.ui import require_database, start_page
 
@@ -55,7 +55,7 @@ class OneLink:
             await _say(send, 403, SPENT)
         else:
             cookie = (
-                f"{COOKIE}={self.visitors.sessions.begin()}; Path=/; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
+                f"{UI_COOKIE}={self.visitors.sessions.begin()}; Path=/; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
             )
             # A page, not a redirect: the browser sends the strict cookie also if the link was clicked on another site's page.
             page = f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(self.page)}"><title>MLflow</title>'

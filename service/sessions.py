@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 COOKIE = "paretune_session"
 SECURE_COOKIE = f"__Host-{COOKIE}"
+UI_COOKIE = f"{COOKIE}_ui"  # browsers keep cookies per host, not per port: `paretune ui` must not log its user out of the service
 SESSION_S = 7 * 86_400
 MOST_SESSIONS, MOST_TRIED = 1000, 64
 
@@ -61,7 +62,7 @@ def session_names(headers: list[str], secure_only: bool = False) -> list[str]:
 
     `secure_only` leaves out those that a page without TLS could have set.
     """
-    names = {SECURE_COOKIE} if secure_only else {COOKIE, SECURE_COOKIE}
+    names = {SECURE_COOKIE} if secure_only else {COOKIE, SECURE_COOKIE, UI_COOKIE}
     found = []
     for header in headers:
         for part in header.split(";"):

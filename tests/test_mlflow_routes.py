@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from paretune.service.mlflow_ui import OneLink, Visitors
 from paretune.service.security import Guard
-from paretune.service.sessions import COOKIE
+from paretune.service.sessions import COOKIE, UI_COOKIE
 from paretune.tracking.mlflow_app import ALLOWED, PREFIX, READS, ReadOnly, environment_of, is_allowed
 
 FORBIDDEN = re.compile(
@@ -180,24 +180,36 @@ def test_the_link_of_ui_opens_once() -> None:
     assert client.get("/login").status_code == 403
     first = client.get(f"/login?key={links.key}")
     assert first.status_code == 200 and "url=/mlflow/#/experiments/1" in first.text
+    assert first.headers["set-cookie"].startswith(f"{UI_COOKIE}=") and UI_COOKIE != COOKIE
     assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=Strict" in first.headers["set-cookie"]
     assert client.get("/").status_code == 303  # with the cookie
     stranger = TestClient(Guard(links, visitors), base_url="http://127.0.0.1:5000", follow_redirects=False)
     assert stranger.get("/login?key=None").status_code == 403 and stranger.get("/login?key=").status_code == 403
-    assert stranger.get("/", cookies={COOKIE: "x" * 43}).status_code == 401
+    assert stranger.get("/", cookies={UI_COOKIE: "x" * 43}).status_code == 401
     assert stranger.get("/login", headers={"host": "evil.example"}).status_code == 403
 
 
-def test_the_page_needs_the_link(shown: tuple[str, str, int]) -> None:
+def test_killed_mlflow_comes_back(shown: tuple[str, str, int], cookie: str) -> None:
+    base, _, process = shown
+    children = ps("-o", "pid=,args=", "--ppid", str(process)).splitlines()
+    (mlflow,) = [int(child.split()[0]) for child in children if "paretune.tracking.mlflow_app" in child]
+    os.kill(mlflow, signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while (found := status(f"{base}/mlflow/version", cookie)) != 200:
+        assert found == 503 and time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "mlflow_app" not in ps("-o", "args=", "-p", str(mlflow))
+
+
+def test_the_page_needs_the_link(shown: tuple[str, str, int], cookie: str) -> None:
     """The real thing: no answer without the link, MLflow's with it, no assistant either way."""
-    base, key, _ = shown
+    base, _, _ = shown
     assert [status(f"{base}{path}") for path in ("/", "/mlflow/", "/mlflow/version", "/v1/health")] == [
         401,
         401,
         401,
         404,
     ]
-    cookie = opened(base, key)
     assert status(f"{base}/mlflow/", cookie) == 200
     assert status(f"{base}/mlflow/ajax-api/2.0/mlflow/experiments/search?max_results=5", cookie) == 200
     found = status(f"{base}/mlflow/ajax-api/2.0/mlflow/runs/search", cookie, b'{"experiment_ids": ["1"]}')
@@ -238,6 +250,11 @@ def opened(base: str, key: str) -> str:
             return str(answer.headers["set-cookie"]).partition(";")[0]
     except urllib.error.HTTPError as error:
         raise AssertionError("the link led nowhere") from error
+
+
+@pytest.fixture(scope="module")
+def cookie(shown: tuple[str, str, int]) -> str:
+    return opened(*shown[:2])
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_the_settings_follow_from_the_plugin(prepared: tuple[Ready, Path]) -> No
     assert ready.plan.text == {"train": 1184, "calibration": 64, "search": 224, "report": 320}
     assert ready.plan.text_unit == "examples"
     with pytest.raises(UsageError, match="brings its own data"):
-        prepare(ready.spec.model_copy(update={"data": "text.txt"}), Path("unused"))
+        prepare(ready.spec.model_copy(update={"data": "text.txt"}), prepared[1])
     with pytest.raises(UsageError, match="sequential sampler orders a decoder's axes"):
         prepare(ready.spec.model_copy(update={"sampler": "sequential"}), prepared[1])
     wrong = Spec.model_validate({**SPEC, "objectives": ["nll", "forward_ms"]})
