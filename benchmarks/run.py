@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 
-from benchmarks import joint, lane, memory, overhead, prediction, service, speed, studies, table, targets
+from benchmarks import faults, joint, lane, memory, overhead, prediction, service, speed, studies, table, targets
 from benchmarks.common import RESULTS, Benchmark, Figure
 from benchmarks.reports import reports
 from paretune import __version__
@@ -41,6 +41,7 @@ LONG: tuple[Benchmark, ...] = (
     service.get_p95_ms,
     service.search_slowdown,
     service.first_result_seconds,
+    faults.service_under_faults,
     lane.remeasure_error,
     table.method_table,
     joint.joint_vs_sequential,

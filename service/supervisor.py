@@ -175,7 +175,8 @@ class Supervisor:
             raise problems[0]
 
     def _fill(self) -> None:
-        """Begin what waits while there is room."""
+        """Begin what waits while there is room. A search that has crashed keeps its place until it is tried again: what waits behind
+        it may run for a night."""
         while len(self.running) < self.at_once:
             job = self._next()
             if job is None or self.hold.is_on():
@@ -203,7 +204,10 @@ class Supervisor:
     def _next(self) -> Job | None:
         moment = time.monotonic()
         self._not_before = {study: at for study, at in self._not_before.items() if at > moment}
-        waiting = (job for job in self.queue.jobs() if job.state == "queued" and job.study not in self.running)
+        waiting = [job for job in self.queue.jobs() if job.state == "queued" and job.study not in self.running]
+        kept = sum(job.study in self._not_before for job in waiting)
+        if len(self.running) + kept >= self.at_once:
+            return None
         return next((job for job in waiting if job.study not in self._not_before), None)
 
     def _begin(self, job: Job) -> None:

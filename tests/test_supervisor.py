@@ -91,13 +91,31 @@ def test_a_crash_is_started_again_a_few_times(made):
     assert job.attempts == 3 and "died 3 times, the last time by signal 9" in job.reason
 
 
-def test_one_that_crashes_holds_nobody_up(made):
-    text = "import os, sys; os.kill(os.getpid(), 9) if sys.argv[1] == 'bad' else None"
-    queue, supervisor = made(script(text), most_restarts=1000)
+def test_one_that_crashes_keeps_its_place_and_holds_up_its_own_only(made, tmp_path):
+    """What waits behind it may run for a night. Its place is one of those that run at once, until it is given up."""
+    text = """
+        import os, pathlib, sys
+        with open(pathlib.Path(sys.argv[2], "begun.txt"), "a") as begun:
+            print(sys.argv[1], file=begun)
+        if sys.argv[1] == "bad":
+            os.kill(os.getpid(), 9)
+    """
+    queue, supervisor = made(script(text), most_restarts=2)
     queue.submit(SPEC, name="bad"), queue.submit(SPEC, name="good")
-    supervisor.backoff_s = 1.0
+    supervisor.backoff_s = 0.5
     supervisor.start()
     wait(lambda: queue.job("good").state == "complete", what="the good one")
+    assert (tmp_path / "begun.txt").read_text().split() == ["bad", "bad", "bad", "good"]
+    assert queue.job("bad").state == "failed"
+
+
+def test_beside_one_that_crashes_others_run(made):
+    text = "import os, sys; os.kill(os.getpid(), 9) if sys.argv[1] == 'bad' else None"
+    queue, supervisor = made(script(text), most_restarts=1000, at_once=2)
+    queue.submit(SPEC, name="bad"), queue.submit(SPEC, name="good"), queue.submit(SPEC, name="fine")
+    supervisor.backoff_s = 1.0
+    supervisor.start()
+    wait(lambda: queue.job("good").state == queue.job("fine").state == "complete", what="the good ones")
     assert queue.job("bad").state in ("queued", "running")
 
 
