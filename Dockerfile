@@ -19,7 +19,7 @@ RUN mkdir mlruns
 VOLUME /home/paretune/mlruns
 EXPOSE 8765
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s \
-    CMD ["python", "-m", "paretune.service.health"]
+    CMD ["python", "-m", "paretune.service.server.health"]
 # Outside the container only where the port is published; without PARETUNE_TOKEN it refuses to start. Publish any port: the names are
 # allowed with each. With names of your own (a proxy) keep `--allow-host localhost`, by which the health check asks.
 ENTRYPOINT ["paretune"]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune.search.store import Store
-from paretune.search.view import StudyView, load_view
+from paretune.search.study.store import Store
+from paretune.search.study.view import StudyView, load_view
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"

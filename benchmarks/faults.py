@@ -79,7 +79,11 @@ def service_under_faults() -> Iterator[Figure]:
         waiting=len(waiting),
         accepted=len(found.accepted),
         running=running["state"],
-        others=[[job["study"], job["state"], job.get("reason", "")] for job in jobs if job["state"] != "queued" and job is not running],
+        others=[
+            [job["study"], job["state"], job.get("reason", "")]
+            for job in jobs
+            if job["state"] != "queued" and job is not running
+        ],
         explored=told["explored"],
         faults=["disk filled and freed", "MLflow killed", "search killed"],
     )
@@ -125,9 +129,7 @@ def under_faults(service: Served) -> Answers:
     return answers
 
 
-def judge(
-    answers: Answers, path: str, status: int, body: bytes, right: bytes | None, asked: float
-) -> str | None:
+def judge(answers: Answers, path: str, status: int, body: bytes, right: bytes | None, asked: float) -> str | None:
     """What is wrong with an answer, or None."""
     text = body.decode(errors="replace")
     if "damaged" in text or "backup" in text or "Traceback" in text:
@@ -157,7 +159,9 @@ def submit(service: Served, answers: Answers, end: float) -> None:
     for number in itertools.count():
         while time.monotonic() < end:
             asked = time.monotonic()
-            status, body = service.ask("/v1/studies", {"spec": {"seed": number}}, **{"Idempotency-Key": f"fault-{number}"})
+            status, body = service.ask(
+                "/v1/studies", {"spec": {"seed": number}}, **{"Idempotency-Key": f"fault-{number}"}
+            )
             full = status == 503 and b"disk is full" in body and within(asked, answers.full)
             right = status in (200, 201) or full
             answers.add(f"submit {status}", None if right else f"submit: {status} {body[:300]!r}")
@@ -181,7 +185,7 @@ def make_faults(service: Served, answers: Answers, start: float) -> None:
     answers.full = (answers.full[0], time.monotonic())
     at(MLFLOW)
     answers.mlflow_away = (time.monotonic(), time.monotonic() + MLFLOW_STARTS_S)
-    kill(service, "paretune.tracking.mlflow_app")
+    kill(service, "paretune.tracking.mlflow.app")
     at(SEARCH)
     kill(service, "running")
 
@@ -202,7 +206,10 @@ def fill(disk: Path) -> Path:
 def kill(service: Served, word: str) -> None:
     """SIGKILL to the one child of the service whose command line has this word."""
     listing = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(service.process.pid)], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(service.process.pid)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     found = [int(line.split()[0]) for line in listing.splitlines() if word in line.split()]
     if len(found) != 1:
@@ -228,7 +235,7 @@ def empty_mlflow(home: Path) -> None:
     """MLflow's database as the first search makes it."""
     import mlflow
 
-    from paretune.tracking.mlflow_paths import database_uri
+    from paretune.tracking.mlflow.paths import database_uri
 
     client: Any = mlflow.MlflowClient(database_uri(home))
     client.create_experiment("paretune", artifact_location=(home / "artifacts").as_uri())

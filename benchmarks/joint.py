@@ -24,10 +24,10 @@ from typing import Any
 
 from benchmarks.common import HOME, Figure, figure, search_command
 from paretune.search.front import Vector
+from paretune.search.hypervolume import in_teacher_units, volume
 from paretune.search.spec import Reference, make_spec
-from paretune.search.store import Store
-from paretune.search.view import load_view
-from paretune.search.volume import in_teacher_units, volume
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
 
 ARMS = {"joint": "tpe", "sequential": "sequential"}
 Runner = Callable[[Path, Path, str], None]
@@ -98,10 +98,10 @@ def is_complete(home: Path) -> bool:
 
 def prepare_cache(home: Path, settings: dict[str, Any]) -> None:
     """Text, elastic student and latencies, as the searches will ask for them; nothing that is there is made again."""
-    from paretune.objectives.latency_fit import design
-    from paretune.search.prepare import prepare
-    from paretune.search.studies import create_study
-    from paretune.search.trainable import make_evaluator
+    from paretune.objectives.prediction.latency_fit import design
+    from paretune.search.execution.trainable import make_evaluator
+    from paretune.search.prepare.prepare import prepare
+    from paretune.search.prepare.studies import create_study
     from paretune.search.work import Work
 
     ready = prepare(make_spec(None, None, settings), home)

@@ -21,13 +21,14 @@ from benchmarks.common import HOME, Figure, figure, latest_study
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune.structure import Importance, slice_weights
 from paretune.hardware_profiles import MachineLock, load_profile
-from paretune.objectives import Measurement, design
-from paretune.objectives.lane import Lane, LaneResult
-from paretune.search.reference import open_lane
-from paretune.search.remeasure import CLOSE, Remeasured, remeasure
+from paretune.objectives.artifacts.remeasure import CLOSE, Remeasured, remeasure
+from paretune.objectives.lane.lane import Lane, LaneResult
+from paretune.objectives.lane.reference import open_lane
+from paretune.objectives.measurement import Measurement
+from paretune.objectives.prediction.latency_fit import design
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space
-from paretune.teachers import EMBEDDED, load_teacher
+from paretune.teachers.checkpoint.teacher import EMBEDDED, load_teacher
 
 STRUCTURES, WITHIN = 12, 0.02
 MOST_SECONDS = 1800

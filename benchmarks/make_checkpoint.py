@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from paretune.spaces import Shape
-from paretune.teachers.checkpoint import write_tensors
-from paretune.teachers.layout import canonical_shapes, to_stored
-from paretune.teachers.teacher import EMBEDDED_FOLDER
+from paretune.teachers.checkpoint.layout import canonical_shapes, to_stored
+from paretune.teachers.checkpoint.teacher import EMBEDDED_FOLDER
+from paretune.teachers.checkpoint.training_state import write_tensors
 
 STANDARD_DEVIATION = 0.02
 LLAMA: dict[str, Any] = {
@@ -98,7 +98,9 @@ def make_checkpoint(
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
     config = config_of(shape) | {"dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    (folder / "tokenizer.json").write_text(json.dumps(padded_tokenizer(shape.vocab), ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(padded_tokenizer(shape.vocab), ensure_ascii=False), encoding="utf-8"
+    )
     end = "<|end|>"
     names = {"bos_token": end, "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import HOME, Figure, figure, search_command
-from paretune.search.processes import descendants
-from paretune.search.store import Store
-from paretune.search.view import load_view
+from paretune.search.execution.processes import descendants
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
 
 EVERY_S = 1.0
 PEAKS = ("driver_rss_mb", "worker_rss_mb", "ray_rss_mb")

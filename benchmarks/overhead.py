@@ -18,17 +18,19 @@ import numpy as np
 
 from benchmarks.common import Figure, figure, search_command
 from benchmarks.studies import rung0_gaps
-from paretune.search.store import Store
-from paretune.search.view import load_view
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
 
 
 def trial_overhead_ms() -> Iterator[Figure]:
     """Wall time per rung-0 trial of the same search with evaluations that cost nothing: Ray, Optuna, store, policy."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "spec.yaml").write_text("budget: 5m\nfit_points: 30\nmax_candidates: 150\nfinalists: 1\n", encoding="utf-8")
+        (Path(folder) / "spec.yaml").write_text(
+            "budget: 5m\nfit_points: 30\nmax_candidates: 150\nfinalists: 1\n", encoding="utf-8"
+        )
         environment = {
             **os.environ,
-            "PARETUNE_EVALUATOR": "paretune.search.simulated:SimulatedEvaluator",
+            "PARETUNE_EVALUATOR": "paretune.search.evaluators.simulated:SimulatedEvaluator",
             "PARETUNE_HOME": f"{folder}/home",
         }
         subprocess.run(
@@ -51,7 +53,7 @@ def trial_overhead_ms() -> Iterator[Figure]:
 def recommend_ms() -> Iterator[Figure]:
     """`paretune recommend` as a whole process on a study of 1,000 explored candidates."""
     from paretune.hardware_profiles.profile import detected_profile
-    from paretune.search.simulated import SHAPE, SimulatedEvaluator
+    from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator
     from paretune.search.work import Work
     from paretune.spaces.space import Space
 
@@ -62,7 +64,9 @@ def recommend_ms() -> Iterator[Figure]:
         store = Store.create(
             home / "studies" / "bench", {"state": "complete", "spec": spec, "spent_s": 1.0, "budget_s": 1.0}
         )
-        (store.folder / "setup.json").write_text(json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8")
+        (store.folder / "setup.json").write_text(
+            json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8"
+        )
         evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
         fill(store, space, evaluator, Work)
         times = []

@@ -12,15 +12,14 @@ from pathlib import Path
 from benchmarks.common import HOME, Figure, figure, latest_study
 from benchmarks.lane import write_models
 from paretune.hardware_profiles import MachineLock, Profile
-from paretune.objectives import LatencyFit
-from paretune.objectives.lane import LATENCIES, LaneResult
-from paretune.objectives.latency_fit import proxy
-from paretune.search.reference import open_lane
-from paretune.search.store import Store
+from paretune.objectives.lane.lane import LATENCIES, LaneResult
+from paretune.objectives.lane.reference import open_lane
+from paretune.objectives.prediction.latency_fit import LatencyFit, proxy
+from paretune.search.study.store import Store
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.kinds import candidate_from_dict
 from paretune.spaces.space import Space
-from paretune.teachers import EMBEDDED, load_teacher
+from paretune.teachers.checkpoint.teacher import EMBEDDED, load_teacher
 
 HELD_OUT = 40
 UNITS = {"decode_ms_per_token": "ms/token", "ttft_ms": "ms"}

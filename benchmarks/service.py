@@ -30,12 +30,15 @@ import numpy as np
 
 from benchmarks.common import Figure, figure
 from benchmarks.overhead import fill
-from paretune.search.advice import advise
-from paretune.search.recommend import Limits
-from paretune.search.store import Store
-from paretune.search.view import StudyView, load_view
+from paretune.search.recommend.advice import advise
+from paretune.search.recommend.recommend import Limits
+from paretune.search.study.store import Store
+from paretune.search.study.view import StudyView, load_view
 
-SIMULATED = {"PARETUNE_EVALUATOR": "paretune.search.simulated:SimulatedEvaluator", "PARETUNE_SIMULATED_SLEEP": "0.5"}
+SIMULATED = {
+    "PARETUNE_EVALUATOR": "paretune.search.evaluators.simulated:SimulatedEvaluator",
+    "PARETUNE_SIMULATED_SLEEP": "0.5",
+}
 RATE, SECONDS, CLIENTS = 50, 120.0, 100
 PAGES = 10
 LONG = {"budget": "20m", "fit_points": 8, "max_candidates": 2000, "finalists": 1, "mixed_precision": False}
@@ -48,7 +51,12 @@ class Served:
         self.home = home
         command = [sys.executable, "-m", "paretune", "serve", "--port", "0", "--home", str(home), *options]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment}, encoding="utf-8"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **environment},
+            encoding="utf-8",
         )
         assert self.process.stdout is not None
         self.host = self.process.stdout.readline().strip().removeprefix("http://")
@@ -296,7 +304,7 @@ def large_study(home: Path, count: int) -> None:
     """A complete study `large` with `count` explored candidates: 1,000 of the simulated evaluator, and copies of them with other
     seeds' numbers and keys of their own."""
     from paretune.hardware_profiles.profile import detected_profile
-    from paretune.search.simulated import SHAPE, SimulatedEvaluator
+    from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator
     from paretune.search.work import Work
     from paretune.spaces.space import Space
 
@@ -310,7 +318,9 @@ def large_study(home: Path, count: int) -> None:
         "profile": profile.model_dump(mode="json"),
     }
     store = Store.create(home / "studies" / "large", meta)
-    (store.folder / "setup.json").write_text(json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8")
+    (store.folder / "setup.json").write_text(
+        json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8"
+    )
     evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
     fill(store, space, evaluator, Work)
     store.close()

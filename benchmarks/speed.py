@@ -17,15 +17,14 @@ import onnx
 import torch
 
 from benchmarks.common import Figure, figure
-from paretune.compression.calibrated import calibrated_codes, sparsegpt_weights
+from paretune.compression.calibration.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.export import graph
 from paretune.compression.export.graph import build_model
+from paretune.compression.network.student import ATTENTION, FFN, Network, matmul_formats
 from paretune.compression.prune import layer_statistics, mask_for
 from paretune.compression.quantize import quantize
-from paretune.compression.student import ATTENTION, FFN, Network, matmul_formats
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
-from paretune.teachers import load_teacher
-from paretune.teachers.teacher import expected_tensors
+from paretune.teachers.checkpoint.teacher import expected_tensors, load_teacher
 
 SHAPE = Shape(layers=2, hidden=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=1024)
 CONFIG = {"model_type": "llama", "hidden_size": 576, "vocab_size": 1024, "max_position_embeddings": 2048}
@@ -82,7 +81,7 @@ def weights_fill_ms() -> Iterator[Figure]:
     kept = without_weights(whole)
 
     def fill() -> onnx.ModelProto:
-        with mock.patch.object(graph, "_Graph", filling(kept)):
+        with mock.patch.object(graph, "GraphBuilder", filling(kept)):
             return build()
 
     if tensors_of(fill()) != tensors_of(whole):
@@ -152,7 +151,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 def filling(kept: onnx.ModelProto) -> type[Any]:
     """A graph writer that makes tensors as ever, but no nodes: those come from `kept`."""
 
-    class Filling(graph._Graph):
+    class Filling(graph.GraphBuilder):
         def node(
             self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, *_: Any, **__: Any
         ) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.common import Figure, figure, latest_study
-from paretune.search.store import Store
-from paretune.search.view import StudyView
+from paretune.search.study.store import Store
+from paretune.search.study.view import StudyView
 
 
 def candidates_per_minute() -> Iterator[Figure]:
@@ -87,9 +87,9 @@ def elastic_rank_agreement() -> Iterator[Figure]:
     """Kendall tau between leave-one-out calibrated rung-0 estimates and confirmed NLL, beside that of the parameter count."""
     from scipy.stats import kendalltau
 
-    from paretune.objectives.latency_fit import features
-    from paretune.search.calibration import Calibration, Pair
-    from paretune.teachers import load_teacher
+    from paretune.objectives.prediction.latency_fit import features
+    from paretune.search.policy.calibration import Calibration, Pair
+    from paretune.teachers.checkpoint.teacher import load_teacher
 
     view = latest_study()
     store = Store.reader(view.folder)

@@ -23,11 +23,11 @@ from benchmarks.common import FOLDER, HOME, Figure, figure
 from paretune.compression.distill.recover import RecoveryRecipe, recover
 from paretune.compression.export.artifact import ZSTD_LEVEL
 from paretune.compression.export.graph import build_model, save_model
-from paretune.engines.child import EngineChild
+from paretune.engines.process.child import EngineChild
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.objectives.quality import Scores, paired_difference, quality_measurements, sum_by_document
+from paretune.objectives.quality.quality import Scores, paired_difference, quality_measurements, sum_by_document
+from paretune.search.evaluators.workspace import Workspace
 from paretune.search.spec import Spec
-from paretune.search.workspace import Workspace
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape
 from paretune.spaces.candidate import PatternKind, Score
 from paretune.spaces.space import PATTERNS, QUANTIZERS, SCORES

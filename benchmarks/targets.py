@@ -12,11 +12,11 @@ from pathlib import Path
 
 from benchmarks.common import HOME, Figure, figure, latest_study
 from paretune.hardware_profiles.profile import Profile, load_profile, profile_names
-from paretune.search.store import Store
-from paretune.search.target_profiles import Predict, is_at_hand
-from paretune.search.targets import add_targets
-from paretune.search.view import StudyView, load_view
-from paretune.tracking.report_targets import targets_section
+from paretune.search.study.store import Store
+from paretune.search.study.view import StudyView, load_view
+from paretune.search.targets.profiles import Predict, is_at_hand
+from paretune.search.targets.targets import add_targets
+from paretune.tracking.report.targets import targets_section
 
 MOST_PROFILES = 8
 

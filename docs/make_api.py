@@ -2,7 +2,7 @@
 
     python docs/make_api.py [--check]
 
-`--check` writes nothing and exits 1 if the page differs; tests/test_docs.py does the same.
+`--check` writes nothing and exits 1 if the page differs; tests/project/test_docs.py does the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paretune.service.app import create_app
+from paretune.service.server.app import create_app
 from paretune.service.state import Service
 
 PAGE = Path(__file__).resolve().parent / "api.md"

@@ -2,7 +2,7 @@
 
     python docs/make_cli.py [--check]
 
-`--check` writes nothing and exits 1 if the page differs; tests/test_docs.py does the same.
+`--check` writes nothing and exits 1 if the page differs; tests/project/test_docs.py does the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def render() -> str:
     with _fixed_terminal():
         import typer.main
 
-        from paretune.cli import app
+        from paretune.cli.app import app
 
         root = typer.main.get_command(app)
         sections = [_section(path, command) for path, command in walk(root, ("paretune",))]

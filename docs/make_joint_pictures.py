@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks.joint import ARMS, Arm, read_arms  # noqa: E402
 from paretune.search.front import non_dominated  # noqa: E402
-from paretune.search.volume import corner  # noqa: E402
+from paretune.search.hypervolume import corner  # noqa: E402
 
 COLORS = {"joint": "#0b6e99", "sequential": "#d1603d"}
 MARKS = {"joint": "o", "sequential": "^"}

@@ -3,7 +3,7 @@
     python docs/make_methods.py [--check]
 
 Each cell runs the method at toy size through compression, export and engine. Methods, patterns and families are enumerated
-from the types and tables of the program, so a new one that this page lacks makes tests/test_methods.py fail. The table of
+from the types and tables of the program, so a new one that this page lacks makes tests/project/test_methods.py fail. The table of
 losses and the pictures come from `make bench NAME=method_table` and `make bench NAME=joint_vs_sequential`.
 """
 
@@ -28,14 +28,14 @@ import make_models as models  # noqa: E402
 from benchmarks import table  # noqa: E402
 from benchmarks.common import RESULTS  # noqa: E402
 from paretune.compression.export.graph import build_model, save_model  # noqa: E402
-from paretune.compression.student import NO_CODES, Codes, Network, quantized_weights  # noqa: E402
-from paretune.engines.onnxruntime_decoder import Decoder  # noqa: E402
+from paretune.compression.network.student import NO_CODES, Codes, Network, quantized_weights  # noqa: E402
+from paretune.engines.onnxruntime.decoder import Decoder  # noqa: E402
 from paretune.hardware_profiles.profile import Profile, detected_profile  # noqa: E402
+from paretune.search.evaluators.workspace import Workspace  # noqa: E402
 from paretune.search.spec import Spec  # noqa: E402
-from paretune.search.workspace import Workspace  # noqa: E402
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape  # noqa: E402
 from paretune.spaces.candidate import PER_CHANNEL, Algorithm, PatternKind, Score  # noqa: E402
-from paretune.teachers.families import FAMILIES  # noqa: E402
+from paretune.teachers.checkpoint.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 PICTURES = ROOT / "docs" / "pictures"

@@ -2,7 +2,7 @@
 
     python docs/make_models.py [--check]
 
-`--check` writes nothing and exits 1 if the page differs; tests/test_families.py does the same and asserts every figure.
+`--check` writes nothing and exits 1 if the page differs; tests/teachers/test_families.py does the same and asserts every figure.
 Each figure is the largest absolute difference of logits between two ways to compute the same thing; its control is the
 smallest such difference after a deliberate mistake.
 """
@@ -25,13 +25,13 @@ import torch
 
 from paretune.compression.export.artifact import write_artifact
 from paretune.compression.export.graph import build_model, save_model
+from paretune.compression.network.student import EMBEDDING, HEAD, Network, quantized_weights
 from paretune.compression.prune import Importance, slice_weights, sort_by_importance
-from paretune.compression.student import EMBEDDING, HEAD, Network, quantized_weights
-from paretune.engines.onnxruntime_decoder import Decoder
+from paretune.engines.onnxruntime.decoder import Decoder
 from paretune.spaces import Candidate, Format, Layer
-from paretune.teachers import Teacher, load_teacher
-from paretune.teachers.families import COMMON, family_of
-from paretune.teachers.layout import to_stored
+from paretune.teachers.checkpoint.families import COMMON, family_of
+from paretune.teachers.checkpoint.layout import to_stored
+from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"

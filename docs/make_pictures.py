@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune.hardware_profiles.errors import EnvironmentProblem, ParetuneError, UsageError
-from paretune.search.store import Store
-from paretune.search.view import load_view
-from paretune.tracking.picture import front_png
+from paretune.common.errors import EnvironmentProblem, ParetuneError, UsageError
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
+from paretune.tracking.charts.front_picture import front_png
 
 PAGE_S = 30.0
 

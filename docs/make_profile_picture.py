@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from paretune.hardware_profiles.errors import ParetuneError
-from paretune.search.profile_model import Work, local_profile_named, profile_model
-from paretune.teachers import EMBEDDED
-from paretune.tracking.profile_picture import profile_picture
+from paretune.common.errors import ParetuneError
+from paretune.objectives.profiler.profile_model import Work, local_profile_named, profile_model
+from paretune.teachers.checkpoint.teacher import EMBEDDED
+from paretune.tracking.charts.profile_picture import profile_picture
 
 HERE = Path(__file__).resolve().parent
 

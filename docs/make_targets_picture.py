@@ -17,11 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from paretune.hardware_profiles.errors import ParetuneError, UsageError
-from paretune.search.compare import Comparison, compare
-from paretune.search.store import Store
-from paretune.search.view import load_view
-from paretune.tracking.targets_picture import targets_figure
+from paretune.common.errors import ParetuneError, UsageError
+from paretune.search.recommend.compare import Comparison, compare
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
+from paretune.tracking.charts.targets_picture import targets_figure
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 1100

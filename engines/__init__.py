@@ -1,5 +1,1 @@
 """Engines: load an artifact's graph, score text with it, time it. Always in a child process of their own."""
-
-from paretune.engines.child import EngineChild
-
-__all__ = ["EngineChild"]

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
+from paretune.common.errors import EnvironmentProblem, UsageError
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Engine:
 
 
 ENGINES = {
-    "onnxruntime": Engine("onnxruntime_decoder", "onnxruntime", "pip install onnxruntime"),
-    "openvino": Engine("openvino_decoder", "openvino", "pip install openvino", reads_accuracy_level=False),
-    "torch": Engine("torch_decoder", "torch", "pip install torch onnx"),
+    "onnxruntime": Engine("onnxruntime.decoder", "onnxruntime", "pip install onnxruntime"),
+    "openvino": Engine("openvino.decoder", "openvino", "pip install openvino", reads_accuracy_level=False),
+    "torch": Engine("torch.decoder", "torch", "pip install torch onnx"),
 }
 
 

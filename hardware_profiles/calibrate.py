@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from paretune.hardware_profiles.errors import EnvironmentProblem, UsageError
-from paretune.hardware_profiles.files import write_atomically
+from paretune.common.errors import EnvironmentProblem, UsageError
+from paretune.common.files import write_atomically
+from paretune.common.yaml_file import dump_model, load_model, set_keys
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import LOCAL, load_profile, local_profile
 from paretune.hardware_profiles.schema import Profile
-from paretune.hardware_profiles.yaml_file import dump_model, load_model, set_keys
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 MORE_SECONDS = 60.0
@@ -56,7 +56,12 @@ def calibrate(threads: int, seconds: float = 3.0) -> Peaks:
     with MachineLock().exclusive():
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, env=environment, timeout=seconds + MORE_SECONDS, encoding="utf-8"
+                command,
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=seconds + MORE_SECONDS,
+                encoding="utf-8",
             )
         except subprocess.TimeoutExpired:
             raise EnvironmentProblem(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from paretune.common.errors import UsageError
+from paretune.common.yaml_file import load_model
 from paretune.hardware_profiles.detect import package_version
-from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.kernels import Kernel
 from paretune.hardware_profiles.schema import FIGURES, Engine, Profile
-from paretune.hardware_profiles.yaml_file import load_model
 
 FOLDER = Path(__file__).resolve().parent / "library"
 HERE = FOLDER / "here"

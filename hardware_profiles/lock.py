@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from paretune.hardware_profiles.errors import EnvironmentProblem
+from paretune.common.errors import EnvironmentProblem
 
 
 class MachineLock:

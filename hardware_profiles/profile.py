@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from paretune.hardware_profiles.access import is_file, unwritable
+from paretune.common.errors import UsageError
+from paretune.common.file_access import is_file, unwritable
+from paretune.common.yaml_file import dump_model, load_model
 from paretune.hardware_profiles.detect import detect_local
-from paretune.hardware_profiles.errors import UsageError
 from paretune.hardware_profiles.library import library_names, library_profile
 from paretune.hardware_profiles.schema import Profile
-from paretune.hardware_profiles.yaml_file import dump_model, load_model
 
 __all__ = ["LOCAL", "Profile", "detected_profile", "load_profile", "local_profile", "profile_names"]
 

@@ -14,9 +14,8 @@ class _Callable(ModuleType):
     """A package that is also the function of its name (a module's class may be assigned)."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        import paretune
-
-        return paretune.run_search(*arguments, **settings)
+        # Looked up, not imported: that package stands above this one, and has been imported before it.
+        return sys.modules["paretune"].run_search(*arguments, **settings)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.objectives.directions import minimized
-from paretune.objectives.quality import relative
+from paretune.objectives.quality.quality import relative
 from paretune.objectives.units import BYTES
 from paretune.search.front import Vector, dominates, non_dominated
 from paretune.spaces.candidate import FP32, Candidate

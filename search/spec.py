@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from paretune.hardware_profiles.errors import UsageError
-from paretune.hardware_profiles.text import require_text
-from paretune.hardware_profiles.validation import said
-from paretune.hardware_profiles.yaml_file import load_model
+from paretune.common.errors import UsageError
+from paretune.common.text import require_text
+from paretune.common.validation import said
+from paretune.common.yaml_file import load_model
 from paretune.spaces.candidate import PER_CHANNEL, Algorithm
 from paretune.spaces.precision import DEFAULT_PRECISIONS, Precision, PrecisionChoices
-from paretune.teachers.plugin_name import is_plugin
+from paretune.teachers.plugins.name import is_plugin
 
 # Of decoders; the throughput is maximized, and a limit to it is the least that will do.
 OBJECTIVES = (

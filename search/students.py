@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from paretune.hardware_profiles.errors import UsageError
+from paretune.common.errors import UsageError
 from paretune.search.spec import StudentConfig
 from paretune.spaces.candidate import Candidate
 from paretune.spaces.space import Space

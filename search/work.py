@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from paretune.hardware_profiles.errors import ParetuneError
+from paretune.common.errors import ParetuneError
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.quality import Scores
+from paretune.objectives.quality.quality import Scores
 from paretune.spaces.kinds import AnyCandidate, candidate_from_dict
 
 Kind = Literal["fit", "elastic", "sensitivity", "rung0", "recover", "confirm"]

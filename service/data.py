@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from paretune.hardware_profiles.errors import ParetuneError
-from paretune.search.database import is_taken
-from paretune.search.store import Store
-from paretune.search.studies import STUDY_NAME
-from paretune.search.summary import Standing, load_standing
-from paretune.search.view import StudyView, load_view
-from paretune.service.job import Unknown
+from paretune.common.errors import ParetuneError
+from paretune.search.prepare.studies import STUDY_NAME
+from paretune.search.study.database import is_taken
+from paretune.search.study.store import Store
+from paretune.search.study.summary import Standing, load_standing
+from paretune.search.study.view import StudyView, load_view
 from paretune.service.printable import printable
+from paretune.service.queue.job import Unknown
 
 # A view of a running search is read again at most so often, and never longer than this part of the time: reading 10,000
 # candidates takes seconds that the search itself would miss.

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from paretune.hardware_profiles.text import clean
+from paretune.common.text import clean
 
 printable = clean
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paretune.service.data import Studies
-from paretune.service.proxies import Network, is_in
-from paretune.service.queue import Queue
-from paretune.service.sessions import Sessions
+from paretune.service.queue.queue import Queue
+from paretune.service.security.proxies import Network, is_in
+from paretune.service.security.sessions import Sessions
 
 
 @dataclass(frozen=True)

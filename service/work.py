@@ -12,8 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from paretune.hardware_profiles.errors import EnvironmentProblem
-from paretune.service.job import Busy
+from paretune.common.errors import EnvironmentProblem
+from paretune.service.queue.job import Busy
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ PER_CHANNEL = 0
 class Shape:
     """The teacher's shape. `heads` counts query heads; a KV group is one KV head with its `heads // kv_heads` query heads.
 
-    `family` is the model_type, a key of teachers/families.py, which says what tensors a layer has. `positions` counts
+    `family` is the model_type, a key of teachers/checkpoint/families.py, which says what tensors a layer has. `positions` counts
     learned positions (0: rotary ones); `gated` FFNs have three matrices, others two.
     """
 

@@ -28,9 +28,14 @@ import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from paretune.teachers.batches import Batches
-from paretune.teachers.checkpoint import load_tensors, optimizer_tensors, restore_optimizers, save_tensors
-from paretune.teachers.text import is_held_out, library_modules
+from paretune.teachers.checkpoint.training_state import (
+    load_tensors,
+    optimizer_tensors,
+    restore_optimizers,
+    save_tensors,
+)
+from paretune.teachers.text.batches import Batches
+from paretune.teachers.text.corpus import is_held_out, library_modules
 
 VOCAB, CONTEXT, BATCH = 4096, 256, 16
 CHECKPOINT_EVERY_S = 60.0
@@ -198,7 +203,9 @@ def _finish(out: Path, model: Any, held_out: torch.Tensor, held_out_files: list[
         for n, p in library_modules()
         if is_held_out(n)
     }
-    (out / "heldout.json").write_text(json.dumps({"python": platform.python_version(), "modules": digests}, indent=1), encoding="utf-8")
+    (out / "heldout.json").write_text(
+        json.dumps({"python": platform.python_version(), "modules": digests}, indent=1), encoding="utf-8"
+    )
     size = sum(path.stat().st_size for path in held_out_files)
     figures |= {"held_out_nll": nll, "bits_per_byte": nll * len(held_out) / size / math.log(2)}
     (out / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")

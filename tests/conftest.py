@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from paretune.spaces import Space
-    from paretune.teachers import Teacher, TokenSplit
+    from paretune.teachers.checkpoint.teacher import Teacher
+    from paretune.teachers.text.tokens import TokenSplit
 
 # The examples are a pure function of the test, so these tests have no chance to fail by luck.
 settings.register_profile(
@@ -252,7 +253,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tiny_teacher_dir: Path) -> Teacher:
-    from paretune.teachers import load_teacher
+    from paretune.teachers.checkpoint.teacher import load_teacher
 
     return load_teacher(str(tiny_teacher_dir))
 
@@ -284,7 +285,8 @@ def tiny_space(tiny_teacher: Teacher) -> Space:
 def tiny_tokens(
     tiny_teacher: Teacher, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, TokenSplit]:
-    from paretune.teachers import token_splits, user_corpus
+    from paretune.teachers.text.corpus import user_corpus
+    from paretune.teachers.text.tokens import token_splits
 
     return dict(token_splits(tiny_teacher, user_corpus(tiny_text), tmp_path_factory.mktemp("cache")))
 
@@ -293,17 +295,17 @@ def tiny_tokens(
 def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the complete study `nightly` of the simulated evaluator: 30 candidates explored, several confirmed with artifacts.
     Copy it to change it."""
-    from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
+    from paretune.common.checksums import FACTS, MODEL, write_checksums
     from paretune.hardware_profiles.profile import detected_profile
-    from paretune.search.execute import run_inline
-    from paretune.search.plan import Plan
-    from paretune.search.prepare import Ready
-    from paretune.search.run import run_study
-    from paretune.search.simulated import SHAPE, SimulatedEvaluator, VirtualClock
+    from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
+    from paretune.search.execution.ray_executor import run_inline
+    from paretune.search.execution.run import run_study
+    from paretune.search.prepare.plan import Plan
+    from paretune.search.prepare.ready import Ready
+    from paretune.search.prepare.studies import create_study
     from paretune.search.spec import Spec
-    from paretune.search.studies import create_study
     from paretune.spaces import Space
-    from paretune.teachers import load_teacher
+    from paretune.teachers.checkpoint.teacher import load_teacher
 
     home = tmp_path_factory.mktemp("simulated")
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, "max_candidates": 30, "finalists": 3})

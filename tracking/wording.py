@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from paretune.hardware_profiles.errors import NothingFeasible
+from paretune.common.errors import NothingFeasible
 from paretune.objectives import units
 from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
-from paretune.search.recommend import Limits, Recommendation, recommend
-from paretune.search.view import Point, StudyView
+from paretune.search.recommend.recommend import Limits, Recommendation, recommend
+from paretune.search.study.view import Point, StudyView
 
 SHORT = {
     "nll": "NLL",

@@ -88,7 +88,7 @@ def _latin(world: World) -> dict[str, str] | None:
 def _runs(home: Path) -> list[object]:
     import mlflow
 
-    from paretune.tracking.mlflow_paths import database_uri
+    from paretune.tracking.mlflow.paths import database_uri
 
     client = mlflow.MlflowClient(database_uri(home))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

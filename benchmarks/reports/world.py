@@ -222,8 +222,8 @@ def _random_weights(settings: Mapping[str, Any], torch: Any) -> dict[str, Any]:
 
 def nll(study: Path) -> float:
     """The fp32 teacher's NLL (nats per token) on the report text, as the store has it."""
-    from paretune.search.store import Store
-    from paretune.search.view import load_view
+    from paretune.search.study.store import Store
+    from paretune.search.study.view import load_view
 
     store = Store.reader(study)
     try:

@@ -22,10 +22,10 @@ import torch
 from paretune.compression.distill.hidden import check_hidden_widths, layer_outputs, segments
 from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.distill.recover import RecoveryRecipe
+from paretune.compression.network.student import EMBEDDING, Network, matmul_formats
 from paretune.compression.quantize.grid import fake_quantize
-from paretune.compression.student import EMBEDDING, Network, matmul_formats
 from paretune.spaces.candidate import Candidate
-from paretune.teachers.batches import Batches
+from paretune.teachers.text.batches import Batches
 
 Weights = Mapping[str, torch.Tensor]
 Machine = Callable[[], AbstractContextManager[None]]

@@ -18,28 +18,34 @@ from typing import Any
 
 import torch
 
+from paretune.common.files import warn_damaged
 from paretune.compression.distill.loss import SoftLabels, distillation_loss
 from paretune.compression.distill.optimizer import Optimizers, decay
+from paretune.compression.network.student import Network
 from paretune.compression.prune import Importance, importance, layer_statistics, slice_weights, sort_by_importance
-from paretune.compression.student import Network
 from paretune.hardware_profiles.detect import package_version
-from paretune.hardware_profiles.files import warn_damaged
 from paretune.spaces.candidate import Candidate, Layer
 from paretune.spaces.space import Space
-from paretune.teachers.batches import Batches
-from paretune.teachers.checkpoint import DAMAGED, load_tensors, optimizer_tensors, restore_optimizers, save_tensors
-from paretune.teachers.teacher import Teacher
+from paretune.teachers.checkpoint.teacher import Teacher
+from paretune.teachers.checkpoint.training_state import (
+    DAMAGED,
+    load_tensors,
+    optimizer_tensors,
+    restore_optimizers,
+    save_tensors,
+)
+from paretune.teachers.text.batches import Batches
 
 CHECKPOINT_EVERY_S = 20.0
 CODE = (
-    "hessian.py",
+    "network/inputs.py",
     "distill/elastic.py",
     "distill/loss.py",
     "distill/optimizer.py",
     "prune/structure.py",
     "prune/statistics.py",
-    "student.py",
-    "../teachers/families.py",
+    "network/student.py",
+    "../teachers/checkpoint/families.py",
 )
 
 

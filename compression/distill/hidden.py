@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from paretune.compression.student import Network
+from paretune.compression.network.student import Network
 
 
 @contextlib.contextmanager

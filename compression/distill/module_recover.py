@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from paretune.compression.calibration.modules import Matrix, effective_weights
 from paretune.compression.distill.optimizer import decay
-from paretune.compression.modules import Matrix, effective_weights
 from paretune.spaces.candidate import Format
-from paretune.teachers.plugin import Batch, Forwarding, Outputs
+from paretune.teachers.plugins.plugin import Batch, Forwarding, Outputs
 
 Weights = Mapping[str, torch.Tensor]
 

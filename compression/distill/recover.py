@@ -23,10 +23,10 @@ from paretune.compression.distill.hidden import check_hidden_widths, hidden_loss
 from paretune.compression.distill.labels import LabelCache, soft_labels
 from paretune.compression.distill.loss import SoftLabels, TopLabels, distillation_loss
 from paretune.compression.distill.optimizer import Optimizers, decay
+from paretune.compression.network.student import EMBEDDING, Network, quantized_weights
 from paretune.compression.prune import warn_if_idle
-from paretune.compression.student import EMBEDDING, Network, quantized_weights
 from paretune.spaces.candidate import Candidate
-from paretune.teachers.batches import Batches
+from paretune.teachers.text.batches import Batches
 
 Weights = Mapping[str, torch.Tensor]
 

@@ -17,10 +17,12 @@ import onnx
 import torch
 import zstandard
 
-from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
+from paretune.common.checksums import FACTS, MODEL, write_checksums
+from paretune.common.errors import Infeasible
+from paretune.common.files import sync_folder
 from paretune.compression.export.graph import INLINE_LIMIT_BYTES, build_model, save_model, weight_bytes
 from paretune.compression.export.tokenizer import search_settings, write_generation_config, write_tokenizer
-from paretune.compression.student import (
+from paretune.compression.network.student import (
     EMBEDDING,
     HEAD,
     NO_CODES,
@@ -29,13 +31,11 @@ from paretune.compression.student import (
     student_config,
     student_family,
 )
-from paretune.hardware_profiles.errors import Infeasible
-from paretune.hardware_profiles.files import sync_folder
 from paretune.spaces.candidate import Candidate, Shape
-from paretune.teachers.checkpoint import write_tensors
-from paretune.teachers.families import TOKEN_KEYS, family_of
-from paretune.teachers.layout import to_stored
-from paretune.teachers.teacher import Teacher
+from paretune.teachers.checkpoint.families import TOKEN_KEYS, family_of
+from paretune.teachers.checkpoint.layout import to_stored
+from paretune.teachers.checkpoint.teacher import Teacher
+from paretune.teachers.checkpoint.training_state import write_tensors
 
 ZSTD_LEVEL = 3
 ZSTD_CHUNK = 1 << 22

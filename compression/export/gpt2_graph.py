@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paretune.spaces.candidate import Candidate, Format, Shape
-from paretune.teachers.families import POSITIONS
+from paretune.teachers.checkpoint.families import POSITIONS
 
 if TYPE_CHECKING:
-    from paretune.compression.export.graph import _Graph
+    from paretune.compression.export.graph_builder import GraphBuilder
 
 MICROSOFT = "com.microsoft"
 
 
-def gpt2_decoder(graph: _Graph, candidate: Candidate, shape: Shape) -> str:
+def gpt2_decoder(graph: GraphBuilder, candidate: Candidate, shape: Shape) -> str:
     """Everything between the token ids and the head; returns the normed stream."""
     stream, residual = _positions(graph, graph.embedding_and_head(candidate)), ""
     for i, layer in enumerate(candidate.layers):
@@ -35,7 +35,7 @@ def gpt2_decoder(graph: _Graph, candidate: Candidate, shape: Shape) -> str:
     return _norm(graph, "model.norm", "/model/norm", stream, residual)[0]
 
 
-def _positions(graph: _Graph, embedded: str) -> str:
+def _positions(graph: GraphBuilder, embedded: str) -> str:
     """Add the embedding of every token's position: how many valid tokens the attention mask has before it."""
     path = "/model/positions"
     axis, one = graph.constant("axis_1", np.array([1], np.int64)), graph.constant("one", np.array([1], np.int64))
@@ -52,11 +52,11 @@ def _positions(graph: _Graph, embedded: str) -> str:
     return graph.node("Add", [embedded, graph.node("Gather", [table, own], f"{path}/rows", axis=0)], f"{path}/add")
 
 
-def _linear(graph: _Graph, tensor: str, form: Format, path: str, stream: str) -> str:
+def _linear(graph: GraphBuilder, tensor: str, form: Format, path: str, stream: str) -> str:
     return graph.product([f"{tensor}.weight"], form, path, stream, graph.weights[f"{tensor}.bias"])
 
 
-def _norm(graph: _Graph, tensor: str, path: str, stream: str, residual: str) -> tuple[str, str]:
+def _norm(graph: GraphBuilder, tensor: str, path: str, stream: str, residual: str) -> tuple[str, str]:
     """LayerNorm of stream + residual: (normed, their sum)."""
     scale = graph.constant(f"{path}.weight", graph.weights[f"{tensor}.weight"].float())
     bias = graph.constant(f"{path}.bias", graph.weights[f"{tensor}.bias"].float())

@@ -13,8 +13,8 @@ import onnx
 import torch
 import zstandard
 
+from paretune.common.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.artifact import ZSTD_LEVEL, ArtifactFacts
-from paretune.compression.export.checksums import FACTS, MODEL, write_checksums
 from paretune.compression.export.graph import save_model
 
 WEIGHTS = Path("torch") / "model.safetensors"

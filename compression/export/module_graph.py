@@ -21,14 +21,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from paretune.compression.export.graph import IR_VERSION, OPSET
-from paretune.compression.modules import Matrix, matrices_of, quantize_matrix
+from paretune.common.errors import Infeasible
+from paretune.compression.calibration.modules import Matrix, matrices_of, quantize_matrix
+from paretune.compression.export.graph_builder import IR_VERSION, OPSET
 from paretune.compression.quantize.grid import Quantized
-from paretune.hardware_profiles.errors import Infeasible
 from paretune.spaces.candidate import Format
-from paretune.teachers.plugin import Batch, Forwarding, TeacherPlugin
+from paretune.teachers.plugins.plugin import Batch, Forwarding, TeacherPlugin
 
-KIND = "paretune.module"  # as engines/onnxruntime_module.py looks for it
+KIND = "paretune.module"  # as engines/onnxruntime/module.py looks for it
 INTEGER = {4: TensorProto.INT4, 8: TensorProto.INT8}
 Array = npt.NDArray[Any]
 

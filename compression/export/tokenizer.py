@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from paretune.teachers.teacher import Teacher
-from paretune.teachers.tokenizer_files import (
+from paretune.teachers.checkpoint.teacher import Teacher
+from paretune.teachers.tokenizer.tokenizer_files import (
     TEMPLATE,
     TEMPLATES,
     TOKENIZER,
@@ -106,7 +106,7 @@ def search_settings(teacher: Teacher) -> dict[str, Any]:
 
 
 def _raw_config(teacher: Teacher) -> dict[str, Any]:
-    from paretune.teachers.special_tokens import read_json
+    from paretune.teachers.tokenizer.special_tokens import read_json
 
     return read_json(teacher.folder / "config.json")
 

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from paretune.compression.prune.structure import LAYERS, Importance, slice_weights, sort_by_importance
 from paretune.spaces.candidate import Candidate, Shape
-from paretune.teachers.pruned import fold_masks
+from paretune.teachers.checkpoint.pruned import fold_masks
 
 
 class NothingChanged(UserWarning):

@@ -16,7 +16,7 @@ import torch
 
 from paretune.compression.prune.statistics import LayerStatistics
 from paretune.spaces.candidate import Candidate, Shape
-from paretune.teachers.families import CUT_AXES, Axis, axis_sizes, family_of
+from paretune.teachers.checkpoint.families import CUT_AXES, Axis, axis_sizes, family_of
 
 # Tensors under another name are the model's own: embedding, last norm and head, all of whose last axis is the residual stream.
 LAYERS = "model.layers."

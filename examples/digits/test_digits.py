@@ -2,7 +2,7 @@
 
 from paretune_digits import Digits
 
-from paretune.teachers.plugin_check import PluginConformance
+from paretune.teachers.plugins.check import PluginConformance
 
 
 class TestDigits(PluginConformance):

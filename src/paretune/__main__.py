@@ -1,6 +1,6 @@
 """`python -m paretune`."""
 
-from paretune.cli import main
+from paretune.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -13,14 +13,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretune.hardware_profiles.command_line import usual_home, use_home
-from paretune.hardware_profiles.errors import EnvironmentProblem, NothingFeasible, UsageError
+from paretune.common.command_line import use_home, usual_home
+from paretune.common.errors import EnvironmentProblem, NothingFeasible, UsageError
 
 if TYPE_CHECKING:
     import pandas
 
-    from paretune.search.advice import Advice
-    from paretune.search.view import Point, StudyView
+    from paretune.search.recommend.advice import Advice
+    from paretune.search.study.view import Point, StudyView
 
 
 def search(
@@ -39,9 +39,9 @@ def search(
     It takes the budget's time. The study is on the disk all the while: Ctrl-C ends it in good order, the same call goes on.
     `progress` False is silent. Raises UsageError, EnvironmentProblem; NothingFeasible if nothing could be confirmed.
     """
-    from paretune.cli_search import run_search, why_ended
-    from paretune.console import talk
-    from paretune.search.prepare import prepare
+    from paretune.cli.commands.search import run_search, why_ended
+    from paretune.cli.terminal.console import talk
+    from paretune.search.prepare.prepare import prepare
     from paretune.search.spec import make_spec
 
     folder = _home(home)
@@ -71,8 +71,8 @@ def call_of(function: str, *arguments: Any, **named: Any) -> str:
 
 def open_study(study: str | None = None, home: str | os.PathLike[str] | None = None) -> Study:
     """A study by its id, the one written last without one; also while a search runs on it. Raises UsageError if there is none."""
-    from paretune.cli_options import study_folder
-    from paretune.search.database import require_study
+    from paretune.cli.terminal.options import study_folder
+    from paretune.search.study.database import require_study
 
     folder = study_folder(study, _home(home))
     require_study(folder)
@@ -102,8 +102,8 @@ class Study:
     @property
     def view(self) -> StudyView:
         """Everything that the store says, as values."""
-        from paretune.search.store import Store
-        from paretune.search.view import load_view
+        from paretune.search.study.store import Store
+        from paretune.search.study.view import load_view
 
         store = Store.reader(self.folder)
         try:
@@ -113,7 +113,7 @@ class Study:
 
     def status(self) -> dict[str, Any]:
         """How it stands: state, seconds, counts."""
-        from paretune.cli_study import status_of
+        from paretune.cli.commands.study import status_of
 
         return {name: v for name, v in status_of(self.view).items() if name != "study"}
 
@@ -137,7 +137,7 @@ class Study:
         run on the column. Empty for a study with one profile."""
         import pandas as pd
 
-        from paretune.search.compare import compare
+        from paretune.search.recommend.compare import compare
 
         found = compare(self.view)
         if found is None:
@@ -164,8 +164,8 @@ class Study:
 
         Raises NothingFeasible naming the nearest candidate if nothing keeps the limits, UsageError for one that cannot be.
         """
-        from paretune.search.advice import advise
-        from paretune.search.recommend import Limits
+        from paretune.search.recommend.advice import advise
+        from paretune.search.recommend.recommend import Limits
 
         limits = Limits(
             max_latency_ms, max_bytes, max_memory_bytes, max_loss, min_throughput, max_energy_j, max_cost_usd
@@ -181,7 +181,7 @@ class Study:
 
     def export(self, key: str, folder: str | os.PathLike[str]) -> Path:
         """Write the artifact of a confirmed candidate (its key, or the beginning of it) with HOW_TO_RUN.md into a new folder."""
-        from paretune.search.export import export_artifact
+        from paretune.search.recommend.export import export_artifact
 
         view = self.view
         point = view.point(key) if key else None
@@ -191,7 +191,7 @@ class Study:
 
     def report(self) -> Path:
         """Write report.html and front.png anew; the path of the report."""
-        from paretune.tracking.report import write_report
+        from paretune.tracking.report.report import write_report
 
         view = self.view
         write_report(view)
@@ -199,12 +199,12 @@ class Study:
 
     def chart(self) -> Any:
         """The front as a plotly Figure."""
-        from paretune.tracking.charts import front_figure
+        from paretune.tracking.charts.front import front_figure
 
         return front_figure(self.view)
 
     def _on(self, profile: str | None) -> StudyView:
-        from paretune.search.answer import answer_on
+        from paretune.search.recommend.answer import answer_on
 
         return answer_on(self.view, profile, self.home).view
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import pytest
 
-from paretune.search.store import Store
-from paretune.search.view import StudyView, load_view
-from paretune.tracking import rebuild
-from paretune.tracking.mlflow_experiment import CHOICES, COSTS, VIEWS, runs_page
-from paretune.tracking.mlflow_registry import model_name
+from paretune.search.study.store import Store
+from paretune.search.study.view import StudyView, load_view
+from paretune.tracking.mlflow.experiment import CHOICES, COSTS, VIEWS, runs_page
+from paretune.tracking.mlflow.registry import model_name
+from paretune.tracking.mlflow.sink import rebuild
 
 TESTS = Path(__file__).resolve().parents[1]
 START_S = 90.0
@@ -37,7 +37,7 @@ START_S = 90.0
 
 def helpers() -> Any:
     """The makers of studies in test_tracking.py, which is no module that could be imported by name."""
-    spec = importlib.util.spec_from_file_location("made_up_studies", TESTS / "test_tracking.py")
+    spec = importlib.util.spec_from_file_location("made_up_studies", TESTS / "tracking" / "test_tracking.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from paretune.search.store import Store
-from paretune.search.view import load_view
-from paretune.service.app import create_app
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
 from paretune.service.data import Studies
-from paretune.service.queue import Queue
-from paretune.service.serve import bind
+from paretune.service.queue.queue import Queue
+from paretune.service.server.app import create_app
+from paretune.service.server.serve import bind
 from paretune.service.state import Service
 
 TOKEN = "browser-token-browser-token"

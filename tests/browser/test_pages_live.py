@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import uvicorn
 
-from paretune.search.store import Store
-from paretune.service.app import create_app
+from paretune.search.study.store import Store
 from paretune.service.data import Studies
-from paretune.service.queue import Queue
-from paretune.service.serve import bind
+from paretune.service.queue.queue import Queue
+from paretune.service.server.app import create_app
+from paretune.service.server.serve import bind
 from paretune.service.state import Service
 
 TOKEN = "browser-token-browser-token"
@@ -180,7 +180,7 @@ def test_a_confirmation_leaves_what_was_set(entered: Callable[..., Any], live: S
 
 
 def test_time_goes_on_between_two_reports(entered: Callable[..., Any], live: Store) -> None:
-    from paretune.search.records import now
+    from paretune.search.study.records import now
 
     live.set_meta(spent_s=100.0, spent_at=[100.0, now()], stage="latency fit")
     found = entered("/studies/live")

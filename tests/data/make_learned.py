@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from paretune.compression.distill.optimizer import Optimizers, decay
-from paretune.compression.student import Network
-from paretune.teachers import load_teacher, token_splits, user_corpus
-from paretune.teachers.batches import Batches
+from paretune.compression.network.student import Network
+from paretune.teachers.checkpoint.teacher import load_teacher
+from paretune.teachers.text.batches import Batches
+from paretune.teachers.text.corpus import user_corpus
+from paretune.teachers.text.tokens import token_splits
 
 HERE = Path(__file__).parent
 Weights = dict[str, torch.Tensor]

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from paretune.compression.export.graph import build_model, save_model
-from paretune.engines import EngineChild
+from paretune.engines.process.child import EngineChild
 from paretune.spaces import Candidate, Format, Layer
-from paretune.teachers import Teacher
+from paretune.teachers.checkpoint.teacher import Teacher
 
 pytestmark = pytest.mark.gpu
 CUDA = "CUDAExecutionProvider"

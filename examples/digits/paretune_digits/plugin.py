@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from paretune.teachers.plugin import Batch, Outputs, Quality, TeacherPlugin, Width
+from paretune.teachers.plugins.plugin import Batch, Outputs, Quality, TeacherPlugin, Width
 from paretune_digits.vae import CHANNELS, HIDDEN, DigitVAE, cut
 
 WEIGHTS = Path(__file__).resolve().parent / "weights.safetensors"

@@ -1,0 +1,1 @@
+"""Compressed weights of a candidate from calibration text: decoders, modules of plug-ins, and the sensitivity table."""

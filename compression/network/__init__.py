@@ -1,0 +1,1 @@
+"""The student network, the statistics of its inputs, and networks that are divided among processes."""

@@ -1,0 +1,1 @@
+"""An artifact's ONNX graph in torch."""

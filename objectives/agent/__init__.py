@@ -1,0 +1,1 @@
+"""Measuring on another machine: the agent's server and its client."""

@@ -1,0 +1,1 @@
+"""Measuring an artifact again, and sweeps over its prompt and batch."""

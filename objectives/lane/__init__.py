@@ -1,0 +1,1 @@
+"""Latency, memory and energy of an artifact on this machine."""

@@ -1,0 +1,1 @@
+"""What a candidate would cost, before it is measured: fits and rooflines."""

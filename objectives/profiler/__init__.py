@@ -1,0 +1,1 @@
+"""`paretune profile`: where the time of a model goes, and where compression would pay."""

@@ -1,0 +1,1 @@
+"""Quality on held-out data, paired against the teacher."""

@@ -1,0 +1,181 @@
+"""Visits to the measuring lane that every kind of model shares: one lane per worker, kept latencies, the measuring for the fit."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from paretune.common.errors import Infeasible
+from paretune.common.files import read_kept, warn_damaged, write_atomically
+from paretune.hardware_profiles.lock import MachineLock
+from paretune.hardware_profiles.profile import Profile
+from paretune.objectives.agent.client import AgentLane
+from paretune.objectives.agent.remote import lane_at, machine_of, predicted_instead
+from paretune.objectives.agent.wire import AgentGone
+from paretune.objectives.lane.lane import Lane, LaneResult, Pair
+from paretune.objectives.lane.reference import open_lane
+from paretune.objectives.lane.turns import STANDARD, Turn
+from paretune.objectives.measurement import Measurement
+from paretune.search.work import Outcome, Work
+from paretune.spaces.kinds import AnyCandidate, AnySpace, candidate_from_dict
+
+SLICE_S = 10.0
+ENOUGH_QUIET = 10
+
+
+class Host(Protocol):
+    """What a worker's workspace gives to the lane."""
+
+    folder: Path
+    home: Path
+    cache: Path
+    profile: Profile
+    lock: MachineLock
+
+    @property
+    def space(self) -> AnySpace: ...
+
+
+class Visits(ABC):
+    """One lane per worker; every undisturbed latency is kept under what it depends on."""
+
+    # The measurements that are kept and fitted.
+    latency: ClassVar[tuple[str, ...]]
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._lane: Lane | AgentLane | None = None
+        self._machine: str | None = None
+        self._missing: list[AnyCandidate] | None = None
+        self._rough: list[dict[str, Any]] = []
+        self._refused: list[str] = []
+        self._deadline = 0.0
+
+    @abstractmethod
+    def kept_file(self, candidate: Any) -> Path:
+        """Where a candidate's latency is kept: the same for all that take the same time."""
+
+    @abstractmethod
+    def build(self, candidate: Any, model: Path) -> None:
+        """Write a graph of the candidate with any weights: values do not change the time."""
+
+    @property
+    def turn(self) -> Turn:
+        """What a candidate is timed with."""
+        return STANDARD
+
+    def fitted(self) -> None:  # noqa: B027 (nothing to let go of is usual)
+        """The measuring for the fit has ended: let go of what only `build` needs."""
+
+    def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
+        """The lane's measurements as this kind of model calls them."""
+        return measurements
+
+    def lane(self) -> Lane | AgentLane:
+        """The lane of this machine, or of the profile's agent."""
+        if self._lane is None and self._host.profile.agent is not None:
+            self._lane = lane_at(self._host.profile, self._host.home, turn=self.turn)
+        elif self._lane is None:
+            self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock, self.turn)
+        return self._lane
+
+    def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | AgentLane | None = None) -> LaneResult:
+        """Several visits with fresh processes, or one with the children of `pair`.
+
+        A confirmation whose agent stays away is left predicted, and not kept; the fit has nothing else, so there AgentGone is
+        raised.
+        """
+        lane: Any = self.lane()
+        kept_at = self._kept_at(self.kept_file(candidate))
+        try:
+            result = lane.measure(model) if pair is None else lane.quick(model, pair)
+        except AgentGone as gone:
+            if pair is not None:
+                raise
+            points = self.all_kept()
+            shape = self._host.space.shape
+            return LaneResult(
+                predicted_instead(self._host.profile, candidate, model, shape, points, self.latency, gone, self.turn),
+                False,
+            )
+        result = LaneResult(self.named(result.measurements), result.stable)
+        if result.stable:
+            found = {name: result.measurements[name].to_dict() for name in self.latency}
+            kept = {"candidate": json.loads(candidate.to_json()), **found}
+            write_atomically(kept_at, json.dumps(kept).encode())
+        return result
+
+    def fit(self, work: Work) -> Outcome:
+        """Measure designed candidates that no kept measurement covers, a slice of time per call, `seconds` in all.
+
+        On a machine that is too busy the disturbed values serve the fit (and nothing else), which the outcome says.
+        """
+        if self._missing is None:
+            designed = [candidate_from_dict(d) for d in work.options["design"]]
+            self._missing = [c for c in designed if self._kept(self._kept_at(self.kept_file(c))) is None]
+            self._rough, self._refused, self._deadline = (
+                [],
+                [],
+                time.monotonic() + min(work.options["seconds"], work.seconds_left),
+            )
+        start = time.monotonic()
+        if self._missing:
+            with self.lane().pair() as pair:
+                while self._missing and time.monotonic() < min(start + SLICE_S, self._deadline):
+                    candidate = self._missing.pop(0)
+                    try:
+                        self._measure_random(candidate, pair)
+                    except Infeasible as error:
+                        self._refused.append(str(error))
+                        break  # its child may be gone: the next slice has fresh ones
+        if self._missing and time.monotonic() < self._deadline:
+            return Outcome(done=False, facts={"missing": len(self._missing)})
+        self.fitted()
+        kept = self.all_kept()
+        disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
+        skipped, self._missing = len(self._missing), None
+        facts = {"kept": kept + disturbed, "missing": skipped, "disturbed": len(disturbed)}
+        return Outcome(facts={**facts, "refused": self._refused} if self._refused else facts)
+
+    def all_kept(self) -> list[dict[str, Any]]:
+        """Everything kept for models like this one on this machine: {"candidate", and milliseconds by name}."""
+        found = (self._kept(path) for path in sorted(self._kept_at(self._folder() / "any").parent.glob("*.json")))
+        return [kept for kept in found if kept is not None]
+
+    def _kept(self, path: Path) -> dict[str, Any] | None:
+        """A kept measurement: {"candidate", and milliseconds by name}; None if it is not there or damaged."""
+        found = read_kept(path)
+        try:
+            if found is None:
+                return None
+            candidate_from_dict(found["candidate"])
+            return {"candidate": found["candidate"], **{name: float(found[name]["value"]) for name in self.latency}}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warn_damaged(path, error)
+            return None
+
+    @abstractmethod
+    def _folder(self) -> Path:
+        """Where `kept_file` lies: one folder per machine, engine and kind of model."""
+
+    def _kept_at(self, path: Path) -> Path:
+        """`path`, or below it a folder for the agent's machine: what was measured there says nothing of this one."""
+        if self._host.profile.agent is None:
+            return path
+        if self._machine is None:
+            lane = self.lane()
+            assert isinstance(lane, AgentLane)
+            self._machine = machine_of(lane, self._host.folder)
+        return path.parent / f"at-{self._machine}" / path.name
+
+    def _measure_random(self, candidate: AnyCandidate, pair: Pair | AgentLane) -> None:
+        model = self._host.folder / "work" / "fit.onnx"
+        model.parent.mkdir(parents=True, exist_ok=True)
+        self.build(candidate, model)
+        result = self.measure(candidate, model, pair)
+        if not result.stable:
+            found = {name: result.measurements[name].value for name in self.latency}
+            self._rough.append({"candidate": json.loads(candidate.to_json()), **found})

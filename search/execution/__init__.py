@@ -1,0 +1,1 @@
+"""Running a search: its workers, Ray Tune, processes, and how it ends."""

@@ -1,0 +1,73 @@
+"""What work costs in seconds and tokens: by what was seen in this study, before that by guesses from the model's size."""
+
+from __future__ import annotations
+
+import statistics
+
+from paretune.search.budget import TAIL_S, Budget
+from paretune.search.policy.ledger import Ledger
+from paretune.search.spec import Spec
+from paretune.search.study.records import Fidelity
+from paretune.search.study.store import Store
+from paretune.search.work import Kind
+from paretune.spaces.kinds import AnyShape
+
+CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0  # of a model of REFERENCE_PARAMETERS on two cores
+REFERENCE_PARAMETERS = 5.8e6
+
+
+class Costs:
+    """Costs of one study."""
+
+    def __init__(self, store: Store, spec: Spec, shape: AnyShape, budget: Budget, ledger: Ledger) -> None:
+        self.store, self.spec, self.budget, self.ledger = store, spec, budget, ledger
+        self.scale = max(1.0, shape.parameters / REFERENCE_PARAMETERS)
+
+    def fit_seconds(self) -> float:
+        """The fit's part of the budget: what the shares leave, at least long enough for a few points."""
+        shares = self.spec.shares
+        return max(15.0, (1 - shares.elastic - shares.explore - shares.confirm) * self.budget.total_s)
+
+    def recovery_tokens(self) -> int:
+        """The same for every finalist of a study: what their share of the budget allows, by the speed of the elastic training."""
+        tokens = self.store.meta("recovery_tokens")
+        if tokens is None:
+            elastic = self.store.meta("elastic", {})
+            rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
+            shares = self.spec.shares
+            share = (
+                (self.budget.left_s + self.budget.used("explore")) * shares.confirm / (shares.confirm + shares.explore)
+            )
+            each = max(2.0, share / self.spec.finalists - self.confirmation_s() - 2 * self.scale * RUNG0_GUESS_S)
+            step = elastic.get("batch_tokens", 4096)
+            tokens = max(4, round(each * rate / step)) * step
+            self.store.set_meta(recovery_tokens=tokens)
+        return int(tokens)
+
+    def confirm_cost_s(self) -> float:
+        """Seconds to recover and confirm one finalist, with a reserve."""
+        elastic = self.store.meta("elastic", {})
+        rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
+        guess = self.recovery_tokens() / rate + 2 * self.scale * RUNG0_GUESS_S
+        return 1.15 * (self.typical_seconds("recovered", guess) + self.confirmation_s())
+
+    def typical_seconds(self, fidelity: Fidelity, guess: float) -> float:
+        """Median of the last few; the first baseline also opens the lane and loads everything, and is no guide."""
+        seconds = [e.seconds for e in self.ledger.complete(fidelity)]
+        return statistics.median(seconds[-5:]) if seconds else guess
+
+    def rung0_s(self) -> float:
+        """Seconds to score one candidate."""
+        return self.typical_seconds("rung0", self.scale * RUNG0_GUESS_S)
+
+    def confirmation_s(self) -> float:
+        """Seconds to export, score and measure one candidate that is recovered."""
+        return self.typical_seconds("confirmed", self.scale * CONFIRM_GUESS_S)
+
+    def timeout_s(self, kind: Kind) -> float:
+        """After how long a worker gives itself up: within the budget, whatever it does."""
+        left = self.budget.left_s
+        most = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0, "sensitivity": 300.0}.get(
+            kind, left + 60.0
+        )
+        return min(self.scale * most, left + TAIL_S / 2)

@@ -1,0 +1,1 @@
+"""From a study to one candidate: limits, comparisons between targets, export."""

@@ -1,0 +1,1 @@
+"""Who proposes the next candidate: Optuna, or the sequential baseline."""

@@ -1,0 +1,73 @@
+"""Optuna's part: a study in memory, rebuilt from the store, with a sampler seeded anew for every ask.
+
+The seed of ask n is a hash of (search seed, n), so an interrupted sequential search proposes what the uninterrupted one
+would have proposed; nothing of Optuna's own state needs to survive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from paretune.search.policy.estimates import Estimates
+from paretune.spaces.kinds import AnySpace
+
+RANDOM_STARTS = 12
+POPULATION = 24
+# What studies of version 0.1, whose parameters lack it, did.
+SINCE_THEN = {"quantizer": "rtn", "hidden": 0, "precision_mode": "uniform", "effective_bits": 0}
+
+
+def stable_seed(seed: int, number: int) -> int:
+    """32-bit hash of (seed, number) that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
+
+
+def distributions(space: AnySpace) -> dict[str, BaseDistribution]:
+    """The space's variables as Optuna distributions; ordered choices are integers."""
+    return {
+        name: IntDistribution(*bounds) if kind == "int" else CategoricalDistribution(bounds)
+        for name, (kind, bounds) in space.distributions().items()
+    }
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """TPE (multivariate, Bergstra et al. 2011; multi-objective after Ozaki et al. 2022) or NSGA-II (Deb et al. 2002)."""
+    if name == "nsga2":
+        return NSGAIISampler(population_size=POPULATION, seed=seed)
+    return TPESampler(seed=seed, multivariate=True, n_startup_trials=RANDOM_STARTS, constant_liar=False)
+
+
+def frozen_trial(estimates: Estimates, key: str, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    """A candidate of the store as a finished trial: COMPLETE with float objectives, or FAIL without values."""
+    vector = estimates.vector(key)
+    params = {name: estimates.params(key).get(name, SINCE_THEN.get(name)) for name in space}
+    if vector is None:
+        return create_trial(state=TrialState.FAIL, params=params, distributions=dict(space))
+    return create_trial(
+        state=TrialState.COMPLETE,
+        params=params,
+        distributions=dict(space),
+        values=[float(v) for v in vector],
+        constraints=estimates.constraints(key),
+    )
+
+
+def rebuild(estimates: Estimates, sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> optuna.Study:
+    """A fresh study over everything explored so far, with the current estimates."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(directions=["minimize"] * len(estimates.spec.objectives), sampler=sampler)
+    study.add_trials([frozen_trial(estimates, key, space) for key in estimates.ledger.explored_keys()])
+    return study
+
+
+def tell_constraints(trial: Any, constraints: Mapping[str, float]) -> None:
+    """All constraints in the same order on a running trial, as Optuna's samplers want them."""
+    for name, value in constraints.items():
+        trial.set_constraint(name, value)

@@ -1,0 +1,1 @@
+"""A study on disk: its database, its records, and views of it."""

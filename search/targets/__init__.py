@@ -1,0 +1,1 @@
+"""Further hardware targets of a study: what its confirmed candidates cost there."""

@@ -1,0 +1,1 @@
+"""The queue of searches and their processes."""

@@ -1,0 +1,1 @@
+"""`paretune serve` and `paretune ui`: applications and servers, from start to orderly end."""

@@ -1,0 +1,1 @@
+"""Teachers that are any torch module."""

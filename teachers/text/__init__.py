@@ -1,0 +1,1 @@
+"""The text of a search: files, records, splits, token ids."""

@@ -1,0 +1,1 @@
+"""What a tokenizer's files say, besides its vocabulary."""

@@ -1,0 +1,137 @@
+"""The main job for real, at toy size: a user's own checkpoint and text, Ray, ONNX Runtime, MLflow, artifact, re-measurement."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from paretune.search.front import dominates
+from paretune.search.study.store import Store
+from paretune.search.study.view import load_view
+
+pytestmark = pytest.mark.timeout(290)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def paretune(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "paretune", *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=270,
+    )
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory, tiny_teacher_dir, tiny_text):
+    """A finished search: (working directory, its JSON). It ends when all is done; a busy machine has the whole budget."""
+    folder = tmp_path_factory.mktemp("night")
+    (folder / "spec.yaml").write_text(
+        f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 200s\n"
+        "fit_points: 12\nfinalists: 1\nmax_candidates: 30\nshares: {elastic: 0.05}\n"
+    )
+    done = paretune("search", "spec.yaml", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout)
+
+
+@pytest.fixture
+def view(night):
+    store = Store.reader(next((night[0] / "mlruns" / "studies").iterdir()))
+    yield load_view(store)
+    store.close()
+
+
+def test_the_search_explored_recovered_and_confirmed(night, view):
+    _, status = night
+    assert status["state"] == "complete" and status["explored"] >= 20
+    assert status["spent_s"] <= 200
+    assert [p.name for p in view.baselines] == ["teacher fp32", "teacher int8", "teacher int4"]
+    assert len(view.confirmed) > 3, "no finalist was confirmed"
+
+
+def test_nothing_on_the_front_is_dominated_by_a_baseline(view):
+    for point in view.front:
+        for baseline in view.baselines:
+            assert not dominates(baseline.vector(view.objectives), point.vector(view.objectives))
+
+
+def test_every_number_says_where_it_comes_from(view):
+    for point in view.confirmed:
+        assert {
+            "nll",
+            "kl",
+            "top1_agreement",
+            "decode_ms_per_token",
+            "ttft_ms",
+            "peak_memory_bytes",
+            "compressed_bytes",
+        } <= point.measurements.keys()
+        assert all(m.provenance in ("measured", "disturbed") and m.unit for m in point.measurements.values())
+        assert point.measurements["nll"].low <= point.measurements["nll"].value <= point.measurements["nll"].high
+    for point in view.rung0:
+        assert point.measurements["estimated_nll"].provenance == "predicted"
+        assert point.measurements["decode_ms_per_token"].provenance == "predicted"
+
+
+def test_the_artifact_alone_generates_text(night, view, tmp_path):
+    point = next(p for p in view.front if p.source != "baseline")
+    shutil.copytree(view.folder / "artifacts" / point.key, tmp_path / "alone")
+    done = paretune("generate", "alone", "--prompt", "the model", "--max-tokens", "12", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["tokens"] == 12 and made["tokens_per_second"] > 0 and len(made["text"]) > 0
+    (tmp_path / "alone" / "onnx" / "model.onnx").write_bytes(
+        b"\0" + (tmp_path / "alone" / "onnx" / "model.onnx").read_bytes()[1:]
+    )
+    damaged = paretune("generate", "alone", "--prompt", "x", cwd=tmp_path)
+    assert damaged.returncode == 2 and "differs from its checksum" in " ".join(damaged.stderr.split())
+
+
+def test_measure_compares_with_the_study(night, view):
+    point = view.front[0]
+    done = paretune("measure", view.folder / "artifacts" / point.key, "--within", "10%", "--json", cwd=night[0])
+    assert done.returncode == 0, done.stderr
+    compared = json.loads(done.stdout)["compared"]["decode_ms_per_token"]
+    assert compared["then"]["value"] == point.measurements["decode_ms_per_token"].value
+    assert compared["now"]["value"] > 0 and compared["now"]["provenance"] in ("measured", "disturbed")
+
+
+def test_mlflow_shows_the_study_and_can_be_rebuilt(night, view):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{night[0] / 'mlruns' / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "paretune"]
+
+    def children():
+        runs = client.search_runs([experiment.experiment_id], max_results=1000)
+        return {r.data.tags["paretune.candidate"]: r for r in runs if "paretune.candidate" in r.data.tags}
+
+    before = children()
+    assert before.keys() == {p.key for p in view.confirmed}
+    front = {p.key for p in view.front}
+    assert {key for key, run in before.items() if run.data.tags["pareto"] == "true"} == front
+    again = paretune("sync", cwd=night[0])
+    assert again.returncode == 0, again.stderr
+    assert {k: r.info.run_id for k, r in children().items()} == {k: r.info.run_id for k, r in before.items()}
+
+
+def test_the_same_text_and_teacher_are_not_trained_again(night, view):
+    elastic = list((night[0] / "mlruns" / "cache" / "elastic").glob("*.safetensors"))
+    assert len(elastic) == 1
+    stamp = elastic[0].stat().st_mtime_ns
+    spec = night[0] / "spec.yaml"
+    done = paretune("search", spec, "--study", "again", "--json", cwd=night[0])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "taken from an earlier search" in " ".join(done.stderr.split())
+    assert elastic[0].stat().st_mtime_ns == stamp
+
+
+def test_complete_study_is_not_run_again(night, view):
+    done = paretune("search", "spec.yaml", "--study", view.study, cwd=night[0])
+    assert done.returncode == 2 and "is complete" in " ".join(done.stderr.split())

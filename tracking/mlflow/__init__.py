@@ -1,0 +1,1 @@
+"""A study in MLflow, and MLflow's page over it."""
