@@ -23,6 +23,8 @@ from paretune.search.execution.tune_search import OUTCOME
 from paretune.search.study.database import folder_gone
 from paretune.search.work import Outcome, Work, fatal
 
+DECODER = "paretune.search.evaluators.decoder:Evaluator"
+PLUGIN = "paretune.search.evaluators.plugin:PluginEvaluator"
 FOLDER, HOME, EVALUATOR = "PARETUNE_STUDY_FOLDER", "PARETUNE_STUDY_HOME", "PARETUNE_EVALUATOR"
 
 
@@ -85,9 +87,7 @@ def _disk_outcome(error: OSError) -> Outcome:
 
 def make_evaluator(folder: Path, home: Path) -> Any:
     """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
-    usual = json.loads((folder / "setup.json").read_text(encoding="utf-8")).get(
-        "evaluator", "paretune.search.evaluators.decoder:Evaluator"
-    )
-    name = os.environ.get(EVALUATOR, usual)
+    setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
+    name = os.environ.get(EVALUATOR, PLUGIN if "plugin_folder" in setup else DECODER)
     module, _, cls = name.partition(":")
     return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)

@@ -35,7 +35,6 @@ PACKAGES = (
     "numpy",
     "sqlalchemy",
 )
-PLUGIN_EVALUATOR = "paretune.search.evaluators.plugin:PluginEvaluator"
 STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}\Z")
 
 
@@ -97,7 +96,7 @@ def _write_setup(ready: Ready, folder: Path) -> None:
         "text": ready.text,
     }
     if ready.plugin is not None:
-        setup |= {"evaluator": PLUGIN_EVALUATOR, "plugin_folder": str(ready.plugin.folder)}
+        setup["plugin_folder"] = str(ready.plugin.folder)
     try:
         write_atomically(folder / "setup.json", json.dumps(setup, indent=1).encode())
     except OSError as error:

@@ -7,7 +7,6 @@ PARETUNE_PICTURES=1 PARETUNE_PICTURES_HOME=mlruns python -m pytest tests/browser
 from __future__ import annotations
 
 import html
-import importlib.util
 import os
 import re
 import shutil
@@ -30,34 +29,23 @@ from paretune.search.study.view import StudyView, load_view
 from paretune.tracking.mlflow.experiment import CHOICES, COSTS, VIEWS, runs_page
 from paretune.tracking.mlflow.registry import model_name
 from paretune.tracking.mlflow.sink import rebuild
+from support import studies
 
-TESTS = Path(__file__).resolve().parents[1]
 START_S = 90.0
-
-
-def helpers() -> Any:
-    """The makers of studies in test_tracking.py, which is no module that could be imported by name."""
-    spec = importlib.util.spec_from_file_location("made_up_studies", TESTS / "tracking" / "test_tracking.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_studies(home: Path) -> None:
     """Two made-up studies of one teacher: `night` with all kinds of points and a board as further target, `earlier` with its
     baselines and one student."""
-    made = helpers()
-    with_everything = made.new_study(home / "studies" / "night")
-    made.fill(with_everything)
-    made.add_board(with_everything)
-    small = made.new_study(home / "studies" / "earlier")
-    for fmt, decode, megabytes in ((made.FP32, 0.95, 21.0), (made.INT4, 0.36, 3.6)):
-        made.confirm(
-            small, made.candidate(fmt=fmt), 2.0 if fmt.bits == 32 else 2.06, decode, megabytes, source="baseline"
+    with_everything = studies.new_study(home / "studies" / "night")
+    studies.fill(with_everything)
+    studies.add_board(with_everything)
+    small = studies.new_study(home / "studies" / "earlier")
+    for fmt, decode, megabytes in ((studies.FP32, 0.95, 21.0), (studies.INT4, 0.36, 3.6)):
+        studies.confirm(
+            small, studies.candidate(fmt=fmt), 2.0 if fmt.bits == 32 else 2.06, decode, megabytes, source="baseline"
         )
-    made.confirm(small, made.candidate(5, 640, made.INT4), 2.12, 0.29, 3.0)
+    studies.confirm(small, studies.candidate(5, 640, studies.INT4), 2.12, 0.29, 3.0)
     for store in (with_everything, small):
         store.set_meta(state="complete")
         store.close()

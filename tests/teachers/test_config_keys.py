@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import strange_teachers as strange
 
 from paretune.common.errors import UsageError
 from paretune.compression.network.student import Network
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
+from support import strange_teachers as strange
 
 IDLE: dict[str, Any] = {
     "attn_implementation": "flash_attention_2",
@@ -158,7 +158,7 @@ def test_a_rotary_embedding_that_cannot_be_is_refused_by_name(folder: Path, give
 
 
 def test_a_configs_own_keys_do_not_come_into_the_artifact(folder: Path, tmp_path: Path) -> None:
-    from test_tokenizer_files import exported
+    from support.artifacts import exported
 
     strange.merge(folder / "config.json", {"attn_implementation": "flash_attention_2", "output_attentions": True})
     written = json.loads((exported(folder, tmp_path / "artifact") / "hf" / "config.json").read_text())

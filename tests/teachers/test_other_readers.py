@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support import strange_teachers as strange
-from test_tokenizer_files import PROMPT, exported
+from support.artifacts import PROMPT, exported
 
 READERS = Path(os.environ.get("PARETUNE_READERS", Path(__file__).parents[2] / ".venv-readers"))
 PROGRAM = """

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import strange_teachers as strange
-from test_tokenizer_files import exported, generated
 
 from paretune.common.errors import UsageError
 from paretune.search.prepare.prepare import runtime_notes
 from paretune.teachers.checkpoint.teacher import load_teacher
+from support import strange_teachers as strange
+from support.artifacts import exported, generated
 
 NO_END = {"eos_token": ...}
 # config.json's value, generation_config.json's, the tokenizer's text: the right tokens

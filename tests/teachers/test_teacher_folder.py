@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support import strange_teachers as strange
-from test_tokenizer_files import exported, generated
+from support.artifacts import exported, generated
 
 CHAT = [{"role": "user", "content": "Was heißt das?"}, {"role": "assistant", "content": "{}"}]
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"

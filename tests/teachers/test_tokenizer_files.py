@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import strange_teachers as strange
 
 from paretune.common.errors import UsageError
-from paretune.compression.export.artifact import write_artifact
-from paretune.compression.network.student import plain_candidate
 from paretune.engines.onnxruntime import genai_tokenizer
-from paretune.engines.onnxruntime.generate import Pace, stream
 from paretune.search.prepare.prepare import prepare
 from paretune.search.spec import Spec
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.teachers.text.corpus import user_corpus
 from paretune.teachers.text.tokens import token_splits
+from support import strange_teachers as strange
+from support.artifacts import PROMPT, exported, generated
 
 TRUNCATION = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -31,7 +29,6 @@ PADDING = {
     "pad_type_id": 0,
     "pad_token": strange.END,
 }
-PROMPT = "The model <|turn|>reads 12 lines"
 
 
 def with_dropout(folder: Path) -> dict[str, Any]:
@@ -57,18 +54,6 @@ def limited(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
         },
     )
     return folder
-
-
-def exported(folder: Path, target: Path) -> Path:
-    teacher = load_teacher(str(folder))
-    write_artifact(target, teacher, plain_candidate(teacher.shape, 3), teacher.weights(), {})
-    return target
-
-
-def generated(artifact: Path, prompt: str = PROMPT, most: int = 12) -> tuple[str, int]:
-    pieces = list(stream(artifact, prompt, most, 0.0, 1))
-    assert isinstance(pieces[-1], Pace)
-    return "".join(p for p in pieces if isinstance(p, str)), pieces[-1].tokens
 
 
 def test_stored_limits_and_dropout_do_not_touch_the_text(plain: Path, limited: Path, tmp_path: Path) -> None:
