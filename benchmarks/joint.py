@@ -102,7 +102,7 @@ def prepare_cache(home: Path, settings: dict[str, Any]) -> None:
     from paretune.search.execution.trainable import make_evaluator
     from paretune.search.prepare.prepare import prepare
     from paretune.search.prepare.studies import create_study
-    from paretune.search.work import Work
+    from paretune.search.task import Task
 
     ready = prepare(make_spec(None, None, settings), home)
     shutil.rmtree(home / "studies", ignore_errors=True)
@@ -110,14 +110,14 @@ def prepare_cache(home: Path, settings: dict[str, Any]) -> None:
     evaluator = make_evaluator(store.folder, home)
     points = [json.loads(c.to_json()) for c in design(ready.space, ready.spec.fit_points, ready.spec.seed)]
     try:
-        for work in (
-            Work("fit", None, 3600.0, options={"design": points, "seconds": 600.0}),
-            Work("elastic", None, 24 * 3600.0),
+        for task in (
+            Task("fit", None, 3600.0, options={"design": points, "seconds": 600.0}),
+            Task("elastic", None, 24 * 3600.0),
         ):
-            while not (outcome := evaluator.run(work)).done:
+            while not (outcome := evaluator.run(task)).done:
                 pass
             if outcome.status != "complete":
-                raise RuntimeError(f"{work.kind} before the comparison: {outcome.reason}")
+                raise RuntimeError(f"{task.kind} before the comparison: {outcome.reason}")
     finally:
         evaluator.close()
         store.close()

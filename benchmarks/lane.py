@@ -22,8 +22,8 @@ from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune.structure import Importance, slice_weights
 from paretune.hardware_profiles import MachineLock, load_profile
 from paretune.objectives.artifacts.remeasure import CLOSE, Remeasured, remeasure
-from paretune.objectives.lane.lane import Lane, LaneResult
-from paretune.objectives.lane.reference import open_lane
+from paretune.objectives.latency.benchmark import LatencyBenchmark, LatencyResult
+from paretune.objectives.latency.reference import open_local_benchmark
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import design
 from paretune.spaces.candidate import Candidate
@@ -43,11 +43,11 @@ def measure_seconds() -> Iterator[Figure]:
     The machine's nominal is learnt before, once for all structures, as in a search; building the graphs is not measured.
     """
     profile = load_profile("local-cpu", HOME)
-    lane = open_lane(HOME / "cache", profile, MachineLock())
+    benchmark = open_local_benchmark(HOME / "cache", profile, MachineLock())
     with tempfile.TemporaryDirectory() as folder:
         models = write_structures(Path(folder), STRUCTURES, profile.weight_formats)
-        lane.latencies(models[0])
-        yield seconds_figure(timed(lane, models))
+        benchmark.latencies(models[0])
+        yield seconds_figure(timed(benchmark, models))
 
 
 def write_structures(folder: Path, count: int, kernels: Sequence[str]) -> list[Path]:
@@ -69,17 +69,17 @@ def write_models(folder: Path, candidates: Sequence[Candidate]) -> list[Path]:
     return models
 
 
-def timed(lane: Lane, models: Sequence[Path]) -> list[tuple[float, LaneResult]]:
+def timed(benchmark: LatencyBenchmark, models: Sequence[Path]) -> list[tuple[float, LatencyResult]]:
     """Seconds of each structure with what the lane found."""
     found = []
     for model in models:
         start = time.perf_counter()
-        result = lane.latencies(model, WITHIN)
+        result = benchmark.latencies(model, WITHIN)
         found.append((time.perf_counter() - start, result))
     return found
 
 
-def seconds_figure(found: Sequence[tuple[float, LaneResult]]) -> Figure:
+def seconds_figure(found: Sequence[tuple[float, LatencyResult]]) -> Figure:
     """The median over all structures, those that did not reach the interval included: their time was spent too."""
     seconds = [s for s, _ in found]
     results = [r for _, r in found]
@@ -141,7 +141,7 @@ def remeasure_error() -> Iterator[Figure]:
 def member(key: str, found: Remeasured) -> Member:
     """What was said of a member and what was found; only latencies that its study measured in peace."""
     then = {a.name: a.then for a in found.agreements if a.then is not None and a.then.provenance == "measured"}
-    now = {a.name: a.now for a in found.agreements if a.name in then} if found.lane.stable else None
+    now = {a.name: a.now for a in found.agreements if a.name in then} if found.benchmark.stable else None
     return Member(key, then, now)
 
 
@@ -193,10 +193,10 @@ def neighbour(cpu: int | None) -> Iterator[None]:
 
 def beside(found: Sequence[Remeasured]) -> Beside:
     """What became of measurements that something disturbed."""
-    kept = [f for f in found if f.lane.stable]
+    kept = [f for f in found if f.benchmark.stable]
     return Beside(
         len(found),
-        sum(f.lane.flagged > 0 for f in found),
+        sum(f.benchmark.flagged > 0 for f in found),
         len(found) - len(kept),
         len(kept),
         sum(any(a.agrees is False for a in f.agreements) for f in kept),

@@ -54,7 +54,7 @@ def recommend_ms() -> Iterator[Figure]:
     """`paretune recommend` as a whole process on a study of 1,000 explored candidates."""
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator
-    from paretune.search.work import Work
+    from paretune.search.task import Task
     from paretune.spaces.space import Space
 
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def recommend_ms() -> Iterator[Figure]:
             json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8"
         )
         evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
-        fill(store, space, evaluator, Work)
+        fill(store, space, evaluator, Task)
         times = []
         for _ in range(7):
             start = time.perf_counter()
@@ -82,7 +82,7 @@ def recommend_ms() -> Iterator[Figure]:
     yield figure("recommend_ms", statistics.median(times[1:]), "ms", min(times[1:]), max(times[1:]), candidates=1000)
 
 
-def fill(store: Store, space: Any, evaluator: Any, work: Any) -> None:
+def fill(store: Store, space: Any, evaluator: Any, task: Any) -> None:
     """1,000 explored and 40 confirmed candidates."""
     from paretune.objectives.measurement import Measurement
 
@@ -98,7 +98,7 @@ def fill(store: Store, space: Any, evaluator: Any, work: Any) -> None:
     for row in store.candidates():
         for fidelity, kind in (("rung0", "rung0"), ("confirmed", "confirm")):
             if fidelity == "rung0" or row.number < 40:
-                outcome = evaluator.run(work(kind, row.candidate))
+                outcome = evaluator.run(task(kind, row.candidate))
                 store.start(row.key, fidelity)  # type: ignore[arg-type]
                 extra = {"estimated_nll": Measurement.exact(2.0, "nats/token")} if fidelity == "rung0" else {}
                 store.finish(

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.benchmark import write_models
 from benchmarks.common import HOME, Figure, figure, latest_study
-from benchmarks.lane import write_models
 from paretune.hardware_profiles import MachineLock, Profile
-from paretune.objectives.lane.lane import LATENCIES, LaneResult
-from paretune.objectives.lane.reference import open_lane
+from paretune.objectives.latency.benchmark import LATENCIES, LatencyResult
+from paretune.objectives.latency.reference import open_local_benchmark
 from paretune.objectives.prediction.latency_fit import LatencyFit, proxy
 from paretune.search.study.store import Store
 from paretune.spaces.candidate import Candidate, Shape
@@ -30,7 +30,7 @@ class Seen:
     """A held-out candidate with what the lane found."""
 
     candidate: Candidate
-    lane: LaneResult
+    benchmark: LatencyResult
 
 
 def predict_error_local() -> Iterator[Figure]:
@@ -45,13 +45,13 @@ def predict_error_local() -> Iterator[Figure]:
     store.close()
     known = {candidate.key for candidate, _ in points} | {p.key for p in view.confirmed}
     candidates = held_out(Space.of(shape, profile.weight_formats), HELD_OUT, known)
-    lane = open_lane(HOME / "cache", profile, MachineLock())
+    benchmark = open_local_benchmark(HOME / "cache", profile, MachineLock())
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder), candidates)
-        seen = [Seen(c, lane.latencies(m)) for c, m in zip(candidates, models, strict=True)]
+        seen = [Seen(c, benchmark.latencies(m)) for c, m in zip(candidates, models, strict=True)]
     for name, unit in UNITS.items():
         fit = LatencyFit(name, unit, shape, [(c, p[name]) for c, p in points])
-        yield error_figure(fit, shape, [s for s in seen if s.lane.stable], len(seen))
+        yield error_figure(fit, shape, [s for s in seen if s.benchmark.stable], len(seen))
 
 
 def held_out(space: Space, count: int, known: set[str], seed: int = 1) -> list[Candidate]:
@@ -80,7 +80,7 @@ def error_figure(fit: LatencyFit, shape: Shape, seen: Sequence[Seen], drawn: int
     from scipy.stats import kendalltau
 
     assert fit.name in LATENCIES
-    measured = [s.lane.measurements[fit.name].value for s in seen]
+    measured = [s.benchmark.measurements[fit.name].value for s in seen]
     predicted = [fit.predict(s.candidate).value for s in seen]
     errors = sorted(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
     worst = max(zip(predicted, measured, seen, strict=True), key=lambda row: abs(row[0] / row[1] - 1))[2]
@@ -93,7 +93,7 @@ def error_figure(fit: LatencyFit, shape: Shape, seen: Sequence[Seen], drawn: int
         worst_candidate=worst.candidate.describe(),
         kendall_tau=float(kendalltau(predicted, measured).statistic),
         params_bits_tau=float(kendalltau([proxy(s.candidate, shape) for s in seen], measured).statistic),
-        median_half_width=statistics.median(s.lane.half_width for s in seen),
+        median_half_width=statistics.median(s.benchmark.half_width for s in seen),
         held_out=len(seen),
         drawn=drawn,
         fit_points=fit.error.points,

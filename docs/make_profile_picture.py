@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from paretune.common.errors import ParetuneError
-from paretune.objectives.profiler.profile_model import Work, local_profile_named, profile_model
+from paretune.objectives.profiler.profile_model import ProfileRequest, local_profile_named, profile_model
 from paretune.teachers.checkpoint.teacher import EMBEDDED
 from paretune.tracking.charts.profile_picture import profile_picture
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     home = options.home.resolve()
     try:
         profile = local_profile_named(options.profile, home)
-        found = profile_model(EMBEDDED, Work(profile, home, say=lambda text: print(text, file=sys.stderr)))
+        found = profile_model(EMBEDDED, ProfileRequest(profile, home, say=lambda text: print(text, file=sys.stderr)))
     except ParetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -11,7 +11,7 @@ from paretune.common.errors import UsageError
 from paretune.common.yaml_file import load_model
 from paretune.hardware_profiles.detect import package_version
 from paretune.hardware_profiles.kernels import Kernel
-from paretune.hardware_profiles.schema import FIGURES, Engine, Profile
+from paretune.hardware_profiles.schema import DEVICE_SPECS, Engine, Profile
 
 FOLDER = Path(__file__).resolve().parent / "library"
 HERE = FOLDER / "here"
@@ -67,7 +67,7 @@ def _changed(local: Profile, variant: Variant) -> Profile:
             "choose another profile",
         )
     threads = variant.threads or local.threads
-    lost = () if threads == local.threads else tuple(name for name in FIGURES if name not in KEPT)
+    lost = () if threads == local.threads else tuple(name for name in DEVICE_SPECS if name not in KEPT)
     return Profile.model_validate(
         local.model_dump()
         | dict.fromkeys(lost)

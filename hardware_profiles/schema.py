@@ -40,7 +40,7 @@ Kind = Literal["cpu", "gpu", "tpu", "fpga", "board"]
 CPU_PROVIDER = "CPUExecutionProvider"
 
 # What must have a source wherever it is given, and the priors, which must have one where they are not the defaults.
-FIGURES = (
+DEVICE_SPECS = (
     "bandwidth_gb_per_s",
     "cache_bytes",
     "cache_gb_per_s",
@@ -55,7 +55,7 @@ FIGURES = (
 )
 PRIORS = ("overhead_us_per_op", "compute_efficiency", "bandwidth_efficiency")
 # Sources may also be given for what need not have one.
-SOURCED = (*FIGURES, *PRIORS, "memory_bytes", "weight_formats", "sparse_patterns")
+SOURCED = (*DEVICE_SPECS, *PRIORS, "memory_bytes", "weight_formats", "sparse_patterns")
 
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Peak = Annotated[float, Field(gt=0, le=1e5, allow_inf_nan=False)]
@@ -167,7 +167,7 @@ class Profile(BaseModel):
                 raise ValueError(
                     f"{key!r} is no figure; " + (f"did you mean {near[0]!r}?" if near else f"known: {SOURCED}")
                 )
-        given = [name for name in FIGURES if info.data.get(name) is not None]
+        given = [name for name in DEVICE_SPECS if info.data.get(name) is not None]
         given += [name for name in PRIORS if name in info.data and info.data[name] != cls.model_fields[name].default]
         for name in given:
             if not value.get(name, "").strip():

@@ -29,7 +29,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class Tried:
+class PtqResult:
     """What post-training quantization made of a student: mean NLL in nats/token on the search split, with rounding and without.
 
     `cost_low` is the lower end of the paired interval of their difference; at or below 0 the difference may be chance.
@@ -41,7 +41,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Stakes:
+class QatContext:
     """What the director knows: the objectives (all minimized), the candidate's estimated values and the confirmed front's.
 
     `teacher_search` and `teacher_report` are the fp32 teacher's NLL on the two splits; `max_loss` is a fraction of the first.
@@ -55,7 +55,7 @@ class Stakes:
     max_loss: float | None = None
 
     @classmethod
-    def of(cls, objectives: tuple[str, ...], estimate: Vector, confirmed: list[Vector], **rest: Any) -> Stakes:
+    def of(cls, objectives: tuple[str, ...], estimate: Vector, confirmed: list[Vector], **rest: Any) -> QatContext:
         """With the non-dominated ones of all `confirmed` vectors as the front."""
         return cls(objectives, estimate, tuple(confirmed[i] for i in non_dominated(confirmed)), **rest)
 
@@ -63,37 +63,37 @@ class Stakes:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Stakes:
+    def from_dict(cls, data: Mapping[str, Any]) -> QatContext:
         vectors = {"estimate": tuple(data["estimate"]), "front": tuple(tuple(v) for v in data["front"])}
         return cls(**{**data, **vectors, "objectives": tuple(data["objectives"])})
 
 
 @dataclass(frozen=True)
-class Escalation:
+class QatDecision:
     """`qat`: whether to train under the rounding. `reason` is never empty."""
 
     qat: bool
     reason: str
 
 
-def escalate(tried: Tried, stakes: Stakes) -> Escalation:
+def escalate(tried: PtqResult, stakes: QatContext) -> QatDecision:
     """The decision for one candidate."""
     if stakes.max_loss is not None:
         return _classical(tried, stakes.teacher_search, stakes.max_loss)
     cost = tried.ptq_nll - tried.unquantized_nll
     if tried.cost_low <= 0:
-        return Escalation(
+        return QatDecision(
             False, f"rounding costs {cost:+.4f} nats/token, which may be chance: there is nothing to win back"
         )
     best = _optimistic(tried, stakes)
     better = next((v for v in stakes.front if dominates(v, best)), None)
     if better is not None:
-        return Escalation(
+        return QatDecision(
             False,
             f"even with its unquantized quality ({_told(stakes.objectives, best)}) it would be dominated by a confirmed "
             f"candidate ({_told(stakes.objectives, better)})",
         )
-    return Escalation(
+    return QatDecision(
         True,
         f"with its unquantized quality at its quantized cost ({_told(stakes.objectives, best)}) it would be non-dominated, "
         f"and rounding costs {cost:+.4f} nats/token",
@@ -106,16 +106,16 @@ def may_escalate(candidate: Candidate) -> bool:
     return not candidate.needs_calibration and any(f.bits < 8 for f in forms)
 
 
-def not_eligible(candidate: Candidate) -> Escalation:
+def not_eligible(candidate: Candidate) -> QatDecision:
     """Why a candidate that cannot be trained under its rounding is not."""
     if not candidate.is_quantized:
-        return Escalation(False, "nothing is quantized")
+        return QatDecision(False, "nothing is quantized")
     if candidate.needs_calibration:
-        return Escalation(
+        return QatDecision(
             False,
             "its codes come from calibration text (GPTQ, clipping, static activations), which rounds after training",
         )
-    return Escalation(False, "its layers have 8 bits or more: what rounding costs there is less than training moves")
+    return QatDecision(False, "its layers have 8 bits or more: what rounding costs there is less than training moves")
 
 
 def unrounded(candidate: Candidate) -> Candidate:
@@ -124,15 +124,15 @@ def unrounded(candidate: Candidate) -> Candidate:
     return replace(candidate, layers=layers, head_format=FP32, embedding_format=FP32)
 
 
-def _classical(tried: Tried, teacher: float, max_loss: float) -> Escalation:
+def _classical(tried: PtqResult, teacher: float, max_loss: float) -> QatDecision:
     loss = relative(tried.ptq_nll - teacher, teacher)
     told = f"post-training quantization loses {loss:.2%} of the teacher's NLL"
     if loss > max_loss:
-        return Escalation(True, f"{told}, more than the {max_loss:.2%} that --max-loss allows")
-    return Escalation(False, f"{told}, within the {max_loss:.2%} that --max-loss allows")
+        return QatDecision(True, f"{told}, more than the {max_loss:.2%} that --max-loss allows")
+    return QatDecision(False, f"{told}, within the {max_loss:.2%} that --max-loss allows")
 
 
-def _optimistic(tried: Tried, stakes: Stakes) -> Vector:
+def _optimistic(tried: PtqResult, stakes: QatContext) -> Vector:
     """The estimated vector with the best NLL that training under the rounding can hope for, on the report split."""
     measured = stakes.teacher_report + tried.unquantized_nll - stakes.teacher_search
     return tuple(

@@ -6,8 +6,8 @@ from typing import Any
 
 from paretune.common.errors import NothingFeasible
 from paretune.objectives import units
-from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import MetricNames
 from paretune.search.recommend.recommend import Limits, Recommendation, recommend
 from paretune.search.study.view import Point, StudyView
 
@@ -31,7 +31,7 @@ def short_of(name: str) -> str:
     return SHORT.get(name, name.replace("_", " "))
 
 
-def told(figures: Figures) -> tuple[str, ...]:
+def told(figures: MetricNames) -> tuple[str, ...]:
     """What is told of every candidate, in the order of columns: quality, loss, times, sizes, further qualities."""
     times = tuple(name for name, _ in figures.latencies)
     return (figures.quality, "relative_loss", *times, "compressed_bytes", "peak_memory_bytes", *figures.others)

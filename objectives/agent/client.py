@@ -19,8 +19,8 @@ from typing import Any, get_args
 from paretune.common.errors import EnvironmentProblem, Infeasible, UsageError
 from paretune.objectives.agent.order import Order
 from paretune.objectives.agent.wire import AgentGone, Answer, Timeouts, Wire
-from paretune.objectives.lane.lane import LaneResult
-from paretune.objectives.lane.turns import STANDARD, Turn
+from paretune.objectives.latency.benchmark import LatencyResult
+from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.objectives.measurement import Measurement, Provenance
 
 ATTEMPTS = 3
@@ -56,7 +56,7 @@ class AgentClient:
                 raise _refused(answer, f"it does not take {path.name} ({path.stat().st_size:,} bytes)")
         return digest
 
-    def measure(self, model: Path, reference: Path, order: Order) -> LaneResult:
+    def measure(self, model: Path, reference: Path, order: Order) -> LatencyResult:
         """Measure `model` against `reference`; `order` says how (its digests are filled in here).
 
         Raises Infeasible if the engine refuses the model, AgentGone if the agent stays away or has died ATTEMPTS times,
@@ -128,7 +128,7 @@ class AgentClient:
 
 
 @dataclass(frozen=True)
-class AgentLane:
+class RemoteBenchmark:
     """What stands where a Lane stands when the target is elsewhere: the same reference, sent along."""
 
     client: AgentClient
@@ -136,17 +136,17 @@ class AgentLane:
     threads: int
     engine: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
-    turn: Turn = STANDARD
+    turn: Workload = STANDARD
 
     @contextlib.contextmanager
-    def pair(self) -> Iterator[AgentLane]:
+    def pair(self) -> Iterator[RemoteBenchmark]:
         """The agent makes its own pairs."""
         yield self
 
-    def measure(self, model: Path, within: float | None = None) -> LaneResult:
+    def measure(self, model: Path, within: float | None = None) -> LatencyResult:
         return self.client.measure(model, self.reference, replace(self._order("full"), within=within))
 
-    def quick(self, model: Path, _pair: Any) -> LaneResult:
+    def quick(self, model: Path, _pair: Any) -> LatencyResult:
         return self.client.measure(model, self.reference, self._order("one"))
 
     def _order(self, visits: str) -> Order:
@@ -170,7 +170,7 @@ def _refused(answer: Answer, what: str) -> EnvironmentProblem:
     )
 
 
-def _result(told: dict[str, Any], url: str) -> LaneResult:
+def _result(told: dict[str, Any], url: str) -> LatencyResult:
     """A lane's result from the wire. Raises what the lane there raised, or EnvironmentProblem for figures that are none."""
     if told["state"] == "failed":
         error = told.get("error") or {}
@@ -180,7 +180,7 @@ def _result(told: dict[str, Any], url: str) -> LaneResult:
         raise EnvironmentProblem(f"the agent at {url} could not measure: {problem}", remedy or "look at that machine")
     try:
         found = {str(name): _measurement(data) for name, data in told["measurements"].items()}
-        return LaneResult(found, bool(told["stable"]), int(told.get("visits", 1)), int(told.get("flagged", 0)))
+        return LatencyResult(found, bool(told["stable"]), int(told.get("visits", 1)), int(told.get("flagged", 0)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EnvironmentProblem(
             f"the agent at {url} answers with figures that are none: {error}", "run the same version of paretune there"

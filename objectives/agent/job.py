@@ -21,10 +21,10 @@ from paretune.hardware_profiles.detect import fingerprint, package_version
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.agent.onnx_files import external_locations
 from paretune.objectives.agent.order import Order
-from paretune.objectives.lane.lane import Lane, LaneResult
-from paretune.objectives.lane.nominal import kept_in
-from paretune.objectives.lane.power import energy_counter
-from paretune.objectives.lane.turns import Turn
+from paretune.objectives.latency.benchmark import LatencyBenchmark, LatencyResult
+from paretune.objectives.latency.nominal import kept_in
+from paretune.objectives.latency.power import energy_counter
+from paretune.objectives.latency.workload import Workload
 
 MODEL, REFERENCE = "model.onnx", "reference.onnx"
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -52,14 +52,14 @@ def fingerprint_of(order: Order) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def measure(order: Order, folder: Path, kept: Path) -> LaneResult:
+def measure(order: Order, folder: Path, kept: Path) -> LatencyResult:
     """Run the lane on the files in `folder`; the reference's own figures are kept in the folder `kept`."""
     require_own_files(folder / MODEL, {order.data_name} - {""})
     require_own_files(folder / REFERENCE, set())
     machine = fingerprint_of(order)
     nominal = kept / f"nominal-{order.reference[:16]}-{fingerprint()}-t{order.threads}.json"
     on_cpu = order.provider == CPU_PROVIDER
-    lane = Lane(
+    benchmark = LatencyBenchmark(
         folder / REFERENCE,
         order.threads,
         machine,
@@ -68,12 +68,12 @@ def measure(order: Order, folder: Path, kept: Path) -> LaneResult:
         order.engine,
         order.provider,
         lambda: energy_counter("cpu" if on_cpu else "gpu"),
-        Turn(order.prompt, order.new_tokens),
+        Workload(order.prompt, order.new_tokens),
     )
     if order.visits == "full":
-        return lane.measure(folder / MODEL, order.within)
-    with lane.pair() as pair:
-        return lane.quick(folder / MODEL, pair)
+        return benchmark.measure(folder / MODEL, order.within)
+    with benchmark.pair() as pair:
+        return benchmark.quick(folder / MODEL, pair)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from paretune.objectives.agent.store import DIGEST
-from paretune.objectives.lane.turns import NEW_TOKENS, PROMPT
+from paretune.objectives.latency.workload import NEW_TOKENS, PROMPT
 
 ID = re.compile(r"[a-z0-9-]{1,64}")
 # The name under which a model looks for its weights when they are not inside it.

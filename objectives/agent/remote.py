@@ -15,13 +15,13 @@ from paretune.common.files import read_kept, write_atomically
 from paretune.engines.process.child import EngineChild
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import LOCAL, Profile
-from paretune.objectives.agent.client import AgentClient, AgentLane
+from paretune.objectives.agent.client import AgentClient, RemoteBenchmark
 from paretune.objectives.agent.wire import AgentGone
-from paretune.objectives.figures import FORWARD
-from paretune.objectives.lane.lane import Lane
-from paretune.objectives.lane.reference import open_lane
-from paretune.objectives.lane.turns import STANDARD, Turn, load_and_warm
+from paretune.objectives.latency.benchmark import LatencyBenchmark
+from paretune.objectives.latency.reference import open_local_benchmark
+from paretune.objectives.latency.workload import STANDARD, Workload, load_and_warm
 from paretune.objectives.measurement import LEFT_PREDICTED, Measurement
+from paretune.objectives.metric_names import FORWARD
 from paretune.objectives.prediction.latency_fit import LatencyFit
 from paretune.objectives.prediction.predict import predict
 from paretune.spaces.candidate import Candidate, Shape
@@ -43,13 +43,15 @@ def connect(url: str, home: Path) -> AgentClient:
     return AgentClient(url, token)
 
 
-def lane_at(profile: Profile, home: Path, url: str | None = None, turn: Turn = STANDARD) -> Lane | AgentLane:
+def open_benchmark(
+    profile: Profile, home: Path, url: str | None = None, turn: Workload = STANDARD
+) -> LatencyBenchmark | RemoteBenchmark:
     """The lane of `profile`: here, or at the agent of `url` or of the profile.
 
     With a `url` and this machine's own profile the agent's says how many threads are timed. `turn` is what candidates are timed
     with. Raises AgentGone, UsageError.
     """
-    here = open_lane(home / "cache", profile, MachineLock(), turn)
+    here = open_local_benchmark(home / "cache", profile, MachineLock(), turn)
     address = url or profile.agent
     if address is None:
         return here
@@ -57,32 +59,32 @@ def lane_at(profile: Profile, home: Path, url: str | None = None, turn: Turn = S
     threads = profile.threads
     if profile.name == LOCAL:
         threads = int(client.health().get("profile", {}).get("threads", 1))
-    return AgentLane(client, here.reference, threads, profile.engine, profile.execution_provider, turn)
+    return RemoteBenchmark(client, here.reference, threads, profile.engine, profile.execution_provider, turn)
 
 
-def machine_of(lane: AgentLane, folder: Path) -> str:
+def remote_fingerprint(benchmark: RemoteBenchmark, folder: Path) -> str:
     """The fingerprint of the agent's machine; while the agent is away, the one that this study has met.
 
     Raises EnvironmentProblem if it is another one than this study has met: a latency fit over two machines is none.
     """
     known = read_kept(folder / "agent.json")
     try:
-        told = lane.client.health()
+        told = benchmark.client.health()
         found = str(told["fingerprint"])
-        if lane.engine != "onnxruntime":  # whose version is in the fingerprint
-            version = told.get("versions", {}).get(lane.engine)
-            found = hashlib.sha256(f"{found}{lane.engine}{version}".encode()).hexdigest()[:12]
+        if benchmark.engine != "onnxruntime":  # whose version is in the fingerprint
+            version = told.get("versions", {}).get(benchmark.engine)
+            found = hashlib.sha256(f"{found}{benchmark.engine}{version}".encode()).hexdigest()[:12]
     except AgentGone:
         if known is None:
             raise
         return str(known["fingerprint"])
     if known is None:
         write_atomically(
-            folder / "agent.json", json.dumps({"fingerprint": found, "url": lane.client.wire.url}).encode()
+            folder / "agent.json", json.dumps({"fingerprint": found, "url": benchmark.client.wire.url}).encode()
         )
     elif known["fingerprint"] != found:
         raise EnvironmentProblem(
-            f"the agent at {lane.client.wire.url} is another machine or engine version ({found}) than this study has "
+            f"the agent at {benchmark.client.wire.url} is another machine or engine version ({found}) than this study has "
             f"measured ({known['fingerprint']})",
             "start the agent on the first one again, or search again with another --study name",
         )
@@ -97,7 +99,7 @@ def predicted_instead(
     points: Sequence[dict[str, Any]],
     names: Sequence[str],
     reason: AgentGone,
-    turn: Turn = STANDARD,
+    turn: Workload = STANDARD,
 ) -> dict[str, Measurement]:
     """Latencies by a fit to what the agent had measured before it went, and the memory that the model takes here, marked so.
 
@@ -121,7 +123,7 @@ def predicted_instead(
     return {**found, "peak_memory_bytes": _memory_here(model, note, turn)}
 
 
-def _memory_here(model: Path, note: str, turn: Turn) -> Measurement:
+def _memory_here(model: Path, note: str, turn: Workload) -> Measurement:
     with EngineChild(1) as child:
         empty = float(child.ask(do="memory")["peak_bytes"])
         load_and_warm(child, model, 1, turn=turn)

@@ -11,10 +11,10 @@ from paretune.common.checksums import MODEL, check_artifact
 from paretune.common.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.profile import Profile, load_profile
 from paretune.objectives.energy import COST, ENERGY, THROUGHPUT, following
-from paretune.objectives.figures import FORWARD, forward_measurements
-from paretune.objectives.lane.lane import LaneResult
-from paretune.objectives.lane.turns import STANDARD, turn_within
+from paretune.objectives.latency.benchmark import LatencyResult
+from paretune.objectives.latency.workload import STANDARD, workload_within
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import FORWARD, forward_measurements
 
 COMPARED = ("decode_ms_per_token", "ttft_ms")
 CLOSE = 0.03
@@ -58,7 +58,7 @@ class Remeasured:
     artifact: Path
     profile: str
     within: float
-    lane: LaneResult
+    benchmark: LatencyResult
     agreements: tuple[Agreement, ...]
     others: dict[str, Measurement]
 
@@ -66,10 +66,10 @@ class Remeasured:
         return {
             "artifact": str(self.artifact),
             "profile": self.profile,
-            "measured": self.lane.stable,
-            "half_width": self.lane.half_width,
-            "visits": self.lane.visits,
-            "disturbed_visits": self.lane.flagged,
+            "measured": self.benchmark.stable,
+            "half_width": self.benchmark.half_width,
+            "visits": self.benchmark.visits,
+            "disturbed_visits": self.benchmark.flagged,
             "others": {n: m.to_dict() for n, m in self.others.items()},
             "compared": {
                 a.name: {
@@ -112,13 +112,14 @@ class Remeasured:
 
     def problem(self) -> EnvironmentProblem | None:
         """Why the values may not be called measured; None if they may."""
-        lane = self.lane
-        if lane.stable:
+        benchmark = self.benchmark
+        if benchmark.stable:
             return None
-        if lane.visits - lane.flagged < 2:
-            found = f"{lane.flagged} of {lane.visits} visits to the lane were disturbed by other work"
+        if benchmark.visits - benchmark.flagged < 2:
+            found = f"{benchmark.flagged} of {benchmark.visits} visits to the lane were disturbed by other work"
         else:
-            found = f"the intervals should be ±{self.within:.1%}, but the widest is ±{lane.half_width:.1%} after {lane.visits} visits"
+            widest = f"±{benchmark.half_width:.1%} after {benchmark.visits} visits"
+            found = f"the intervals should be ±{self.within:.1%}, but the widest is {widest}"
         return EnvironmentProblem(
             f"nothing was measured: {found}",
             "end the other work on this machine and repeat, or ask for less with --within",
@@ -133,7 +134,7 @@ def remeasure(
     `agent`: URL of the agent that does it; without one, the profile's, or this machine. Raises UsageError if the artifact is
     damaged or nothing measures the profile, Infeasible if the engine refuses it.
     """
-    from paretune.objectives.agent.remote import lane_at
+    from paretune.objectives.agent.remote import open_benchmark
 
     facts = check_artifact(artifact)
     is_module = facts.get("kind") == "module"
@@ -141,12 +142,12 @@ def remeasure(
     profile = load_profile(profile_name, home)
     if agent is None and profile.agent is None:
         require_at_hand(profile)
-    turn = STANDARD if is_module else turn_within(context_of(artifact))
-    lane = lane_at(profile, home, agent, turn).measure((artifact / MODEL).resolve(), within)
+    turn = STANDARD if is_module else workload_within(context_of(artifact))
+    benchmark = open_benchmark(profile, home, agent, turn).measure((artifact / MODEL).resolve(), within)
     if is_module:
-        found = forward_measurements(lane.measurements)
+        found = forward_measurements(benchmark.measurements)
     else:
-        found = following(lane.measurements["decode_ms_per_token"], profile) | lane.measurements
+        found = following(benchmark.measurements["decode_ms_per_token"], profile) | benchmark.measurements
     kept = (
         {name: Measurement.from_dict(data) for name, data in facts.get("measurements", {}).items()}
         if facts.get("profile") == profile.name
@@ -154,7 +155,7 @@ def remeasure(
     )
     agreements = tuple(Agreement(name, found[name], kept.get(name)) for name in compared)
     others = {name: m for name, m in found.items() if name not in compared}
-    return Remeasured(artifact, profile.name, within, lane, agreements, others)
+    return Remeasured(artifact, profile.name, within, benchmark, agreements, others)
 
 
 def context_of(artifact: Path) -> int:

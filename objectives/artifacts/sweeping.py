@@ -11,8 +11,8 @@ from paretune.common.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import load_profile
 from paretune.objectives.artifacts.remeasure import context_of, require_at_hand
-from paretune.objectives.lane.sweep import BATCHES, CONTEXTS, PROMPTS, SweepRow, is_quiet, sweep, sweep_points
-from paretune.objectives.lane.turns import turn_within
+from paretune.objectives.latency.sweep import BATCHES, CONTEXTS, PROMPTS, SweepRow, is_quiet, sweep, sweep_points
+from paretune.objectives.latency.workload import workload_within
 from paretune.objectives.measurement import Measurement
 
 
@@ -69,7 +69,7 @@ def sweep_artifact(
     Raises UsageError for a damaged artifact, a plug-in's module, a profile of another machine, or when no length fits;
     Infeasible if the engine refuses the model.
     """
-    from paretune.objectives.lane.reference import open_lane
+    from paretune.objectives.latency.reference import open_local_benchmark
 
     if check_artifact(artifact).get("kind") == "module":
         raise UsageError(f"a sweep is over prompts, but {artifact} is a module of a plug-in", "leave --sweep out")
@@ -79,8 +79,8 @@ def sweep_artifact(
     points = sweep_points(context, prompts or PROMPTS, contexts or CONTEXTS, batches or BATCHES)
     if not points:
         raise UsageError(f"no prompt or context fits into the model's {context} tokens", "name shorter ones")
-    lane = open_lane(home / "cache", profile, MachineLock(), turn_within(context))
-    return Swept(artifact, profile.name, tuple(sweep(lane, (artifact / MODEL).resolve(), points)))
+    benchmark = open_local_benchmark(home / "cache", profile, MachineLock(), workload_within(context))
+    return Swept(artifact, profile.name, tuple(sweep(benchmark, (artifact / MODEL).resolve(), points)))
 
 
 def _mark(m: Measurement) -> str:

@@ -40,7 +40,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Work:
+class FusedOp:
     """One fused op. `flops` counts a multiply-add as two; `weight_bytes` are read from the weights (with scales), `cache_bytes`
     from and to the KV cache, `other_bytes` are activations.
 
@@ -67,7 +67,7 @@ class Work:
         """Operations per byte; left of the roofline's ridge an op waits for memory."""
         return self.flops / self.bytes
 
-    def divided(self, degree: int) -> Work:
+    def divided(self, degree: int) -> FusedOp:
         """One device's part of `degree`."""
         if degree == 1 or not self.split:
             return self
@@ -108,7 +108,7 @@ def seconds_per_byte(profile: Profile, step_bytes: float) -> tuple[float, float,
     return memory / low, both / likely, both / high
 
 
-def time_of(work: Work, profile: Profile, step_bytes: float = math.inf) -> Milliseconds:
+def time_of(work: FusedOp, profile: Profile, step_bytes: float = math.inf) -> Milliseconds:
     """Roofline time of one op in a step of `step_bytes`; low is at the high efficiencies and the low overhead. The profile must
     have the figures."""
     reading = seconds_per_byte(profile, step_bytes)
@@ -125,7 +125,7 @@ def time_of(work: Work, profile: Profile, step_bytes: float = math.inf) -> Milli
     )
 
 
-def works(candidate: Candidate, shape: Shape, profile: Profile, step: Step) -> list[Work]:
+def works(candidate: Candidate, shape: Shape, profile: Profile, step: Step) -> list[FusedOp]:
     """All fused ops of one step on `profile`, in the graph's order.
 
     The head computes the logits of all new tokens, as the exported graph does.
@@ -134,22 +134,24 @@ def works(candidate: Candidate, shape: Shape, profile: Profile, step: Step) -> l
     float_kernel: Kernel = "fp16/fp32" if item == 2 else "fp32/fp32"
     embedding = table_bytes(candidate.embedding_format, step.rows, width, profile)
     moved = step.rows * width * item
-    norm = Work("norm", None, float_kernel, 4 * step.rows * width, other_bytes=2 * moved, split=False)
-    found = [Work("embedding", None, float_kernel, 0.0, embedding, other_bytes=moved, split=False)]
+    norm = FusedOp("norm", None, float_kernel, 4 * step.rows * width, other_bytes=2 * moved, split=False)
+    found = [FusedOp("embedding", None, float_kernel, 0.0, embedding, other_bytes=moved, split=False)]
     for index, layer in enumerate(candidate.layers):
         found += [replace(w, layer=index) for w in _layer(layer, shape, width, item, profile, step, norm)]
     found += [norm, _product("head", candidate.head_format, DENSE, shape.vocab, width, item, profile, step)]
     return found
 
 
-def _layer(layer: Layer, shape: Shape, width: int, item: int, profile: Profile, step: Step, norm: Work) -> list[Work]:
+def _layer(
+    layer: Layer, shape: Shape, width: int, item: int, profile: Profile, step: Step, norm: FusedOp
+) -> list[FusedOp]:
     inner, cache = _heads(layer, shape)
     qkv, o, up, down = (
         _product(name, form, layer.pattern, n, k, item, profile, step)
         for name, form, n, k in _matrices(layer, shape, width)
     )
     packed = shape.ffn_matrices - 1
-    activation = Work(
+    activation = FusedOp(
         "activation",
         None,
         norm.kernel,
@@ -176,12 +178,12 @@ def _matrices(layer: Layer, shape: Shape, width: int) -> list[tuple[str, Format,
     ]
 
 
-def _attention(inner: int, cache: int, item: int, kernel: Kernel, step: Step) -> Work:
+def _attention(inner: int, cache: int, item: int, kernel: Kernel, step: Step) -> FusedOp:
     """Scores and their product with the values: token i of a step sees the past and i + 1 new tokens. The cache is read once."""
     seen = step.past + (step.tokens + 1) / 2
     read = 2 * step.batch * (step.past + step.tokens) * cache * item
     written = 2 * step.rows * cache * item
-    return Work(
+    return FusedOp(
         "attention",
         None,
         kernel,
@@ -193,7 +195,7 @@ def _attention(inner: int, cache: int, item: int, kernel: Kernel, step: Step) ->
 
 def _product(
     name: str, form: Format, pattern: Pattern, n: int, k: int, item: int, profile: Profile, step: Step
-) -> Work:
+) -> FusedOp:
     """A product of `rows` x K activations with N x K weights."""
     kernel = executed(profile, form.kernel)
     weights, flops = weights_bytes(form, n, k, profile, pattern), 2.0 * step.rows * n * k
@@ -206,7 +208,7 @@ def _product(
             flops *= 1 - pattern.ratio
     if widens_each_call(profile, kernel):
         weights += 2 * 4 * n * k
-    return Work(name, None, kernel, flops, weights, other_bytes=step.rows * (n + k) * item, speedup=speedup)
+    return FusedOp(name, None, kernel, flops, weights, other_bytes=step.rows * (n + k) * item, speedup=speedup)
 
 
 def weights_bytes(form: Format, n: int, k: int, profile: Profile, pattern: Pattern = DENSE) -> float:

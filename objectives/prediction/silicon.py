@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paretune.hardware_profiles.schema import Profile
-from paretune.objectives.prediction.roofline import Milliseconds, Work
+from paretune.objectives.prediction.roofline import FusedOp, Milliseconds
 
 PACKAGE = "aiconfigurator_core"
 SYSTEMS = {"nvidia-a100": "a100_sxm", "nvidia-h100": "h100_sxm"}
@@ -64,7 +64,7 @@ class Tables:
     curves: dict[str, dict[int, Curve]]
     source: str
 
-    def time_of(self, work: Work, rows: int) -> Milliseconds | None:
+    def time_of(self, work: FusedOp, rows: int) -> Milliseconds | None:
         """A product's time, or None for what the tables do not cover."""
         curves = self.curves.get(DTYPES.get(work.kernel, ""), {})
         if work.name not in PRODUCTS or work.speedup[1] != 1.0 or not curves:

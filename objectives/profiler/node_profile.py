@@ -20,7 +20,7 @@ from paretune.common.errors import EnvironmentProblem
 from paretune.engines.process.child import EngineChild
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.lock import MachineLock
-from paretune.objectives.lane.turns import MOST_FOREIGN_CORES, busy_seconds, waited_seconds, with_siblings
+from paretune.objectives.latency.workload import MOST_FOREIGN_CORES, busy_seconds, waited_seconds, with_siblings
 from paretune.objectives.measurement import Measurement, Provenance
 from paretune.objectives.profiler.profiling import Node
 

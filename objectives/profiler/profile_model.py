@@ -32,7 +32,7 @@ CPU_PROVIDER = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
-class Work:
+class ProfileRequest:
     """What is done to a model: a prompt of `prompt` tokens, `tokens` decode steps after it; `say` hears what is going on."""
 
     profile: Profile
@@ -42,7 +42,7 @@ class Work:
     say: Callable[[str], None] = lambda _text: None
 
 
-def profile_model(model: str, work: Work) -> Profiled:
+def profile_model(model: str, work: ProfileRequest) -> Profiled:
     """Profile a teacher (its findings are kept for its searches) or an artifact.
 
     Raises UsageError for what is neither, is damaged or has too short a context; Infeasible if the engine refuses it.
@@ -71,7 +71,7 @@ def local_profile_named(name: str, home: Path) -> Profile:
     return profile
 
 
-def _profile_artifact(folder: Path, work: Work) -> Profiled:
+def _profile_artifact(folder: Path, work: ProfileRequest) -> Profiled:
     facts = check_artifact(folder)
     if facts.get("kind") == "module":
         raise UsageError(f"profile takes decoders, but {folder} is a module of a plug-in", "name another artifact")
@@ -89,7 +89,7 @@ def _profile_artifact(folder: Path, work: Work) -> Profiled:
     return replace(found, notes=(*found.notes, *_compared(folder, facts, found.measurements, work.profile)))
 
 
-def _profile_teacher(teacher: Teacher, work: Work) -> Profiled:
+def _profile_teacher(teacher: Teacher, work: ProfileRequest) -> Profiled:
     from paretune.objectives.profiler.torch_profile import profile_network
 
     _require_context(work, teacher.context)
@@ -112,7 +112,7 @@ def _profile_teacher(teacher: Teacher, work: Work) -> Profiled:
     return replace(found, torch=seen)
 
 
-def _profile_graph(subject: Subject, model: Path, candidate: Candidate, work: Work) -> Profiled:
+def _profile_graph(subject: Subject, model: Path, candidate: Candidate, work: ProfileRequest) -> Profiled:
     work.say("measuring what this machine does at most")
     roof = measured_roof(work.profile.threads)
     work.say("profiling the engine")
@@ -163,7 +163,7 @@ def formats_of(profile: Profile) -> tuple[Format, ...]:
     return tuple(found)
 
 
-def _require_context(work: Work, context: int) -> None:
+def _require_context(work: ProfileRequest, context: int) -> None:
     if work.prompt + work.tokens > context:
         raise UsageError(
             f"prompt and new tokens must fit into the model's context of {context} tokens, but are {work.prompt} + {work.tokens}",

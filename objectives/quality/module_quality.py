@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from paretune.common.errors import Infeasible, UsageError
-from paretune.objectives.figures import FORWARD, Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import FORWARD, MetricNames
 from paretune.objectives.quality.quality import Scores, interval_of_ratio, paired_difference, relative
 from paretune.teachers.plugins.check import quality_values
 from paretune.teachers.plugins.plugin import Batch, Outputs, TeacherPlugin
@@ -27,7 +27,7 @@ class Judged:
     values: dict[str, Array]
 
 
-def figures_of(plugin: TeacherPlugin) -> Figures:
+def metric_names_of(plugin: TeacherPlugin) -> MetricNames:
     """What a study of this plug-in calls its numbers; `forward_ms` is one forward at the plug-in's batch shape."""
     first = plugin.qualities[0]
     labels = [(q.name, f"{q.name.replace('_', ' ')} ({q.unit})") for q in plugin.qualities]
@@ -39,7 +39,7 @@ def figures_of(plugin: TeacherPlugin) -> Figures:
         ("relative_loss", f"{objective} increase (fraction)"),
     ]
     others = tuple(q.name for q in plugin.qualities if q.name != first.objective)
-    return Figures(first.objective, first.unit, ((FORWARD, "ms"),), others, tuple(dict(labels).items()))
+    return MetricNames(first.objective, first.unit, ((FORWARD, "ms"),), others, tuple(dict(labels).items()))
 
 
 def judge(plugin: TeacherPlugin, batches: Sequence[Batch], outputs: Iterable[Outputs]) -> Judged:

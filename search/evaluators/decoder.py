@@ -26,7 +26,7 @@ from paretune.objectives.quality.quality import Scores, quality_measurements, su
 from paretune.search.evaluators.measuring import Measuring
 from paretune.search.evaluators.recovering import Recovering, sparsity_of
 from paretune.search.evaluators.workspace import Workspace
-from paretune.search.work import Outcome, Work, fatal
+from paretune.search.task import Outcome, Task, fatal
 from paretune.spaces.candidate import Candidate, Format
 from paretune.teachers.checkpoint.families import POSITIONS
 from paretune.teachers.checkpoint.training_state import load_tensors
@@ -44,21 +44,21 @@ class Evaluator:
     def __init__(self, folder: Path, home: Path) -> None:
         self.space = Workspace(folder, home)
         self.measuring = Measuring(self.space)
-        self._deadline: tuple[Work, float] | None = None
+        self._deadline: tuple[Task, float] | None = None
         self._trainer: ElasticTrainer | None = None
 
-    def run(self, work: Work) -> Outcome:
+    def run(self, task: Task) -> Outcome:
         """Do `work`; multi-step kinds (fit, elastic) return an outcome that is not done and want to be called again."""
         try:
-            if work.kind == "elastic":
-                return self._elastic(work)
-            if work.kind == "fit":
-                return self.measuring.fit(work)
-            if work.kind == "sensitivity":
-                return self._sensitivity(work)
-            assert isinstance(work.candidate, Candidate)
-            action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
-            return action(work.candidate, work)
+            if task.kind == "elastic":
+                return self._elastic(task)
+            if task.kind == "fit":
+                return self.measuring.fit(task)
+            if task.kind == "sensitivity":
+                return self._sensitivity(task)
+            assert isinstance(task.candidate, Candidate)
+            action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[task.kind]
+            return action(task.candidate, task)
         except Infeasible as error:
             return Outcome("infeasible", reason=str(error))
         except ParetuneError as error:
@@ -67,13 +67,13 @@ class Evaluator:
     def close(self) -> None:
         """Nothing is held between pieces of work."""
 
-    def _elastic(self, work: Work) -> Outcome:
+    def _elastic(self, task: Task) -> Outcome:
         if self._trainer is None:
             self._trainer = self.space.elastic_trainer()
         trainer = self._trainer
         before = trainer.elapsed
-        if self._deadline is None or self._deadline[0] is not work:
-            self._deadline = (work, time.monotonic() + work.seconds_left)
+        if self._deadline is None or self._deadline[0] is not task:
+            self._deadline = (task, time.monotonic() + task.seconds_left)
         left = self._deadline[1] - time.monotonic()
         if left <= 0 and not trainer.done:
             trainer.save()
@@ -95,15 +95,15 @@ class Evaluator:
             self._trainer = None
         return Outcome(done=trainer.done, facts=facts)
 
-    def _sensitivity(self, work: Work) -> Outcome:
+    def _sensitivity(self, task: Task) -> Outcome:
         start = time.monotonic()
         try:
-            table, kept = self.space.sensitivity(tuple(Format(**f) for f in work.options["formats"]))
+            table, kept = self.space.sensitivity(tuple(Format(**f) for f in task.options["formats"]))
         except ValueError as error:
             return Outcome("failed", reason=str(error))
         return Outcome(facts={"table": table.to_dict(), "kept": kept, "seconds": time.monotonic() - start})
 
-    def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
+    def _rung0(self, candidate: Candidate, _work: Task) -> Outcome:
         weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
         with self.space.lock.shared():
             codes = self.space.codes(candidate, weights)
@@ -136,11 +136,11 @@ class Evaluator:
             raise Infeasible("the NLL is not finite", "")
         return _scores(windows, self.space.tokens["search"].names, sums)
 
-    def _recover(self, candidate: Candidate, work: Work) -> Outcome:
-        return Recovering(self.space, self.score_in_torch).run(candidate, work)
+    def _recover(self, candidate: Candidate, task: Task) -> Outcome:
+        return Recovering(self.space, self.score_in_torch).run(candidate, task)
 
-    def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
-        recovered = work.options.get("recovered")
+    def _confirm(self, candidate: Candidate, task: Task) -> Outcome:
+        recovered = task.options.get("recovered")
         weights = load_tensors(Path(recovered["file"]))[0] if recovered else dict(self.space.dense_weights(candidate))
         folder = self.space.folder / "artifacts" / candidate.key
         facts = {
@@ -152,7 +152,7 @@ class Evaluator:
         with self.space.lock.shared():
             codes = self.space.codes(candidate, weights)
             sizes = write_artifact(folder, self.space.teacher, candidate, weights, facts, codes)
-        lane = self.measuring.measure(candidate, folder / MODEL)
+        benchmark = self.measuring.measure(candidate, folder / MODEL)
         scores, reference = self._score_in_engine(folder / MODEL, candidate)
         if not all(np.isfinite(scores.nll)):
             raise Infeasible("the NLL in the engine is not finite", "")
@@ -161,8 +161,8 @@ class Evaluator:
         )
         measurements = {
             **quality,
-            **following(lane.measurements["decode_ms_per_token"], self.space.profile),
-            **lane.measurements,
+            **following(benchmark.measurements["decode_ms_per_token"], self.space.profile),
+            **benchmark.measurements,
             "bytes": Measurement.exact(sizes.bytes, "bytes", "onnx/model.onnx"),
             "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "onnx/model.onnx, zstd level 3"),
         }

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from paretune.compression.export.graph import build_model, save_model
 from paretune.compression.prune import slice_weights
-from paretune.objectives.lane.measurement_key import target_key, timed_pattern
-from paretune.objectives.lane.turns import Turn, turn_within
-from paretune.search.evaluators.visits import Visits
+from paretune.objectives.latency.measurement_key import target_key, timed_pattern
+from paretune.objectives.latency.workload import Workload, workload_within
+from paretune.search.evaluators.latency_measuring import LatencyMeasuring
 from paretune.search.evaluators.workspace import Workspace
 from paretune.spaces.candidate import Candidate, Format, Layer
 
 LATENCY = ("decode_ms_per_token", "ttft_ms")
 
 
-class Measuring(Visits):
+class Measuring(LatencyMeasuring):
     """The lane for students of a decoder."""
 
     latency = LATENCY
@@ -26,8 +26,8 @@ class Measuring(Visits):
         self.space = space
 
     @property
-    def turn(self) -> Turn:
-        return turn_within(self.space.teacher.context)
+    def turn(self) -> Workload:
+        return workload_within(self.space.teacher.context)
 
     def build(self, candidate: Candidate, model: Path) -> None:
         """A graph with the sorted teacher's weights: values do not change the time."""

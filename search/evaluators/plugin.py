@@ -19,13 +19,13 @@ from paretune.compression.distill.module_recover import ModuleRecipe, recover_mo
 from paretune.compression.export.graph import save_model
 from paretune.compression.export.module_artifact import describe_module, module_bytes, write_module_artifact
 from paretune.engines.process.child import EngineChild
-from paretune.objectives.figures import FORWARD
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import FORWARD
 from paretune.objectives.quality.module_quality import Judged, judge, module_measurements
 from paretune.objectives.quality.quality import Scores
 from paretune.search.evaluators.plugin_measuring import PluginMeasuring
 from paretune.search.evaluators.plugin_workspace import PluginWorkspace
-from paretune.search.work import Outcome, Work, fatal
+from paretune.search.task import Outcome, Task, fatal
 from paretune.spaces.module_candidate import ModuleCandidate
 from paretune.teachers.checkpoint.training_state import load_tensors, save_tensors
 from paretune.teachers.plugins.plugin import Outputs
@@ -42,16 +42,16 @@ class PluginEvaluator:
         self.space = PluginWorkspace(folder, home)
         self.measuring = PluginMeasuring(self.space)
 
-    def run(self, work: Work) -> Outcome:
+    def run(self, task: Task) -> Outcome:
         """Do `work`; "fit" returns outcomes that are not done and wants to be called again."""
         try:
-            if work.kind == "elastic":
+            if task.kind == "elastic":
                 return self._speed()
-            if work.kind == "fit":
-                return self.measuring.fit(work)
-            assert isinstance(work.candidate, ModuleCandidate)
-            action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind]
-            return action(work.candidate, work)
+            if task.kind == "fit":
+                return self.measuring.fit(task)
+            assert isinstance(task.candidate, ModuleCandidate)
+            action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[task.kind]
+            return action(task.candidate, task)
         except Infeasible as error:
             return Outcome("infeasible", reason=str(error))
         except ParetuneError as error:
@@ -71,7 +71,7 @@ class PluginEvaluator:
         facts = {"kept": False, "trained": False, "elapsed_s": elapsed, "tokens": examples, "batch_tokens": size}
         return Outcome(facts=facts)
 
-    def _rung0(self, candidate: ModuleCandidate, _work: Work) -> Outcome:
+    def _rung0(self, candidate: ModuleCandidate, _work: Task) -> Outcome:
         with self.space.lock.shared():
             weights, masks = self.space.sparsify(candidate)
             judged = self.space.judge(candidate, weights, "search")
@@ -85,12 +85,12 @@ class PluginEvaluator:
             },
         )
 
-    def _recover(self, candidate: ModuleCandidate, work: Work) -> Outcome:
-        space, deadline = self.space, time.monotonic() + work.seconds_left
+    def _recover(self, candidate: ModuleCandidate, task: Task) -> Outcome:
+        space, deadline = self.space, time.monotonic() + task.seconds_left
         before, masks = space.sparsify(candidate)
-        recipe = ModuleRecipe(work.options["tokens"], seed=space.spec.seed + 1)
+        recipe = ModuleRecipe(task.options["tokens"], seed=space.spec.seed + 1)
         after, facts = self._distil(candidate, before, masks, recipe, lambda: time.monotonic() > deadline)
-        if facts["tokens"] < work.options["tokens"]:
+        if facts["tokens"] < task.options["tokens"]:
             return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
         with space.lock.shared():
             now = space.judge(candidate, after, "search").scores
@@ -128,8 +128,8 @@ class PluginEvaluator:
             stop,
         )
 
-    def _confirm(self, candidate: ModuleCandidate, work: Work) -> Outcome:
-        space, recovered = self.space, work.options.get("recovered")
+    def _confirm(self, candidate: ModuleCandidate, task: Task) -> Outcome:
+        space, recovered = self.space, task.options.get("recovered")
         weights = load_tensors(Path(recovered["file"]))[0] if recovered else space.sparsify(candidate)[0]
         folder = space.folder / "artifacts" / candidate.key
         with space.lock.shared():
@@ -137,7 +137,7 @@ class PluginEvaluator:
             model = space.graph(candidate).fill(weights, space.forms(candidate))
             difference = self._check_parity(candidate, effective, model)
             sizes = write_module_artifact(folder, model, effective, self._facts(candidate))
-        lane = self.measuring.measure(candidate, folder / MODEL)
+        benchmark = self.measuring.measure(candidate, folder / MODEL)
         with space.lock.shared():
             judged = self._judge_in_engine(folder / MODEL)
             search = space.judge(candidate, weights, "search").scores.mean_nll
@@ -145,7 +145,7 @@ class PluginEvaluator:
         objective = space.teacher.plugin.qualities[0].objective
         measurements = {
             **module_measurements(space.teacher.plugin, judged, reference, space.fingerprint),
-            **lane.measurements,
+            **benchmark.measurements,
             "bytes": Measurement.exact(sizes.bytes, "bytes", "onnx/model.onnx"),
             "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "onnx/model.onnx, zstd level 3"),
         }

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from paretune.compression.export.graph import save_model
-from paretune.objectives.figures import FORWARD, forward_measurements
-from paretune.objectives.lane.measurement_key import target_key, timed_pattern
+from paretune.objectives.latency.measurement_key import target_key, timed_pattern
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import FORWARD, forward_measurements
+from paretune.search.evaluators.latency_measuring import LatencyMeasuring
 from paretune.search.evaluators.plugin_workspace import PluginWorkspace
-from paretune.search.evaluators.visits import Visits
 from paretune.spaces.module_candidate import ModuleCandidate
 
 
-class PluginMeasuring(Visits):
+class PluginMeasuring(LatencyMeasuring):
     """Visits of a module take turns with the same reference as a decoder's: one forward stands where a decode step does."""
 
     latency = (FORWARD,)

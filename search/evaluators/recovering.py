@@ -12,9 +12,9 @@ from paretune.common.errors import Infeasible
 from paretune.compression.distill import LabelCache, RecoveryRecipe, recover, recover_blocks
 from paretune.compression.network.student import Codes
 from paretune.objectives.quality.quality import Scores, paired_difference
-from paretune.search.escalation import Escalation, Stakes, Tried, escalate, not_eligible, unrounded
+from paretune.search.escalation import PtqResult, QatContext, QatDecision, escalate, not_eligible, unrounded
 from paretune.search.evaluators.workspace import Workspace
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces.candidate import Candidate
 from paretune.teachers.checkpoint.training_state import save_tensors
 
@@ -28,16 +28,16 @@ class Recovering:
     def __init__(self, space: Workspace, score: Score) -> None:
         self.space, self._score = space, score
 
-    def run(self, candidate: Candidate, work: Work) -> Outcome:
+    def run(self, candidate: Candidate, task: Task) -> Outcome:
         """Distil, compare with before, keep the better weights on disk. `work.options` has "tokens" and "stakes"."""
         before, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
-        recipe, choice = self._recipe(work.options["tokens"]), _Choice(self, candidate, work.options.get("stakes"))
-        deadline = time.monotonic() + work.seconds_left
+        recipe, choice = self._recipe(task.options["tokens"]), _Choice(self, candidate, task.options.get("stakes"))
+        deadline = time.monotonic() + task.seconds_left
         try:
             after, facts = self._train(candidate, before, masks, recipe, choice, lambda: time.monotonic() > deadline)
         except ValueError as error:  # hidden states of another width
             raise Infeasible(str(error), "") from error
-        if facts["tokens"] < work.options["tokens"] - recipe.batch * recipe.context:
+        if facts["tokens"] < task.options["tokens"] - recipe.batch * recipe.context:
             return Outcome("failed", reason="the budget ended during recovery", facts=facts)
         scores, was = self.score(candidate, after), self.score(candidate, before)
         better = scores.mean_nll <= was.mean_nll
@@ -118,17 +118,17 @@ class _Choice:
 
     def __init__(self, recovering: Recovering, candidate: Candidate, stakes: Mapping[str, Any] | None) -> None:
         self.recovering, self.candidate = recovering, candidate
-        self.stakes = None if stakes is None else Stakes.from_dict(stakes)
-        self.made: Escalation = not_eligible(candidate)
-        self.tried: Tried | None = None
+        self.stakes = None if stakes is None else QatContext.from_dict(stakes)
+        self.made: QatDecision = not_eligible(candidate)
+        self.tried: PtqResult | None = None
 
     def __call__(self, weights: Weights) -> bool:
         rounded = self.recovering.score(self.candidate, weights)
         exact = self.recovering.score(unrounded(self.candidate), weights)
         low = paired_difference(rounded, exact)[1]
-        self.tried = Tried(rounded.mean_nll, exact.mean_nll, low)
+        self.tried = PtqResult(rounded.mean_nll, exact.mean_nll, low)
         self.made = (
-            Escalation(True, "its layers have fewer than 8 bits")
+            QatDecision(True, "its layers have fewer than 8 bits")
             if self.stakes is None
             else escalate(self.tried, self.stakes)
         )

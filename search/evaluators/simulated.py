@@ -20,9 +20,9 @@ from paretune.objectives.energy import following
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import KERNEL_BITS, features
 from paretune.objectives.quality.quality import Scores, quality_measurements
-from paretune.search.escalation import Stakes, Tried, escalate, may_escalate, not_eligible, unrounded
+from paretune.search.escalation import PtqResult, QatContext, escalate, may_escalate, not_eligible, unrounded
 from paretune.search.spec import Spec
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces.candidate import Candidate, Format, Shape
 from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
@@ -70,16 +70,16 @@ class SimulatedEvaluator:
         )
         self.log = folder / "simulated.log"
 
-    def run(self, work: Work) -> Outcome:
+    def run(self, task: Task) -> Outcome:
         """The outcome of `work`; appended to simulated.log, so that a test can count what was done."""
         if self.clock is not None:
-            self.clock.now += SECONDS[work.kind]
+            self.clock.now += SECONDS[task.kind]
         time.sleep(float(os.environ.get(SLEEP, "0")))
-        name = "" if work.candidate is None else work.candidate.key
+        name = "" if task.candidate is None else task.candidate.key
         with self.log.open("a", encoding="utf-8") as stream:
-            stream.write(f"{work.kind} {name}\n")
-        if work.kind == "fit":
-            designed = [Candidate.from_dict(d) for d in work.options["design"]]
+            stream.write(f"{task.kind} {name}\n")
+        if task.kind == "fit":
+            designed = [Candidate.from_dict(d) for d in task.options["design"]]
             kept = [
                 {
                     "candidate": json.loads(c.to_json()),
@@ -89,51 +89,51 @@ class SimulatedEvaluator:
                 for c in designed
             ]
             return Outcome(facts={"kept": kept, "missing": 0})
-        if work.kind == "elastic":
+        if task.kind == "elastic":
             return Outcome(
                 facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
             )
-        if work.kind == "sensitivity":
-            table = sensitivity(tuple(Format(**f) for f in work.options["formats"]))
+        if task.kind == "sensitivity":
+            table = sensitivity(tuple(Format(**f) for f in task.options["formats"]))
             return Outcome(facts={"table": table.to_dict(), "kept": False, "seconds": SECONDS["sensitivity"]})
-        assert isinstance(work.candidate, Candidate)
-        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[work.kind](
-            work.candidate, work
+        assert isinstance(task.candidate, Candidate)
+        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[task.kind](
+            task.candidate, task
         )
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _rung0(self, candidate: Candidate, _work: Work) -> Outcome:
+    def _rung0(self, candidate: Candidate, _work: Task) -> Outcome:
         size = compressed_size(candidate)
         found = {"bytes": Measurement.exact(size, "bytes"), "compressed_bytes": Measurement.exact(size, "bytes")}
         return Outcome(scores=_scores("search", loss(candidate)), measurements=found)
 
-    def _recover(self, candidate: Candidate, work: Work) -> Outcome:
+    def _recover(self, candidate: Candidate, task: Task) -> Outcome:
         """Training leaves 60 % of what cuts and zeros cost, and of what rounding costs only if it sees the rounding."""
         choice = not_eligible(candidate)
-        if may_escalate(candidate) and "stakes" in work.options:
+        if may_escalate(candidate) and "stakes" in task.options:
             ptq, exact = (
                 TEACHER_NLL["search"] + recovered_loss(candidate, c) for c in (candidate, unrounded(candidate))
             )
-            choice = escalate(Tried(ptq, exact, ptq - exact), Stakes.from_dict(work.options["stakes"]))
+            choice = escalate(PtqResult(ptq, exact, ptq - exact), QatContext.from_dict(task.options["stakes"]))
         increase = 0.6 * loss(candidate) if choice.qat else recovered_loss(candidate, candidate)
         return Outcome(
             scores=_scores("search", increase),
             facts={"tokens": 40_960.0, "qat": choice.qat, "qat_reason": choice.reason, "file": ""},
         )
 
-    def _confirm(self, candidate: Candidate, work: Work) -> Outcome:
-        recovered = work.options.get("recovered")
+    def _confirm(self, candidate: Candidate, task: Task) -> Outcome:
+        recovered = task.options.get("recovered")
         increase = 0.6 * loss(candidate) if recovered and recovered["qat"] else recovered_loss(candidate, candidate)
         scores = _scores("report", increase if recovered else loss(candidate))
         quality = quality_measurements(scores, _scores("report", 0.0), 3.0, "simulated")
         decode, size = decode_ms(candidate), compressed_size(candidate)
-        lane = {
+        benchmark = {
             name: Measurement(value, unit, value * 0.99, value * 1.01, "measured", 12, "simulated")
             for name, value, unit in (("decode_ms_per_token", decode, "ms/token"), ("ttft_ms", 10 * decode, "ms"))
         }
-        lane |= following(lane["decode_ms_per_token"], self.profile)
+        benchmark |= following(benchmark["decode_ms_per_token"], self.profile)
         exact = {name: Measurement.exact(size, "bytes") for name in ("bytes", "compressed_bytes", "peak_memory_bytes")}
         folder = self.folder / "artifacts" / candidate.key
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ class SimulatedEvaluator:
         if recovered:
             facts |= {"qat": recovered["qat"], "qat_reason": recovered["qat_reason"]}
         artifact = (str(folder), sha256(folder / CHECKSUMS))
-        return Outcome(measurements={**quality, **lane, **exact}, scores=scores, facts=facts, artifact=artifact)
+        return Outcome(measurements={**quality, **benchmark, **exact}, scores=scores, facts=facts, artifact=artifact)
 
 
 def loss(candidate: Candidate) -> float:

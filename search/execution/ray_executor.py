@@ -18,7 +18,7 @@ from paretune.search.execution.processes import descendants, end_survivors
 from paretune.search.execution.secrets_kept import hidden
 from paretune.search.execution.surroundings import TEMP_PREFIX, not_started, prepare_environment, session_folder
 from paretune.search.policy.director import Director
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 
 TIMED = ("fit", "confirm")
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -38,7 +38,7 @@ RAY_ENVIRONMENT = {
 }
 
 
-def run_inline(director: Director, evaluate: Callable[[Work], Outcome]) -> None:
+def run_inline(director: Director, evaluate: Callable[[Task], Outcome]) -> None:
     """Ask, evaluate, tell in this process until the director is done."""
     from paretune.search.execution.tune_search import OUTCOME, JointSearch
 
@@ -50,9 +50,9 @@ def run_inline(director: Director, evaluate: Callable[[Work], Outcome]) -> None:
             raise RuntimeError("the director waits, but nothing is running")
         if isinstance(config, str):
             return
-        work, outcome = Work.from_json(config["work"]), Outcome(done=False)
+        task, outcome = Task.from_json(config["work"]), Outcome(done=False)
         while not outcome.done:
-            outcome = evaluate(work)
+            outcome = evaluate(task)
             if not outcome.done:
                 searcher.on_trial_result(trial_id, {OUTCOME: outcome.to_json()})
         searcher.on_trial_complete(trial_id, {OUTCOME: outcome.to_json()})
@@ -156,7 +156,7 @@ def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
     def of(config: dict[str, Any]) -> Any:
         from ray.tune import PlacementGroupFactory
 
-        timed = Work.from_json(config["work"]).kind in TIMED
+        timed = Task.from_json(config["work"]).kind in TIMED
         return PlacementGroupFactory([{"CPU": 1, name: 1} if timed else {"CPU": cores}])  # a board may have fewer cores
 
     return of
@@ -186,8 +186,8 @@ def _clean_up_dead_launch(director: Director) -> None:
 
 def _trial_name(trial: Any) -> str:
     """Kind and candidate, short enough for a folder."""
-    work = Work.from_json(trial.config["work"])
-    return f"{work.kind}-{'' if work.candidate is None else work.candidate.key[:8] + '-'}{trial.trial_id}"
+    task = Task.from_json(trial.config["work"])
+    return f"{task.kind}-{'' if task.candidate is None else task.candidate.key[:8] + '-'}{trial.trial_id}"
 
 
 @contextlib.contextmanager

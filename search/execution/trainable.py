@@ -21,7 +21,7 @@ from ray import tune
 from paretune.common.files import disk_problem
 from paretune.search.execution.tune_search import OUTCOME
 from paretune.search.study.database import folder_gone
-from paretune.search.work import Outcome, Work, fatal
+from paretune.search.task import Outcome, Task, fatal
 
 DECODER = "paretune.search.evaluators.decoder:Evaluator"
 PLUGIN = "paretune.search.evaluators.plugin:PluginEvaluator"
@@ -36,17 +36,17 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
         self._evaluator = make_evaluator(Path(os.environ[FOLDER]), Path(os.environ[HOME]))
-        self._work = Work.from_json(config["work"])
+        self._work = Task.from_json(config["work"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._work = Work.from_json(new_config["work"])
+        self._work = Task.from_json(new_config["work"])
         return True
 
     def step(self) -> dict[str, Any]:
-        work = self._work
-        faulthandler.dump_traceback_later(work.timeout_s, exit=True)
+        task = self._work
+        faulthandler.dump_traceback_later(task.timeout_s, exit=True)
         try:
-            outcome = self._evaluator.run(work)
+            outcome = self._evaluator.run(task)
         except OSError as error:
             outcome = _disk_outcome(error)
         except MemoryError:

@@ -28,7 +28,7 @@ from paretune.search.samplers.optuna_sampler import (
     tell_constraints,
 )
 from paretune.search.samplers.sequential import SequentialPlan
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces.kinds import AnyCandidate, params_of
 
 MOST_DUPLICATES = 40
@@ -52,7 +52,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self.estimates = director.estimates
         self._built = -1
         self._asked = int(director.store.meta("asked", 0))
-        self._work: dict[str, tuple[Work, float]] = {}
+        self._work: dict[str, tuple[Task, float]] = {}
         self._plan: SequentialPlan | None = None
         self._seeds: list[AnyCandidate] | None = None
 
@@ -61,34 +61,34 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         decision = self.director.next()
         if decision.kind == "wait":
             return None
-        work = self._propose(trial_id) if decision.kind == "propose" else decision.work
-        if work is None:
+        task = self._propose(trial_id) if decision.kind == "propose" else decision.task
+        if task is None:
             return Searcher.FINISHED if self.director.stop_reason is not None else None
-        self._work[trial_id] = (work, self.director.budget.clock())
-        return {"work": work.to_json()}
+        self._work[trial_id] = (task, self.director.budget.clock())
+        return {"work": task.to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         outcome = Outcome.from_json(result[OUTCOME])
         if outcome.done or trial_id not in self._work:
             return
-        work, since = self._work[trial_id]
+        task, since = self._work[trial_id]
         now = self.director.budget.clock()
-        self._work[trial_id] = (work, now)
-        self.director.progressed(work, outcome, now - since)
+        self._work[trial_id] = (task, now)
+        self.director.progressed(task, outcome, now - since)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self._work:
             return
-        work, since = self._work.pop(trial_id)
+        task, since = self._work.pop(trial_id)
         outcome = Outcome.from_json(result[OUTCOME]) if result and OUTCOME in result and not error else None
         if outcome is None or not outcome.done:
             self.director.lost(
-                work, "the worker died or was stopped (see the study's log)", self.director.budget.clock() - since
+                task, "the worker died or was stopped (see the study's log)", self.director.budget.clock() - since
             )
         else:
-            self.director.completed(work, outcome, self.director.budget.clock() - since)
-        if work.kind == "rung0" and work.candidate is not None:
-            self._tell(trial_id, work.candidate.key)
+            self.director.completed(task, outcome, self.director.budget.clock() - since)
+        if task.kind == "rung0" and task.candidate is not None:
+            self._tell(trial_id, task.candidate.key)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         """Tune pickles its settings at the start; nothing of a search lives there."""
@@ -101,7 +101,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
     def restore(self, checkpoint_path: str) -> None:
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")
 
-    def _propose(self, trial_id: str) -> Work | None:
+    def _propose(self, trial_id: str) -> Task | None:
         if self._seeds is None:  # not before the sensitivity table is known
             sequential = self.director.spec.sampler == "sequential"
             self._plan = SequentialPlan(self.director.estimates) if sequential else None
@@ -110,28 +110,28 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             return self._planned(self._plan)
         while self._seeds:
             candidate = self._seeds.pop(0)
-            work = self.director.register(candidate, "seed", params_of(self.director.space, candidate))
-            if work is not None:
-                return work
+            task = self.director.register(candidate, "seed", params_of(self.director.space, candidate))
+            if task is not None:
+                return task
         for _ in range(MOST_DUPLICATES):
             params = self._ask(trial_id)
             candidate = self.director.space.decode(params)
-            work = self.director.register(candidate, "sampler", params, asked=self._asked)
-            if work is not None:
-                return work
+            task = self.director.register(candidate, "sampler", params, asked=self._asked)
+            if task is not None:
+                return task
             # Not told a second time: a study that is rebuilt after a resume has one trial per row of the store.
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         return self._random_proposal()
 
-    def _planned(self, plan: SequentialPlan) -> Work | None:
+    def _planned(self, plan: SequentialPlan) -> Task | None:
         """The next candidate of a search that goes by stages; without one exploring ends."""
         params = plan.ask()
         if params is not None:
             return self.director.register(self.director.space.decode(params), "sampler", params)
         self.director.exhausted()
-        return self.director.next().work
+        return self.director.next().task
 
-    def _random_proposal(self) -> Work | None:
+    def _random_proposal(self) -> Task | None:
         """When the sampler only repeats itself: uniformly random candidates, and after many duplicates the end of exploring."""
         generator = random.Random(stable_seed(self.director.spec.seed, -self._asked))
         for _ in range(10 * MOST_DUPLICATES):
@@ -139,11 +139,11 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
                 name: generator.randint(*bounds) if kind == "int" else generator.choice(bounds)
                 for name, (kind, bounds) in self.director.space.distributions().items()
             }
-            work = self.director.register(self.director.space.decode(params), "sampler", params)
-            if work is not None:
-                return work
+            task = self.director.register(self.director.space.decode(params), "sampler", params)
+            if task is not None:
+                return task
         self.director.exhausted()
-        return self.director.next().work
+        return self.director.next().task
 
     def _ask(self, trial_id: str) -> dict[str, Any]:
         sampler = make_sampler(self.director.spec.sampler, stable_seed(self.director.spec.seed, self._asked))
@@ -186,7 +186,7 @@ class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]
         budget = self.director.budget
         if budget.elapsed_s - self._looked > LOOK_EVERY_S:
             self._looked = budget.elapsed_s
-            self.director.obey()
+            self.director.apply_command()
         return self.director.is_interrupted or budget.elapsed_s > budget.total_s + GRACE_S
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:

@@ -9,7 +9,7 @@ from paretune.search.policy.ledger import Ledger
 from paretune.search.spec import Spec
 from paretune.search.study.records import Fidelity
 from paretune.search.study.store import Store
-from paretune.search.work import Kind
+from paretune.search.task import Kind
 from paretune.spaces.kinds import AnyShape
 
 CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0  # of a model of REFERENCE_PARAMETERS on two cores

@@ -8,8 +8,8 @@ from typing import Any
 from paretune.common.errors import UsageError
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.energy import NEEDED, following
-from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import MetricNames
 from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
 from paretune.search.spec import Spec
 from paretune.search.study.records import Evaluation
@@ -23,7 +23,9 @@ def profile_of(meta: Mapping[str, Any] | None) -> Profile | None:
     return Profile.model_validate(meta) if meta else None
 
 
-def followed(latencies: Mapping[str, Measurement], profile: Profile | None, figures: Figures) -> dict[str, Measurement]:
+def followed(
+    latencies: Mapping[str, Measurement], profile: Profile | None, figures: MetricNames
+) -> dict[str, Measurement]:
     """The latencies, and for decoders the throughput, energy and cost that follow from them."""
     found = dict(latencies)
     if figures.is_decoder and profile is not None and figures.latency in found:
@@ -41,7 +43,7 @@ def memory_fit(confirmed: Iterable[tuple[AnyCandidate, Evaluation]], shape: AnyS
     return MemoryFit(points) if points else None
 
 
-def check_figures(spec: Spec, profile: Profile) -> None:
+def check_device_specs(spec: Spec, profile: Profile) -> None:
     """Raises UsageError for an objective or limit that needs a figure which the profile lacks."""
     for name in (*spec.objectives, *spec.limits):
         needed = NEEDED.get(name)

@@ -22,7 +22,7 @@ from paretune.search.study.control import REASON, Verb, ordered
 from paretune.search.study.database import folder_gone
 from paretune.search.study.records import Fidelity, now
 from paretune.search.study.store import Store
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces.kinds import AnyCandidate, AnySpace
 from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
@@ -53,7 +53,7 @@ class Director:
         notify: Callable[[str, dict[str, Any]], None] = lambda _kind, _data: None,
     ) -> None:
         self.store, self.spec, self.space, self.budget, self.notify = store, spec, space, budget, notify
-        self.out: Work | None = None
+        self.out: Task | None = None
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.remedy = ""
@@ -77,7 +77,7 @@ class Director:
         self._require_folder()
         if self.out is not None:
             return Decision("wait")
-        self.obey()
+        self.apply_command()
         if self.stop_reason is not None:
             last = self.planning.unconfirmed() if self.obeyed == "stop" and not self.is_interrupted else None
             return self._hand_out(last or Decision("done", reason=self.stop_reason))
@@ -86,11 +86,11 @@ class Director:
             self.stop_reason = decision.reason
         return self._hand_out(decision)
 
-    def register(self, candidate: AnyCandidate, source: str, params: dict[str, Any], **meta: Any) -> Work | None:
+    def register(self, candidate: AnyCandidate, source: str, params: dict[str, Any], **meta: Any) -> Task | None:
         """Take a proposal: rung-0 work, or None if the store already has this candidate."""
         if not self.ledger.add(candidate, source, params, **meta):
             return None
-        return self._hand_out(self.planning.work("rung0", candidate)).work
+        return self._hand_out(self.planning.task("rung0", candidate)).task
 
     def seeds(self) -> list[AnyCandidate]:
         """The user's, the profile's and textbook candidates that are not explored yet; they come before the sampler's."""
@@ -116,71 +116,71 @@ class Director:
         self.store.event("exhausted", "the sampler proposed only known candidates; exploring ends")
 
     def _hand_out(self, decision: Decision) -> Decision:
-        work = decision.work
-        if work is not None and work.candidate is not None:
-            self.store.start(work.candidate.key, FIDELITY[work.kind])
-        self.out = work
+        task = decision.task
+        if task is not None and task.candidate is not None:
+            self.store.start(task.candidate.key, FIDELITY[task.kind])
+        self.out = task
         self._tell_stage(decision)
         return decision
 
     # what came of it
 
-    def progressed(self, work: Work, outcome: Outcome, seconds: float) -> None:
+    def progressed(self, task: Task, outcome: Outcome, seconds: float) -> None:
         """A report on the way (fit, elastic)."""
-        self._charge(work, seconds)
-        if work.kind == "elastic":
+        self._charge(task, seconds)
+        if task.kind == "elastic":
             self.store.set_meta(elastic={**outcome.facts, "done": False})
-        self.notify("progress", {"kind": work.kind, **{k: v for k, v in outcome.facts.items() if k != "kept"}})
+        self.notify("progress", {"kind": task.kind, **{k: v for k, v in outcome.facts.items() if k != "kept"}})
 
-    def completed(self, work: Work, outcome: Outcome, seconds: float) -> None:
+    def completed(self, task: Task, outcome: Outcome, seconds: float) -> None:
         """The end of a piece of work, however it ended."""
         self.out = None
         self._require_folder()
-        self._charge(work, seconds)
+        self._charge(task, seconds)
         if outcome.status == "fatal":
             self._give_up(outcome.reason, outcome.exit_code, outcome.facts.get("remedy", ""))
-        if work.kind == "fit":
+        if task.kind == "fit":
             self._fit_came_back(outcome)
-        elif work.kind == "elastic":
+        elif task.kind == "elastic":
             self._elastic_came_back(outcome)
-        elif work.kind == "sensitivity":
+        elif task.kind == "sensitivity":
             self._sensitivity_came_back(outcome)
         else:
-            assert work.candidate is not None
-            self._evaluation_came_back(work, work.candidate, outcome, seconds)
+            assert task.candidate is not None
+            self._evaluation_came_back(task, task.candidate, outcome, seconds)
         self._watch_failures(outcome)
 
-    def lost(self, work: Work, reason: str, seconds: float) -> None:
+    def lost(self, task: Task, reason: str, seconds: float) -> None:
         """The worker died or hung; the work becomes due again until it has failed MAX_ATTEMPTS times."""
         self.out = None
         self._require_folder()
-        self._charge(work, seconds)
+        self._charge(task, seconds)
         if self.is_interrupted:  # the user stopped it: not an attempt
             self.store.withdraw()
             return
-        self.store.event("lost", f"{work.kind} lost: {reason}")
-        if work.candidate is not None:
-            fidelity = FIDELITY[work.kind]
-            attempts = self.ledger.latest.get((work.candidate.key, fidelity))
+        self.store.event("lost", f"{task.kind} lost: {reason}")
+        if task.candidate is not None:
+            fidelity = FIDELITY[task.kind]
+            attempts = self.ledger.latest.get((task.candidate.key, fidelity))
             final = attempts is not None and attempts.attempt + 1 >= MAX_ATTEMPTS
             self.store.finish(
-                work.candidate.key, fidelity, "failed" if final else "lost", reason=reason, seconds=seconds
+                task.candidate.key, fidelity, "failed" if final else "lost", reason=reason, seconds=seconds
             )
-            self.ledger.refresh(work.candidate.key, fidelity)
-            self._require_teacher(work.candidate.key, reason)
-        if work.kind == "sensitivity":
+            self.ledger.refresh(task.candidate.key, fidelity)
+            self._require_teacher(task.candidate.key, reason)
+        if task.kind == "sensitivity":
             self._lost_tables += 1
             if self._lost_tables >= MAX_ATTEMPTS:
                 self._sensitivity_came_back(Outcome("failed", reason=reason))
         self._watch_failures(Outcome("failed", reason=reason))
-        self.notify("lost", {"kind": work.kind, "reason": reason})
+        self.notify("lost", {"kind": task.kind, "reason": reason})
 
     def interrupt(self) -> None:
         """End in good order: nothing new is handed out."""
         self.is_interrupted = True
         self.stop_reason, self.exit_code = "interrupted", 130
 
-    def obey(self) -> None:
+    def apply_command(self) -> None:
         """Follow what was ordered through the study's folder. Work in slices is left where it is: it goes on from there."""
         verb = ordered(self.store.folder)
         if verb is None or verb == self.obeyed or self.obeyed == "cancel" or self.is_interrupted:
@@ -253,8 +253,8 @@ class Director:
             )
             self.estimates.version += 1
 
-    def _evaluation_came_back(self, work: Work, candidate: AnyCandidate, outcome: Outcome, seconds: float) -> None:
-        fidelity = FIDELITY[work.kind]
+    def _evaluation_came_back(self, task: Task, candidate: AnyCandidate, outcome: Outcome, seconds: float) -> None:
+        fidelity = FIDELITY[task.kind]
         measurements = dict(outcome.measurements)
         if fidelity == "rung0" and outcome.status == "complete":
             measurements = self.estimates.completed(candidate, measurements)
@@ -319,21 +319,21 @@ class Director:
         if decision.kind == "wait":
             return
         idle = STAGE["rung0"] if decision.kind == "propose" else ENDING
-        stage = idle if decision.work is None else self._stage_of(decision.work)
+        stage = idle if decision.task is None else self._stage_of(decision.task)
         if stage != self._told_stage:
             self._told_stage = stage
             self.store.set_meta(stage=stage)
 
-    def _stage_of(self, work: Work) -> str:
-        confirmed = work.candidate if work.kind == "confirm" else None
+    def _stage_of(self, task: Task) -> str:
+        confirmed = task.candidate if task.kind == "confirm" else None
         if confirmed is not None and self.ledger.rows[confirmed.key].source == "baseline":
             return "baselines"
-        if work.kind == "elastic" and not self.space.has_elastic:
+        if task.kind == "elastic" and not self.space.has_elastic:
             return "training speed"
-        return STAGE[work.kind]
+        return STAGE[task.kind]
 
-    def _charge(self, work: Work, seconds: float) -> None:
-        stage = self._stage_of(work)
+    def _charge(self, task: Task, seconds: float) -> None:
+        stage = self._stage_of(task)
         self.budget.charge(stage, seconds)
         spent = self.budget.elapsed_s
         self.store.set_meta(spent_s=spent, spent_at=[spent, now()], seconds_by_stage=self.budget.stages)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from paretune.objectives.directions import excess, minimized
-from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import MetricNames
 from paretune.objectives.prediction.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
 from paretune.objectives.quality.quality import Scores, relative
-from paretune.search.escalation import Stakes
+from paretune.search.escalation import QatContext
 from paretune.search.front import Vector
 from paretune.search.policy.calibration import Calibration, Pair
 from paretune.search.policy.derived_metrics import MEMORY, followed, memory_fit, profile_of
@@ -29,7 +29,7 @@ class Estimates:
 
     def __init__(self, store: Store, spec: Spec, space: AnySpace, ledger: Ledger) -> None:
         self.store, self.spec, self.space, self.ledger = store, spec, space, ledger
-        self.figures = Figures.of(store.meta("figures"))
+        self.figures = MetricNames.of(store.meta("figures"))
         self._profile = profile_of(store.meta("profile"))
         self._memory: MemoryFit | None = None
         self.version = 0
@@ -123,14 +123,14 @@ class Estimates:
         """Objectives on the scales that finalists are spread over."""
         return perceived(vector, self.spec.objectives.index(self.figures.quality), self._teacher_nll()[1])
 
-    def stakes(self, key: str) -> Stakes | None:
+    def stakes(self, key: str) -> QatContext | None:
         """What decides whether training under the rounding is worth it for an explored candidate."""
         estimate = self.vector(key)
         if estimate is None or not self.figures.is_decoder:
             return None
         search, report = self._teacher_nll()
         confirmed = [self.confirmed_vector(e) for e in self.ledger.complete("confirmed")]
-        return Stakes.of(
+        return QatContext.of(
             self.spec.objectives,
             estimate,
             confirmed,

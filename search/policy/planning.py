@@ -19,7 +19,7 @@ from paretune.search.policy.finalists import next_finalist
 from paretune.search.policy.ledger import MAX_ATTEMPTS, Ledger
 from paretune.search.spec import Spec
 from paretune.search.study.store import Store
-from paretune.search.work import Kind, Work
+from paretune.search.task import Kind, Task
 from paretune.spaces.kinds import AnyCandidate, AnySpace, params_of
 from paretune.spaces.space import Space
 
@@ -31,7 +31,7 @@ class Decision:
     """`work` is due, a proposal is wanted ("propose"), something must finish first ("wait"), or all is "done"."""
 
     kind: Literal["work", "propose", "wait", "done"]
-    work: Work | None = None
+    task: Task | None = None
     reason: str = ""
 
 
@@ -51,19 +51,19 @@ class Planning:
             return _end("the budget has ended")
         baseline = self._baseline_due()
         if baseline is not None:
-            return self.work("confirm", baseline)
+            return self.task("confirm", baseline)
         if self.store.meta("fit_done") is not True:
-            return self.work("fit", None, {"design": self._design(), "seconds": self.costs.fit_seconds()})
+            return self.task("fit", None, {"design": self._design(), "seconds": self.costs.fit_seconds()})
         if self.store.meta("elastic", {}).get("done") is not True:
-            return self.work("elastic", None)
+            return self.task("elastic", None)
         space = self.space
         if isinstance(space, Space) and space.has_mixed and space.sensitivity is None:
-            return self.work("sensitivity", None, {"formats": [asdict(f) for f in space.mixed_formats]})
+            return self.task("sensitivity", None, {"formats": [asdict(f) for f in space.mixed_formats]})
         return self._explore_or_confirm()
 
-    def work(self, kind: Kind, candidate: AnyCandidate | None, options: dict[str, Any] | None = None) -> Decision:
+    def task(self, kind: Kind, candidate: AnyCandidate | None, options: dict[str, Any] | None = None) -> Decision:
         """The decision to do a piece of work."""
-        return Decision("work", Work(kind, candidate, self.budget.left_s, self.costs.timeout_s(kind), options or {}))
+        return Decision("work", Task(kind, candidate, self.budget.left_s, self.costs.timeout_s(kind), options or {}))
 
     def _baseline_due(self) -> AnyCandidate | None:
         for candidate in self.space.baselines():
@@ -87,7 +87,7 @@ class Planning:
             None,
         )
         if pending is not None:
-            return self.work("rung0", pending.candidate)
+            return self.task("rung0", pending.candidate)
         number, finalist = len(self.ledger.explored_keys()), None
         most = self.spec.max_candidates
         if left >= cost and number >= min(FIRST_WAVE, most) and (number >= most or self._confirm_is_behind()):
@@ -101,13 +101,13 @@ class Planning:
             again = self._disturbed()
             if again is not None and left >= self.costs.confirmation_s():
                 recovered = self.ledger.latest.get((again, "recovered"))
-                return self.work(
+                return self.task(
                     "confirm", self.ledger.rows[again].candidate, {"recovered": recovered.facts} if recovered else {}
                 )
             return _end("all is done" if left >= cost else "the budget has ended")
         stakes = self.estimates.stakes(finalist)
         options = {"tokens": self.costs.recovery_tokens(), **({"stakes": stakes.to_dict()} if stakes else {})}
-        return self.work("recover", self.ledger.rows[finalist].candidate, options)
+        return self.task("recover", self.ledger.rows[finalist].candidate, options)
 
     def unconfirmed(self) -> Decision | None:
         """The confirmation of a candidate that is recovered, or the end if there is no time for it; None if there is none."""
@@ -115,7 +115,7 @@ class Planning:
             if fidelity == "recovered" and e.status == "complete" and self.ledger.is_open(key, "confirmed"):
                 if self.budget.left_s < self.costs.confirmation_s():
                     return _end("the budget has ended")
-                return self.work("confirm", self.ledger.rows[key].candidate, {"recovered": e.facts})
+                return self.task("confirm", self.ledger.rows[key].candidate, {"recovered": e.facts})
         return None
 
     def _disturbed(self) -> str | None:

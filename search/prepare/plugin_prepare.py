@@ -9,8 +9,8 @@ from paretune.common.errors import Infeasible, UsageError
 from paretune.compression.calibration.modules import matrices_of, shape_of_module
 from paretune.compression.export.module_graph import ModuleGraph
 from paretune.hardware_profiles import load_profile
-from paretune.objectives.figures import FORWARD, Figures
-from paretune.objectives.quality.module_quality import figures_of
+from paretune.objectives.metric_names import FORWARD, MetricNames
+from paretune.objectives.quality.module_quality import metric_names_of
 from paretune.search.prepare.plan import make_plan
 from paretune.search.prepare.ready import PluginSetup, Ready, check_affordable
 from paretune.search.spec import Spec
@@ -38,7 +38,7 @@ def prepare_plugin(spec: Spec, home: Path, address: str | None = None) -> Ready:
     teacher = PluginTeacher(find_plugin(spec.teacher, folder))
     notes = check_plugin(teacher)
     _check_matrices(teacher)
-    profile, figures = load_profile(spec.profile, home), figures_of(teacher.plugin)
+    profile, figures = load_profile(spec.profile, home), metric_names_of(teacher.plugin)
     require_measurable(profile, address)
     spec = settle(spec, figures)
     space = ModuleSpace.of(shape_of_module(teacher.plugin, teacher.module), profile.weight_formats)
@@ -50,7 +50,7 @@ def prepare_plugin(spec: Spec, home: Path, address: str | None = None) -> Ready:
     return Ready(spec, teacher, profile, space, plan, teacher.digest, PluginSetup(figures, folder))
 
 
-def settle(spec: Spec, figures: Figures) -> Spec:
+def settle(spec: Spec, figures: MetricNames) -> Spec:
     """The settings with what a plug-in's names stand for: its objectives, and which losses are of interest.
 
     A loss is a fraction of the plug-in's own quality, which may have any scale, and a slice of the teacher is not trained at

@@ -12,9 +12,9 @@ from paretune.common.errors import UsageError
 from paretune.common.file_access import unwritable
 from paretune.engines.onnxruntime.genai_tokenizer import tokenizer_problem
 from paretune.hardware_profiles import load_profile
-from paretune.objectives.lane.turns import STANDARD, turn_within
+from paretune.objectives.latency.workload import STANDARD, workload_within
 from paretune.objectives.quality.batching import WINDOW
-from paretune.search.policy.derived_metrics import check_figures
+from paretune.search.policy.derived_metrics import check_device_specs
 from paretune.search.prepare.plan import make_plan, training_tokens_per_parameter
 from paretune.search.prepare.ready import Ready, check_affordable
 from paretune.search.sensitivity_budget import BUDGET_SHARE, affordable_tokens
@@ -44,13 +44,13 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
         further_profiles(spec.profile, spec.targets, spec.teacher, home)
         return prepare_plugin(spec, home, address)
     teacher = load_teacher(spec.teacher)
-    turn = turn_within(teacher.context)
+    turn = workload_within(teacher.context)
     profile = load_profile(spec.profile, home)
-    check_figures(spec, profile)
+    check_device_specs(spec, profile)
     targets = further_profiles(profile.name, spec.targets, spec.teacher, home)
     require_measurable(profile, address)
     for target in targets:
-        check_figures(spec.model_copy(update={"limits": {}}), target)  # limits are for the searched one
+        check_device_specs(spec.model_copy(update={"limits": {}}), target)  # limits are for the searched one
     corpus = chosen_corpus(spec.data, spec.field)
     require_enough_tokens(teacher, corpus)
     affordable = training_tokens_per_parameter(spec, teacher, profile)

@@ -14,7 +14,7 @@ from paretune.common.memory import all_memory
 from paretune.common.version import VERSION
 from paretune.hardware_profiles import fingerprint
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.figures import Figures
+from paretune.objectives.metric_names import MetricNames
 from paretune.search.prepare.plan import Plan
 from paretune.search.spec import Spec
 from paretune.search.targets.profiles import reserved_share
@@ -31,7 +31,7 @@ MIN_BUDGET_S = 45.0
 class PluginSetup:
     """What a study of a plug-in adds: the names of its figures, and the folder in which its class is looked up too."""
 
-    figures: Figures
+    figures: MetricNames
     folder: Path
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from paretune.common.errors import NothingFeasible, UsageError
 from paretune.objectives.directions import excess
 from paretune.objectives.energy import COST, ENERGY, NEEDED, THROUGHPUT
-from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import DECODER, MetricNames
 from paretune.objectives.units import plain
 from paretune.search.study.view import LABELS, Point, StudyView, label_of, tied
 
@@ -33,7 +33,7 @@ class Limits:
     energy_j: float | None = None
     cost_usd: float | None = None
 
-    def active(self, figures: Figures = DECODER) -> dict[str, float]:
+    def active(self, figures: MetricNames = DECODER) -> dict[str, float]:
         """Measurement name to bound, for the bounds that are set. Raises UsageError if one is not a positive number."""
         named = {
             figures.latency: self.latency_ms,

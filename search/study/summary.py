@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from paretune.objectives.figures import Figures
+from paretune.objectives.metric_names import MetricNames
 from paretune.search.study.database import is_taken
 from paretune.search.study.records import Event
 from paretune.search.study.store import Store, reading
@@ -53,7 +53,7 @@ def _load_standing(store: Store) -> Standing:
     if meta["state"] == "running" and not is_taken(store.folder):
         meta["state"] = "interrupted"
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
-    figures = Figures.of(meta["figures"])
+    figures = MetricNames.of(meta["figures"])
     latest = {e.key: e for e in store.evaluations("confirmed", "complete", bad)}
     rows = {row.key: row for row in store.candidates(latest, bad)}
     latest = {key: e for key, e in latest.items() if key in rows}

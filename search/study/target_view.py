@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paretune.objectives.figures import Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import MetricNames
 from paretune.search.study.target_records import Target
 from paretune.search.study.view import Point, StudyView, front_of
 
@@ -50,7 +50,7 @@ def view_on(view: StudyView, target: Target) -> StudyView:
     return replace(view, meta=meta, rung0=(), confirmed=points, front=front, ties=ties)
 
 
-def _intrinsic(point: Point, figures: Figures) -> dict[str, Measurement]:
+def _intrinsic(point: Point, figures: MetricNames) -> dict[str, Measurement]:
     """Quality and bytes of a point."""
     names = {*INTRINSIC, figures.quality, figures.increase, *figures.others}
     return {name: m for name, m in point.measurements.items() if name in names}

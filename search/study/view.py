@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paretune.objectives.directions import minimized
-from paretune.objectives.figures import DECODER, Figures
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import DECODER, MetricNames
 from paretune.objectives.quality.quality import Scores, paired_difference
 from paretune.search.front import Vector, non_dominated
 from paretune.search.study.database import is_taken
@@ -43,7 +43,7 @@ MOST_TOLD = 20  # rows that cannot be read
 DEFAULT_OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
 
 
-def label_of(name: str, figures: Figures) -> str:
+def label_of(name: str, figures: MetricNames) -> str:
     """What people read for a measurement's name."""
     return dict(figures.labels).get(name) or LABELS.get(name, name)
 
@@ -60,7 +60,7 @@ class Point:
     measurements: dict[str, Measurement]
     facts: dict[str, Any]
     scores: Scores | None
-    figures: Figures = DECODER
+    figures: MetricNames = DECODER
 
     @property
     def description(self) -> str:
@@ -118,7 +118,7 @@ class StudyView:
     failures: tuple[Evaluation, ...]
     events: tuple[Event, ...]
     seconds_by_stage: dict[str, float]
-    figures: Figures = DECODER
+    figures: MetricNames = DECODER
     targets: tuple[Target, ...] = ()
 
     @property
@@ -181,7 +181,7 @@ def _load_view(store: Store) -> StudyView:
     if meta["state"] == "running" and not is_taken(store.folder):
         meta["state"] = "interrupted"  # killed, so that nobody could write it down
     objectives = tuple((meta["spec"] or {}).get("objectives") or DEFAULT_OBJECTIVES)
-    figures = Figures.of(meta["figures"])
+    figures = MetricNames.of(meta["figures"])
     confirmed = tuple(point_of(rows[e.key], e, "confirmed", figures) for e in complete if e.fidelity == "confirmed")
     rung0 = tuple(point_of(rows[e.key], e, "rung0", figures) for e in complete if e.fidelity == "rung0")
     front, ties = front_of(confirmed, objectives)
@@ -272,7 +272,9 @@ def _names(formats: Sequence[Format]) -> str:
     return "+".join(dict.fromkeys(f.name for f in sorted(formats, key=lambda f: f.bits)))
 
 
-def point_of(row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: Figures) -> Point:
+def point_of(
+    row: CandidateRow, evaluation: Evaluation, kind: Literal["rung0", "confirmed"], figures: MetricNames
+) -> Point:
     """A candidate with what an evaluation of it found."""
     return Point(
         row.key,

@@ -10,7 +10,7 @@ from typing import Any
 
 from paretune.common.errors import Infeasible, UsageError
 from paretune.hardware_profiles.profile import Profile, load_profile
-from paretune.objectives.lane.turns import STANDARD, Turn
+from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.objectives.measurement import Measurement
 from paretune.search.spec import Spec
 from paretune.spaces.candidate import Candidate, Shape
@@ -102,7 +102,7 @@ def _refuse_plugin(teacher: str) -> None:
         )
 
 
-def roofline(turn: Turn = STANDARD) -> Predict:
+def roofline(turn: Workload = STANDARD) -> Predict:
     """The prediction of objectives/prediction/predict.py after the prompt of `turn`, batch 1."""
     from paretune.objectives.prediction.predict import predict
 

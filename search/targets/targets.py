@@ -15,12 +15,12 @@ from pathlib import Path
 from paretune.common.errors import EnvironmentProblem, Infeasible, UsageError
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.lane.turns import STANDARD, Turn, turn_within
+from paretune.objectives.latency.workload import STANDARD, Workload, workload_within
 from paretune.search.study.store import Store
 from paretune.search.study.target_records import Target, TargetRow, keep_targets, load_targets
 from paretune.search.study.target_view import needed, view_on
 from paretune.search.study.view import Point, StudyView, load_view
-from paretune.search.targets.lane import Measurer, TargetLane
+from paretune.search.targets.benchmark import Measurer, TargetBenchmark
 from paretune.search.targets.profiles import Predict, can_measure, is_at_hand, missing_engine, roofline, shape_of
 from paretune.search.targets.rows import combined
 from paretune.spaces.candidate import Candidate, Shape
@@ -90,10 +90,10 @@ def predict_target(view: StudyView, profile: Profile, predict: Predict | None = 
     return _predicted(view, profile, shape_of(view.meta), predict or roofline(_turn(view)), None).target()
 
 
-def _turn(view: StudyView) -> Turn:
+def _turn(view: StudyView) -> Workload:
     """What the study's candidates were timed with; studies before contexts were kept have the usual one."""
     context = (view.meta.get("teacher") or {}).get("context")
-    return STANDARD if context is None else turn_within(int(context))
+    return STANDARD if context is None else workload_within(int(context))
 
 
 def _predicted(view: StudyView, profile: Profile, shape: Shape, predict: Predict, kept: Target | None) -> _Job:
@@ -123,21 +123,21 @@ def _measured_part(row: TargetRow) -> TargetRow:
 
 def _lane(view: StudyView, home: Path) -> OpenMeasurer:
     teacher = load_teacher(str(view.meta["spec"]["teacher"]))
-    return lambda profile: TargetLane(view.folder, home, profile, teacher)
+    return lambda profile: TargetBenchmark(view.folder, home, profile, teacher)
 
 
-def _measure(store: Store, job: _Job, lane: Measurer, deadline: float) -> None:
+def _measure(store: Store, job: _Job, benchmark: Measurer, deadline: float) -> None:
     """Measure what is on a front and not measured yet, this target's own first, and note what was left and why."""
     view = load_view(store)
     for point in view.confirmed:
-        row = None if _is_settled(job, point.key) else lane.kept(point.candidate)
+        row = None if _is_settled(job, point.key) else benchmark.kept(point.candidate)
         predicted = job.predicted.get(point.key, TargetRow()).measurements
         if (
             row is not None and needed(view) <= row.measurements.keys() | predicted.keys()
         ):  # else only a visit tells the rest
             job.measured[point.key] = row
     try:
-        disturbed = _visits(store, view, job, lane, deadline)
+        disturbed = _visits(store, view, job, benchmark, deadline)
     except (EnvironmentProblem, UsageError) as error:
         job.notes.append(f"not measured further: {error.problem}")
         return
@@ -147,7 +147,7 @@ def _measure(store: Store, job: _Job, lane: Measurer, deadline: float) -> None:
         job.notes.append(f"{left} members of fronts are left predicted for want of time")
 
 
-def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: float) -> int:
+def _visits(store: Store, view: StudyView, job: _Job, benchmark: Measurer, deadline: float) -> int:
     """Visit while another visit fits before the deadline; every row is kept at once. Returns how many were disturbed."""
     points = {p.key: p for p in view.confirmed}
     tried, refused = set[str](), set[str]()
@@ -159,7 +159,7 @@ def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: 
         tried.add(key)
         start = time.monotonic()
         try:
-            row = _visit(store, lane, points[key])
+            row = _visit(store, benchmark, points[key])
         except (
             UsageError
         ) as error:  # this one's artifact is missing or damaged; if it is more than that, the next one says the same
@@ -178,12 +178,12 @@ def _visits(store: Store, view: StudyView, job: _Job, lane: Measurer, deadline: 
     return disturbed
 
 
-def _visit(store: Store, lane: Measurer, point: Point) -> TargetRow | None:
+def _visit(store: Store, benchmark: Measurer, point: Point) -> TargetRow | None:
     artifact = store.artifact(point.key)
     if artifact is None:
         raise UsageError(f"{point.name} has no artifact", "")
     try:
-        return lane.measure(point.candidate, artifact)
+        return benchmark.measure(point.candidate, artifact)
     except Infeasible as error:
         return TargetRow(infeasible=str(error))
 

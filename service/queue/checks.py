@@ -13,7 +13,7 @@ from paretune.common.errors import UsageError
 from paretune.common.text import clean
 from paretune.common.validation import said
 from paretune.hardware_profiles.profile import load_profile
-from paretune.search.policy.derived_metrics import check_figures
+from paretune.search.policy.derived_metrics import check_device_specs
 from paretune.search.prepare.ready import check_budget
 from paretune.search.spec import Spec
 from paretune.search.targets.profiles import further_profiles, require_measurable
@@ -43,7 +43,7 @@ def check_plan(settings: dict[str, Any], home: Path) -> None:
     if not PROFILE_MATTERS & settings.keys():
         return
     profile = load_profile(spec.profile, home)
-    check_figures(spec, profile)
+    check_device_specs(spec, profile)
     require_measurable(profile)
     further_profiles(profile.name, spec.targets, spec.teacher, home)
     if missing := spec.choices.missing(profile.weight_formats):

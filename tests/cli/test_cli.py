@@ -15,7 +15,7 @@ from paretune.cli import app as cli
 from paretune.cli.commands import search as cli_search
 from paretune.common import command_line
 from paretune.common.errors import EnvironmentProblem, UsageError
-from paretune.objectives.figures import Figures
+from paretune.objectives.metric_names import MetricNames
 from paretune.search.execution import cluster
 from paretune.search.study.store import Store
 
@@ -318,7 +318,7 @@ def test_the_printed_command_can_be_pasted(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         "paretune.search.recommend.recommend.recommend", lambda *_: SimpleNamespace(chosen=point, why=())
     )
-    view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s", figures=Figures())
+    view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s", figures=MetricNames())
     cli_search._show_end(view, tmp_path, 0, None)
     line = next(line for line in capsys.readouterr().err.splitlines() if " generate " in line)
     words = shlex.split(line)

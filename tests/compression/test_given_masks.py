@@ -39,7 +39,7 @@ from paretune.search.prepare.prepare import prepare
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
-from paretune.search.work import Work
+from paretune.search.task import Task
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.pruned import zero_masks
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
@@ -377,9 +377,9 @@ def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: Evaluator) ->
     assert all(torch.equal(weights[name], space.teacher_weights[name]) for name in weights), (
         "the zeros are there already"
     )
-    first, second = (evaluator.run(Work("rung0", c)) for c in (dense, kept))
+    first, second = (evaluator.run(Task("rung0", c)) for c in (dense, kept))
     assert first.scores == second.scores and second.facts["sparsity"] == pytest.approx(0.4, abs=0.01)
-    outcome = evaluator.run(Work("recover", kept, 60.0, options={"tokens": 2048}))
+    outcome = evaluator.run(Task("recover", kept, 60.0, options={"tokens": 2048}))
     assert outcome.status == "complete", outcome.reason
     stored = load_file(outcome.facts["file"])
     assert all((stored[name][~mask] == 0).all() for name, mask in masks.items())
@@ -388,12 +388,12 @@ def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: Evaluator) ->
 def test_a_pattern_that_drops_nothing_warns_and_is_recorded(evaluator: Evaluator) -> None:
     idle = Candidate((Layer(128, 2, pattern=Pattern("unstructured", 1e-5)),) * 3)
     with pytest.warns(NothingChanged, match="drops no weight: 3 layers"):
-        outcome = evaluator.run(Work("rung0", idle))
+        outcome = evaluator.run(Task("rung0", idle))
     assert outcome.facts == {"sparsity": 0.0, "idle_masks": 1.0}
     busy = Candidate((Layer(128, 2, pattern=Pattern("2:4", 0.5)),) * 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NothingChanged)
-        assert "idle_masks" not in evaluator.run(Work("rung0", busy)).facts
+        assert "idle_masks" not in evaluator.run(Task("rung0", busy)).facts
 
 
 def test_keeping_zeros_of_a_teacher_that_has_none_is_refused(

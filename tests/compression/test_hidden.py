@@ -26,7 +26,7 @@ from paretune.compression.network.student import (
 )
 from paretune.compression.prune import Importance, importance, layer_statistics, slice_weights, sort_by_importance
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.objectives.lane.lane import LaneResult
+from paretune.objectives.latency.benchmark import LatencyResult
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import design, features
 from paretune.search.evaluators.decoder import Evaluator
@@ -35,7 +35,7 @@ from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
-from paretune.search.work import Work
+from paretune.search.task import Task
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.families import axis_sizes, family_of
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
@@ -298,23 +298,23 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, 
 def test_a_narrow_candidate_goes_from_the_elastic_student_to_its_artifact(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def done(work: Work) -> Any:
-        outcome = evaluator.run(work)
+    def done(task: Task) -> Any:
+        outcome = evaluator.run(task)
         while outcome.status == "complete" and not outcome.done:
-            outcome = evaluator.run(work)
+            outcome = evaluator.run(task)
         assert outcome.status == "complete", outcome.reason
         return outcome
 
-    done(Work("elastic", None, 60.0))
-    lane = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
-    monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LaneResult(lane, True))
+    done(Task("elastic", None, 60.0))
+    benchmark = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
+    monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LatencyResult(benchmark, True))
     shape = evaluator.space.teacher.shape
     whole, pattern = Candidate((Layer(128, 2),) * 3), Pattern("2:4", 0.5, "wanda")
     candidate = Candidate((Layer(128, 2, INT4, INT4, pattern),) * 3, INT4, Format(8, 32), 32).canonical(shape)
-    done(Work("confirm", whole, 60.0))
-    rung0, wide = done(Work("rung0", candidate)), done(Work("rung0", replace(candidate, hidden=0)))
+    done(Task("confirm", whole, 60.0))
+    rung0, wide = done(Task("rung0", candidate)), done(Task("rung0", replace(candidate, hidden=0)))
     assert rung0.measurements["bytes"].value < 0.7 * wide.measurements["bytes"].value, "it physically shrinks"
-    recovered = done(Work("recover", candidate, 60.0, options={"tokens": 4096}))
-    confirmed = done(Work("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 1.0}}))
+    recovered = done(Task("recover", candidate, 60.0, options={"tokens": 4096}))
+    confirmed = done(Task("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 1.0}}))
     assert confirmed.measurements["bytes"].value == pytest.approx(rung0.measurements["bytes"].value, rel=1e-3)
     assert evaluator.measuring.kept_file(candidate) != evaluator.measuring.kept_file(replace(candidate, hidden=0))

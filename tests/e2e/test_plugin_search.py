@@ -58,9 +58,9 @@ def study(prepared: tuple[Ready, Path]) -> Iterator[StudyView]:
     ready, home = prepared
     store = create_study(ready, home, "digits", "paretune search")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("paretune.objectives.lane.lane.VISITS", 2)
-        patch.setattr("paretune.objectives.lane.lane.RETRIES", 0)
-        patch.setattr("paretune.objectives.lane.lane.NOMINAL_VISITS", 2)
+        patch.setattr("paretune.objectives.latency.benchmark.VISITS", 2)
+        patch.setattr("paretune.objectives.latency.benchmark.RETRIES", 0)
+        patch.setattr("paretune.objectives.latency.benchmark.NOMINAL_VISITS", 2)
 
         def execute(director: Any, folder: Path, home: Path, *_: Any) -> None:
             run_inline(director, PluginEvaluator(folder, home).run)

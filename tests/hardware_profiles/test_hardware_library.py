@@ -18,7 +18,7 @@ from paretune.hardware_profiles.execution import BLOCKWISE_INT8, executed, has_s
 from paretune.hardware_profiles.kernels import INSTEAD, Kernel, weight_bits
 from paretune.hardware_profiles.library import FOLDER, HERE, library_names, variants
 from paretune.hardware_profiles.profile import all_profiles, profile_names
-from paretune.hardware_profiles.schema import FIGURES, PRIORS
+from paretune.hardware_profiles.schema import DEVICE_SPECS, PRIORS
 
 ELSEWHERE = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 BOARD = (FOLDER / "jetson-orin-nano.yaml").read_text()
@@ -43,7 +43,7 @@ def test_a_shipped_target_can_be_predicted_and_every_figure_has_a_source(name: s
     profile = load_profile(name, tmp_path)
     assert profile.name == name
     assert not profile.at_hand and profile.can_predict
-    given = [key for key in FIGURES if getattr(profile, key) is not None]
+    given = [key for key in DEVICE_SPECS if getattr(profile, key) is not None]
     given += [key for key in PRIORS if getattr(profile, key) != Profile.model_fields[key].default]
     assert given and all(profile.sources[key] for key in given)
     assert "memory_bytes" in profile.sources

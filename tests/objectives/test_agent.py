@@ -28,7 +28,7 @@ from paretune.common.errors import EnvironmentProblem, Infeasible, UsageError
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.agent import jobs as agent_jobs
 from paretune.objectives.agent import server as agent_server
-from paretune.objectives.agent.client import ATTEMPTS, AgentClient, AgentLane
+from paretune.objectives.agent.client import ATTEMPTS, AgentClient, RemoteBenchmark
 from paretune.objectives.agent.job import require_own_files
 from paretune.objectives.agent.jobs import MOST_WAITING, Job, Jobs, TooMany
 from paretune.objectives.agent.onnx_files import external_locations
@@ -585,16 +585,16 @@ def test_what_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Callable[[bytes], AgentLane]:
+def files(tmp_path: Path) -> Callable[[bytes], RemoteBenchmark]:
     (tmp_path / "reference").write_bytes(b"reference")
     (tmp_path / "fit.onnx").write_bytes(b"model")
     return lambda data: (tmp_path / "fit.onnx").write_bytes(data) and tmp_path / "fit.onnx"  # type: ignore[return-value]
 
 
 def test_a_measurement_comes_back_as_the_lane_gave_it(client: AgentClient, tmp_path: Path, files: Any) -> None:
-    lane = AgentLane(client, tmp_path / "reference", 1)
+    benchmark = RemoteBenchmark(client, tmp_path / "reference", 1)
     model = files(b"model")
-    found = lane.measure(model)
+    found = benchmark.measure(model)
     assert found.stable and client.orders == 1
     assert found.measurements["decode_ms_per_token"].to_dict() == {
         **MEASURED,
@@ -602,15 +602,15 @@ def test_a_measurement_comes_back_as_the_lane_gave_it(client: AgentClient, tmp_p
         "note": "model.onnx reference.onnx",
     }
     model.with_name("fit.onnx.data").write_bytes(b"weights")
-    with lane.pair() as pair:
-        found = lane.quick(model, pair)
+    with benchmark.pair() as pair:
+        found = benchmark.quick(model, pair)
     assert found.measurements["decode_ms_per_token"].note == "fit.onnx.data model.onnx reference.onnx"
 
 
 def test_the_interval_and_the_engine_that_are_asked_for_reach_the_job(
     client: AgentClient, jobs: Jobs, tmp_path: Path, files: Any
 ) -> None:
-    AgentLane(client, tmp_path / "reference", 2, "onnxruntime", "OtherProvider").measure(files(b"model"), 0.02)
+    RemoteBenchmark(client, tmp_path / "reference", 2, "onnxruntime", "OtherProvider").measure(files(b"model"), 0.02)
     (job,) = jobs._jobs.values()
     assert (job.order.within, job.order.threads, job.order.visits, job.order.provider) == (
         0.02,
@@ -621,15 +621,15 @@ def test_the_interval_and_the_engine_that_are_asked_for_reach_the_job(
 
 
 def test_the_lanes_reasons_come_back_too(client: AgentClient, tmp_path: Path, files: Any) -> None:
-    lane = AgentLane(client, tmp_path / "reference", 1)
+    benchmark = RemoteBenchmark(client, tmp_path / "reference", 1)
     with pytest.raises(Infeasible, match="op X is unknown"):
-        lane.measure(files(b"refuse"))
+        benchmark.measure(files(b"refuse"))
     with pytest.raises(EnvironmentProblem, match="on fire"):
-        lane.measure(files(b"crash"))
+        benchmark.measure(files(b"crash"))
     with pytest.raises(EnvironmentProblem, match="figures that are none: a value must be finite"):
-        lane.measure(files(b"nan"))
+        benchmark.measure(files(b"nan"))
     with pytest.raises(EnvironmentProblem, match="threads must be at most 2"):
-        AgentLane(client, tmp_path / "reference", 3).measure(files(b"model"))
+        RemoteBenchmark(client, tmp_path / "reference", 3).measure(files(b"model"))
 
 
 def test_an_agent_that_is_too_slow_is_given_up_and_its_job_cancelled(
@@ -637,7 +637,7 @@ def test_an_agent_that_is_too_slow_is_given_up_and_its_job_cancelled(
 ) -> None:
     hasty = AgentClient(url, SECRET, Timeouts(answer=5.0, patience=0.5, job=0.3, poll=0.02))
     with pytest.raises(AgentGone, match="has not measured within 0 s"):
-        AgentLane(hasty, tmp_path / "reference", 1).measure(files(b"sleep 30"))
+        RemoteBenchmark(hasty, tmp_path / "reference", 1).measure(files(b"sleep 30"))
     until(lambda: jobs.counts() == (False, 0), 10)
 
 
@@ -646,13 +646,13 @@ def test_an_agent_that_forgets_is_asked_again_up_to_a_cap(
 ) -> None:
     monkeypatch.setattr(jobs, "get", lambda _name: None)
     with pytest.raises(AgentGone, match=f"lost the measurement {ATTEMPTS} times"):
-        AgentLane(client, tmp_path / "reference", 1).measure(files(b"model"))
+        RemoteBenchmark(client, tmp_path / "reference", 1).measure(files(b"model"))
     assert client.orders == ATTEMPTS
     fresh = AgentClient(client.wire.url, SECRET, FAST)
     lost = iter([None])
     get = Jobs.get
     monkeypatch.setattr(jobs, "get", lambda name: next(lost, get(jobs, name)))
-    assert AgentLane(fresh, tmp_path / "reference", 1).measure(files(b"model")).stable
+    assert RemoteBenchmark(fresh, tmp_path / "reference", 1).measure(files(b"model")).stable
     assert fresh.orders == 2
 
 
@@ -766,7 +766,7 @@ with serving(home, detected_profile(), "x" * 32, port=0) as server:
 order = {"key": "k", "model": "0" * 64, "reference": "0" * 64, "threads": 1}
 (home / "model.onnx").write_bytes(b"")
 assert answer({"order": order, "folder": str(home), "kept": str(home)})["kind"] == "infeasible"
-from paretune.objectives.lane.lane import moderated_interval
+from paretune.objectives.latency.benchmark import moderated_interval
 moderated_interval([1.0, 1.1], 0.01)
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """

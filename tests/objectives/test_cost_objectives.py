@@ -19,16 +19,16 @@ from paretune.common.errors import UsageError
 from paretune.hardware_profiles.profile import Profile, detected_profile
 from paretune.objectives.directions import excess, minimized, share_used
 from paretune.objectives.energy import energy_and_cost, following, throughput
-from paretune.objectives.figures import DECODER, forward_measurements
-from paretune.objectives.lane import measurement_key
+from paretune.objectives.latency import measurement_key
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.metric_names import DECODER, forward_measurements
 from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
 from paretune.search.evaluators.measuring import Measuring
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.front import dominates
-from paretune.search.policy.derived_metrics import check_figures
+from paretune.search.policy.derived_metrics import check_device_specs
 from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
@@ -142,7 +142,7 @@ def test_weights_stored_in_16_bits_are_counted_as_what_they_become() -> None:
 
 def ready(home: Path, target: Profile, **options: Any) -> Ready:
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, **options})
-    check_figures(spec, target)
+    check_device_specs(spec, target)
     space = Space.of(SHAPE, target.weight_formats)
     plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
     return Ready(spec, load_teacher("stdlib-coder"), target, space, plan)
@@ -257,10 +257,10 @@ def test_a_figure_that_the_profile_lacks_is_refused_before_work(name: str) -> No
     bare = profile(power_watts=None, price_usd_per_hour=None)
     for spec in (Spec(objectives=("nll", name)), Spec(limits={name: 1.0})):  # type: ignore[dict-item]
         with pytest.raises(UsageError, match=f"{name} needs (power_watts|price_usd_per_hour)"):
-            check_figures(spec, bare)
-        check_figures(spec, profile())
+            check_device_specs(spec, bare)
+        check_device_specs(spec, profile())
     with pytest.raises(UsageError, match="more than 0"):
-        check_figures(Spec(objectives=("nll", "usd_per_million_tokens")), profile(price_usd_per_hour=0.0))
+        check_device_specs(Spec(objectives=("nll", "usd_per_million_tokens")), profile(price_usd_per_hour=0.0))
 
 
 def test_unknown_objectives_and_limits_are_refused() -> None:

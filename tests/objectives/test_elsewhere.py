@@ -24,19 +24,19 @@ from paretune.hardware_profiles import Profile
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.agent import remote as elsewhere
-from paretune.objectives.agent.client import AgentClient, AgentLane
+from paretune.objectives.agent.client import AgentClient, RemoteBenchmark
 from paretune.objectives.agent.order import Order
-from paretune.objectives.agent.remote import connect, machine_of
+from paretune.objectives.agent.remote import connect, remote_fingerprint
 from paretune.objectives.agent.start import new_token
 from paretune.objectives.agent.wire import AgentGone, Timeouts
-from paretune.objectives.lane.lane import LaneResult
+from paretune.objectives.latency.benchmark import LatencyResult
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import design
 from paretune.objectives.prediction.predict import predict
-from paretune.search.evaluators import visits
+from paretune.search.evaluators import latency_measuring as visits
+from paretune.search.evaluators.latency_measuring import LatencyMeasuring
 from paretune.search.evaluators.simulated import SHAPE, decode_ms
-from paretune.search.evaluators.visits import Visits
-from paretune.search.work import Work
+from paretune.search.task import Task
 from paretune.spaces import Candidate, Space
 from paretune.teachers.checkpoint.teacher import Teacher
 
@@ -101,12 +101,12 @@ def test_a_killed_agent_comes_back_and_the_measurement_is_made(tmp_path: Path, m
     sent: list[str] = []
     ask = client.wire.ask
     client.wire.ask = lambda method, path, *a, **k: (sent.append(method), ask(method, path, *a, **k))[1]  # type: ignore[method-assign, func-returns-value, assignment]
-    results: list[LaneResult] = []
-    lane = AgentLane(client, model, 1)
+    results: list[LatencyResult] = []
+    benchmark = RemoteBenchmark(client, model, 1)
 
     def measure() -> None:
-        with lane.pair() as pair:
-            results.append(lane.quick(model, pair))
+        with benchmark.pair() as pair:
+            results.append(benchmark.quick(model, pair))
 
     waiting = threading.Thread(target=measure)
     waiting.start()
@@ -156,11 +156,11 @@ class StandIn:
             raise AgentGone("no agent answers at http://board:7411", "start it")
         return {"fingerprint": self.machine, "profile": {"threads": 3}}
 
-    def measure(self, model: Path, _reference: Path, order: Order) -> LaneResult:
+    def measure(self, model: Path, _reference: Path, order: Order) -> LatencyResult:
         self.health()
         self.asked += 1
         ms = self.law(model)
-        return LaneResult(
+        return LatencyResult(
             {
                 name: Measurement(scale * ms, "ms", scale * ms, scale * ms, "measured", 9, self.machine, order.visits)
                 for name, scale in (("decode_ms_per_token", 1.0), ("ttft_ms", 10.0))
@@ -180,7 +180,7 @@ class Host:
         self.profile = detected_profile().model_copy(update={"name": "board", "agent": "http://board:7411", **changes})
 
 
-class ByKey(Visits):
+class ByKey(LatencyMeasuring):
     """Writes a model that only names its candidate."""
 
     latency: ClassVar = ("decode_ms_per_token", "ttft_ms")
@@ -199,40 +199,40 @@ class ByKey(Visits):
 def board(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     client = StandIn()
     client.law = lambda path: decode_ms(Candidate.from_dict(json.loads(path.read_text())))
-    lane = AgentLane(client, Path("reference.onnx"), 1)  # type: ignore[arg-type]
-    monkeypatch.setattr(visits, "lane_at", lambda _profile, _home, turn: lane)
+    benchmark = RemoteBenchmark(client, Path("reference.onnx"), 1)  # type: ignore[arg-type]
+    monkeypatch.setattr(visits, "open_benchmark", lambda _profile, _home, turn: benchmark)
     monkeypatch.setattr(
         elsewhere, "_memory_here", lambda _m, note, _turn: Measurement(9.0, "bytes", 9, 9, "predicted", note=note)
     )
     return client
 
 
-def fitted(folder: Path, points: int = 30) -> tuple[ByKey, list[Candidate], Work]:
+def fitted(folder: Path, points: int = 30) -> tuple[ByKey, list[Candidate], Task]:
     designed = design(SPACE, points)
-    work = Work(
+    task = Task(
         "fit", options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0}, seconds_left=60.0
     )
-    return ByKey(Host(folder)), designed, work  # type: ignore[arg-type]
+    return ByKey(Host(folder)), designed, task  # type: ignore[arg-type]
 
 
 def test_fit_and_confirmations_are_measured_at_the_agent(tmp_path: Path, board: StandIn) -> None:
-    measuring, designed, work = fitted(tmp_path)
-    found = measuring.fit(work)
+    measuring, designed, task = fitted(tmp_path)
+    found = measuring.fit(task)
     assert found.facts["missing"] == 0 and len(found.facts["kept"]) == board.asked == len(designed)
     values = {json.dumps(k["candidate"]): k["decode_ms_per_token"] for k in found.facts["kept"]}
     assert values == {json.dumps(json.loads(c.to_json())): pytest.approx(decode_ms(c)) for c in designed}
     kept = list((tmp_path / "cache" / "measurements" / f"at-{board.machine}").glob("*.json"))
     assert len(kept) == len(designed) and not list((tmp_path / "cache" / "measurements").glob("*.json"))
     again = ByKey(Host(tmp_path))  # type: ignore[arg-type]
-    assert again.fit(work).facts["missing"] == 0 and board.asked == len(designed), "what is kept is not measured again"
+    assert again.fit(task).facts["missing"] == 0 and board.asked == len(designed), "what is kept is not measured again"
     model = tmp_path / "model"
     again.build(designed[3], model)
     assert again.measure(designed[3], model).measurements["ttft_ms"].note == "full"
 
 
 def test_a_confirmation_whose_agent_vanished_is_left_predicted_and_marked(tmp_path: Path, board: StandIn) -> None:
-    measuring, designed, work = fitted(tmp_path)
-    measuring.fit(work)
+    measuring, designed, task = fitted(tmp_path)
+    measuring.fit(task)
     unseen = next(c for c in design(SPACE, 60, seed=5) if c not in designed)
     measuring.build(unseen, tmp_path / "model")
     board.away = True
@@ -255,13 +255,13 @@ def test_a_confirmation_whose_agent_vanished_is_left_predicted_and_marked(tmp_pa
 
 
 def test_without_measurements_of_the_agent_nothing_is_predicted(tmp_path: Path, board: StandIn) -> None:
-    measuring, designed, work = fitted(tmp_path)
+    measuring, designed, task = fitted(tmp_path)
     board.away = True
     with pytest.raises(AgentGone):
-        measuring.fit(work)
+        measuring.fit(task)
     board.away = False
-    measuring, designed, work = fitted(tmp_path, points=4)
-    measuring.fit(work)
+    measuring, designed, task = fitted(tmp_path, points=4)
+    measuring.fit(task)
     board.away = True
     measuring.build(designed[0], tmp_path / "model")
     with pytest.raises(AgentGone):
@@ -271,7 +271,7 @@ def test_without_measurements_of_the_agent_nothing_is_predicted(tmp_path: Path, 
 def test_without_measurements_the_roofline_of_a_profile_with_figures_stands_in(tmp_path: Path, board: StandIn) -> None:
     figures = {"bandwidth_gb_per_s": 20.0, "peak_fp32_tflops": 0.1}
     measuring = ByKey(Host(tmp_path, **figures))  # type: ignore[arg-type]
-    measuring.lane()
+    measuring.benchmark()
     assert measuring._kept_at(tmp_path / "x")
     board.away = True
     candidate = SPACE.baselines()[0]
@@ -283,13 +283,13 @@ def test_without_measurements_the_roofline_of_a_profile_with_figures_stands_in(t
 
 
 def test_another_machine_behind_the_url_is_refused(tmp_path: Path, board: StandIn) -> None:
-    lane = AgentLane(board, Path("reference.onnx"), 1)  # type: ignore[arg-type]
-    assert machine_of(lane, tmp_path) == machine_of(lane, tmp_path) == board.machine
+    benchmark = RemoteBenchmark(board, Path("reference.onnx"), 1)  # type: ignore[arg-type]
+    assert remote_fingerprint(benchmark, tmp_path) == remote_fingerprint(benchmark, tmp_path) == board.machine
     board.away = True
-    assert machine_of(lane, tmp_path) == board.machine
+    assert remote_fingerprint(benchmark, tmp_path) == board.machine
     board.away, board.machine = False, "another"
     with pytest.raises(EnvironmentProblem, match="another machine or engine version"):
-        machine_of(lane, tmp_path)
+        remote_fingerprint(benchmark, tmp_path)
 
 
 def test_a_profile_without_agent_asks_nobody(tmp_path: Path, board: StandIn) -> None:
@@ -323,13 +323,13 @@ def test_measure_takes_threads_from_the_agents_profile(
     tmp_path: Path, board: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = type("Here", (), {"reference": Path("reference.onnx")})()
-    monkeypatch.setattr(elsewhere, "open_lane", lambda *_: here)
+    monkeypatch.setattr(elsewhere, "open_local_benchmark", lambda *_: here)
     monkeypatch.setattr(elsewhere, "connect", lambda _url, _home: board)
     local = detected_profile()
-    assert elsewhere.lane_at(local, tmp_path) is here
-    assert elsewhere.lane_at(local, tmp_path, "http://board:7411") == AgentLane(board, here.reference, 3)  # type: ignore[arg-type]
+    assert elsewhere.open_benchmark(local, tmp_path) is here
+    assert elsewhere.open_benchmark(local, tmp_path, "http://board:7411") == RemoteBenchmark(board, here.reference, 3)  # type: ignore[arg-type]
     named = local.model_copy(update={"name": "board", "threads": 2, "agent": "http://board:7411"})
-    assert elsewhere.lane_at(named, tmp_path) == AgentLane(board, here.reference, 2)  # type: ignore[arg-type]
+    assert elsewhere.open_benchmark(named, tmp_path) == RemoteBenchmark(board, here.reference, 2)  # type: ignore[arg-type]
 
 
 def test_ray_does_not_show_the_token() -> None:

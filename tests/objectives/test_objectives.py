@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from paretune.common.errors import EnvironmentProblem, Infeasible
 from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles import MachineLock
-from paretune.objectives.lane import lane as lane_module
-from paretune.objectives.lane import turns as turns_module
-from paretune.objectives.lane.intervals import moderated_interval, odd_ones
-from paretune.objectives.lane.lane import LATENCIES, Lane, Nominal
+from paretune.objectives.latency import benchmark as lane_module
+from paretune.objectives.latency import workload as turns_module
+from paretune.objectives.latency.benchmark import LATENCIES, LatencyBenchmark, Nominal
+from paretune.objectives.latency.intervals import moderated_interval, odd_ones
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import (
     MIN_POINTS,
@@ -307,16 +307,16 @@ class Kept:
 
 
 @pytest.fixture
-def fake_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lane]:
+def fake_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LatencyBenchmark]:
     monkeypatch.setattr(lane_module, "EngineChild", FakeChild)
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(lane_module.time, "sleep", lambda _s: None)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
-    return lambda kept: Lane(tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), kept)
+    return lambda kept: LatencyBenchmark(tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), kept)
 
 
-def test_the_lane_multiplies_the_ratio_with_the_references_nominal(fake_lane: Callable[..., Lane]) -> None:
+def test_the_lane_multiplies_the_ratio_with_the_references_nominal(fake_lane: Callable[..., LatencyBenchmark]) -> None:
     result = fake_lane(Kept(Nominal(1.9, 31.0))).measure(Path("x.onnx"))
     assert result.stable
     assert result.measurements["decode_ms_per_token"].value == pytest.approx(0.95)
@@ -326,23 +326,23 @@ def test_the_lane_multiplies_the_ratio_with_the_references_nominal(fake_lane: Ca
 
 
 def test_a_machine_that_slows_down_for_both_changes_nothing(
-    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    fake_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slower by 0.05 % every turn. The candidate comes in the middle of every R C C R, so that a linear drift cancels."""
-    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
+    benchmark = fake_lane(Kept(Nominal(2.0, 30.0)))
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.count(1.0, 0.0005).__next__))
-    found = lane.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
+    found = benchmark.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
     assert found.value == pytest.approx(1.0, rel=1e-3)
     assert found.provenance == "measured"
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.6])
 def test_a_reference_far_from_its_nominal_is_disturbed(
-    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch, factor: float
+    fake_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
+    benchmark = fake_lane(Kept(Nominal(2.0, 30.0)))
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(factor).__next__))
-    result = lane.measure(Path("x.onnx"))
+    result = benchmark.measure(Path("x.onnx"))
     assert not result.stable
     assert {result.measurements[n].provenance for n in ("decode_ms_per_token", "ttft_ms", "decode_p90_ms")} == {
         "disturbed"
@@ -350,27 +350,27 @@ def test_a_reference_far_from_its_nominal_is_disturbed(
 
 
 def test_the_nominal_is_learnt_only_when_the_machine_is_quiet(
-    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    fake_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Kept()
-    lane = fake_lane(kept)
+    benchmark = fake_lane(kept)
     busy = itertools.count(0, 1000)
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: float(next(busy)))
-    assert not lane.measure(Path("x.onnx")).stable
+    assert not benchmark.measure(Path("x.onnx")).stable
     assert kept.value is None
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
-    assert lane.measure(Path("x.onnx")).stable
+    assert benchmark.measure(Path("x.onnx")).stable
     assert kept.value == Nominal(2.0, 30.0, lane_module.LEAST_SPREAD, lane_module.LEAST_SPREAD)
 
 
 def test_processes_that_differ_widen_the_interval(
-    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    fake_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
-    quiet = lane.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
+    benchmark = fake_lane(Kept(Nominal(2.0, 30.0)))
+    quiet = benchmark.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
     noise = np.random.default_rng(0)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: float(noise.lognormal(0, 0.15))))
-    noisy = lane.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
+    noisy = benchmark.measure(Path("x.onnx")).measurements["decode_ms_per_token"]
     assert quiet.samples == lane_module.VISITS * turns_module.ROUNDS
     assert quiet.low < quiet.value < quiet.high, "the machine's own spread is always in the interval"
     assert noisy.high - noisy.low > 3 * (quiet.high - quiet.low)
@@ -396,11 +396,11 @@ def test_the_moderated_interval_is_students_when_the_prior_has_no_weight() -> No
     assert low < narrow_low < narrow_high < high
 
 
-def test_one_visit_reuses_a_pair(fake_lane: Callable[..., Lane]) -> None:
-    lane = fake_lane(Kept(Nominal(2.0, 30.0)))
-    with lane.pair() as pair:
-        found = lane.quick(Path("x.onnx"), pair).measurements
-        again = lane.quick(Path("reference.onnx"), pair).measurements
+def test_one_visit_reuses_a_pair(fake_lane: Callable[..., LatencyBenchmark]) -> None:
+    benchmark = fake_lane(Kept(Nominal(2.0, 30.0)))
+    with benchmark.pair() as pair:
+        found = benchmark.quick(Path("x.onnx"), pair).measurements
+        again = benchmark.quick(Path("reference.onnx"), pair).measurements
     assert found["decode_ms_per_token"].value == pytest.approx(1.0)
     assert again["decode_ms_per_token"].value == pytest.approx(2.0)
     assert pair.reference.pinned and pair.candidate.pinned  # type: ignore[attr-defined]
@@ -416,15 +416,15 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Teacher) -> Pa
 
 
 @pytest.fixture
-def lane(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lane:
+def benchmark(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyBenchmark:
     for name, value in (("RETRIES", 0), ("VISITS", 2), ("NOMINAL_VISITS", 2)):
         monkeypatch.setattr(lane_module, name, value)
-    return Lane(model, 1, "print", MachineLock(tmp_path / "lock"), Kept())
+    return LatencyBenchmark(model, 1, "print", MachineLock(tmp_path / "lock"), Kept())
 
 
-def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
+def test_the_lane_measures_a_real_engine(benchmark: LatencyBenchmark, model: Path) -> None:
     """Whether it is called measured depends on what else this machine does just now; that both words agree does not."""
-    result = lane.measure(model)
+    result = benchmark.measure(model)
     found = result.measurements
     assert found.keys() == {*LATENCIES, "throughput_tokens_per_s", "decode_p90_ms", "peak_memory_bytes", "load_ms"}
     for name in ("decode_ms_per_token", "ttft_ms", "decode_p90_ms"):
@@ -436,7 +436,7 @@ def test_the_lane_measures_a_real_engine(lane: Lane, model: Path) -> None:
     assert found["decode_p90_ms"].samples >= 2 * 4 * 2 * turns_module.NEW_TOKENS
 
 
-def test_a_busy_machine_is_called_disturbed(lane: Lane, model: Path) -> None:
+def test_a_busy_machine_is_called_disturbed(benchmark: LatencyBenchmark, model: Path) -> None:
     """Four busy processes that end by themselves, on however many cores there are."""
     busy = [
         subprocess.Popen(
@@ -445,31 +445,31 @@ def test_a_busy_machine_is_called_disturbed(lane: Lane, model: Path) -> None:
         for _ in range(max(4, 2 * (os.cpu_count() or 1)))
     ]
     try:
-        result = lane.measure(model)
+        result = benchmark.measure(model)
     finally:
         for process in busy:
             process.kill()
             process.wait()
     assert not result.stable
     assert result.measurements["decode_ms_per_token"].provenance == "disturbed"
-    assert lane.nominal(None) is None, "a disturbed reference must not become the nominal"
+    assert benchmark.nominal(None) is None, "a disturbed reference must not become the nominal"
 
 
 def test_a_broken_model_is_infeasible_before_the_machine_is_taken(
-    lane: Lane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: LatencyBenchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
     monkeypatch.setattr(MachineLock, "exclusive", lambda *_: taken.append(1))
     (tmp_path / "broken.onnx").write_text("no model")
     with pytest.raises(Infeasible, match="broken"):
-        lane.measure(tmp_path / "broken.onnx")
+        benchmark.measure(tmp_path / "broken.onnx")
     assert not taken
 
 
 def test_timing_happens_under_the_exclusive_lock(
-    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    fake_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane, held, seen = fake_lane(Kept(Nominal(2.0, 30.0))), [], []
+    benchmark, held, seen = fake_lane(Kept(Nominal(2.0, 30.0))), [], []
     real = MachineLock.exclusive
 
     @contextlib.contextmanager
@@ -481,8 +481,8 @@ def test_timing_happens_under_the_exclusive_lock(
 
     monkeypatch.setattr(MachineLock, "exclusive", watched)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: seen.append(bool(held)) or 1.0))
-    with lane.pair() as pair:
-        lane.quick(Path("x.onnx"), pair)
+    with benchmark.pair() as pair:
+        benchmark.quick(Path("x.onnx"), pair)
     assert seen == [False, False] + [True] * 32, "a warm-up each, then eight rounds of four turns under the lock"
 
 
@@ -521,7 +521,7 @@ def test_only_what_runs_on_the_lanes_own_cpus_disturbs(
     monkeypatch.setattr(turns_module.os, "sched_getaffinity", lambda _pid: {3})
     watch = turns_module.Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
     stat.work(*busy, column=column)
-    assert turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet == quiet
+    assert turns_module.BenchmarkSession(foreign_cores=watch.foreign_cores()).quiet == quiet
 
 
 def test_a_child_that_had_to_wait_is_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,7 +529,7 @@ def test_a_child_that_had_to_wait_is_disturbed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: next(waited))
     watch = turns_module.Watch([FakeChild(1)])  # type: ignore[list-item]
-    assert not turns_module.Visit(foreign_cores=watch.foreign_cores()).quiet
+    assert not turns_module.BenchmarkSession(foreign_cores=watch.foreign_cores()).quiet
 
 
 @pytest.mark.skipif(
@@ -564,10 +564,10 @@ def test_siblings_of_a_core_belong_together() -> None:
 
 
 def test_a_lock_that_others_keep_costs_the_value_its_word_not_the_search(
-    fake_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    fake_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Kept(Nominal(1.9, 31.0))
-    lane, asked = fake_lane(kept), []
+    benchmark, asked = fake_lane(kept), []
 
     @contextlib.contextmanager
     def busy(_lock: MachineLock) -> Iterator[None]:
@@ -576,12 +576,12 @@ def test_a_lock_that_others_keep_costs_the_value_its_word_not_the_search(
         yield
 
     monkeypatch.setattr(MachineLock, "exclusive", busy)
-    result = lane.measure(Path("x.onnx"))
+    result = benchmark.measure(Path("x.onnx"))
     found = result.measurements["decode_ms_per_token"]
     assert not result.stable and found.provenance == "disturbed" and found.value == pytest.approx(0.95)
     assert "did not let go" in found.note
     assert len(asked) == 1, "nobody waits again for the other visits"
-    with lane.pair() as pair:
-        assert not lane.quick(Path("x.onnx"), pair).stable
+    with benchmark.pair() as pair:
+        assert not benchmark.quick(Path("x.onnx"), pair).stable
     kept.value = None
     assert not fake_lane(kept).measure(Path("x.onnx")).stable and kept.value is None

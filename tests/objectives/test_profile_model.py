@@ -25,7 +25,7 @@ from paretune.objectives.profiler import findings as findings_module
 from paretune.objectives.profiler import profile_model as module
 from paretune.objectives.profiler.findings import findings_file, keep_findings, kept_findings, profiled_candidates
 from paretune.objectives.profiler.places import Findings
-from paretune.objectives.profiler.profile_model import Work, profile_model
+from paretune.objectives.profiler.profile_model import ProfileRequest, profile_model
 from paretune.objectives.profiler.profiled import Profiled
 from paretune.objectives.profiler.profiling import Roof
 from paretune.search.budget import Budget
@@ -60,12 +60,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def work(home: Path) -> Work:
-    return Work(load_profile("local-cpu", home), home, PROMPT, TOKENS)
+def work(home: Path) -> ProfileRequest:
+    return ProfileRequest(load_profile("local-cpu", home), home, PROMPT, TOKENS)
 
 
 @pytest.fixture(scope="module")
-def teacher_profile(tiny_teacher_dir: Path, work: Work) -> Profiled:
+def teacher_profile(tiny_teacher_dir: Path, work: ProfileRequest) -> Profiled:
     return profile_model(str(tiny_teacher_dir), work)
 
 
@@ -112,7 +112,7 @@ def test_weights_are_read_once_per_step_and_arithmetic_is_what_torch_counts(
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_families_with_biases_and_other_norms_have_all_their_matrices(
-    family: str, write_teacher: Callable[..., Path], tmp_path: Path, work: Work
+    family: str, write_teacher: Callable[..., Path], tmp_path: Path, work: ProfileRequest
 ) -> None:
     found = profile_model(str(write_teacher(tmp_path / family, family=family)), work)
     tensors = load_teacher(str(tmp_path / family)).weights()
@@ -167,7 +167,7 @@ def test_the_picture_draws_all_of_a_step_and_a_roof_that_bends_at_the_ridge(teac
 # artifacts
 
 
-def test_an_artifacts_weights_have_their_own_bits(artifact: Path, work: Work, tiny_teacher: Teacher) -> None:
+def test_an_artifacts_weights_have_their_own_bits(artifact: Path, work: ProfileRequest, tiny_teacher: Teacher) -> None:
     found = profile_model(str(artifact), work)
     assert found.subject.kind == "artifact" and found.torch == {}
     assert {c.op for c in found.costs if c.matrix} == {"MatMulNBits"}
@@ -178,7 +178,7 @@ def test_an_artifacts_weights_have_their_own_bits(artifact: Path, work: Work, ti
     assert kept_findings(work.home / "cache", found.subject.digest, work.profile) is None
 
 
-def test_what_another_engine_measured_is_not_compared(damaged: Path, work: Work) -> None:
+def test_what_another_engine_measured_is_not_compared(damaged: Path, work: ProfileRequest) -> None:
     then = {"value": 1e-6, "unit": "ms/token", "low": 1e-6, "high": 1e-6, "provenance": "measured"}
     told = {"profile": work.profile.name, "measurements": {"decode_ms_per_token": {**then, "fingerprint": "older"}}}
     describe_artifact(damaged, told)
@@ -188,7 +188,7 @@ def test_what_another_engine_measured_is_not_compared(damaged: Path, work: Work)
     assert any("its study said" in note for note in profile_model(str(damaged), work).notes)
 
 
-def test_a_damaged_artifact_is_refused_by_name(damaged: Path, work: Work) -> None:
+def test_a_damaged_artifact_is_refused_by_name(damaged: Path, work: ProfileRequest) -> None:
     data = bytearray((damaged / MODEL).read_bytes())
     data[len(data) // 2] ^= 1
     (damaged / MODEL).write_bytes(data)
@@ -196,13 +196,13 @@ def test_a_damaged_artifact_is_refused_by_name(damaged: Path, work: Work) -> Non
         profile_model(str(damaged), work)
 
 
-def test_an_artifact_without_checksums_is_refused(damaged: Path, work: Work) -> None:
+def test_an_artifact_without_checksums_is_refused(damaged: Path, work: ProfileRequest) -> None:
     (damaged / "SHA256SUMS").unlink()
     with pytest.raises(UsageError, match="is not an artifact: it has no SHA256SUMS"):
         profile_model(str(damaged), work)
 
 
-def test_a_graph_for_a_later_engine_is_infeasible(damaged: Path, work: Work) -> None:
+def test_a_graph_for_a_later_engine_is_infeasible(damaged: Path, work: ProfileRequest) -> None:
     model = onnx.load(str(damaged / MODEL))
     model.ir_version = 99
     (damaged / MODEL).write_bytes(model.SerializeToString())
@@ -211,7 +211,7 @@ def test_a_graph_for_a_later_engine_is_infeasible(damaged: Path, work: Work) -> 
         profile_model(str(damaged), work)
 
 
-def test_a_graph_that_is_not_what_its_description_says_is_refused(damaged: Path, work: Work) -> None:
+def test_a_graph_that_is_not_what_its_description_says_is_refused(damaged: Path, work: ProfileRequest) -> None:
     facts = json.loads((damaged / FACTS).read_text())
     facts["candidate"]["layers"] = facts["candidate"]["layers"][:2]
     (damaged / FACTS).write_text(json.dumps(facts))
@@ -223,7 +223,9 @@ def test_a_graph_that_is_not_what_its_description_says_is_refused(damaged: Path,
 @pytest.mark.parametrize(
     ("changed", "problem"), [({"kind": "module"}, "a module of a plug-in"), ({"teacher": None}, "")]
 )
-def test_what_is_no_decoder_is_refused(damaged: Path, work: Work, changed: dict[str, Any], problem: str) -> None:
+def test_what_is_no_decoder_is_refused(
+    damaged: Path, work: ProfileRequest, changed: dict[str, Any], problem: str
+) -> None:
     facts = {**json.loads((damaged / FACTS).read_text()), **changed}
     if changed.get("teacher", "") is None:
         del facts["teacher"]
@@ -235,13 +237,13 @@ def test_what_is_no_decoder_is_refused(damaged: Path, work: Work, changed: dict[
 
 
 @pytest.mark.parametrize("model", ["", "nowhere", "plugin:digits", "x" * 5000])
-def test_what_is_no_model_is_refused(work: Work, model: str) -> None:
+def test_what_is_no_model_is_refused(work: ProfileRequest, model: str) -> None:
     with pytest.raises(UsageError, match=r"MODEL must be 'stdlib-coder'|MODEL x+… cannot be read: File name too long"):
         profile_model(model, work)
 
 
-def test_a_prompt_beyond_the_context_is_refused(tiny_teacher_dir: Path, work: Work, artifact: Path) -> None:
-    long = Work(work.profile, work.home, 510, 3)
+def test_a_prompt_beyond_the_context_is_refused(tiny_teacher_dir: Path, work: ProfileRequest, artifact: Path) -> None:
+    long = ProfileRequest(work.profile, work.home, 510, 3)
     for model in (tiny_teacher_dir, artifact):
         with pytest.raises(UsageError, match=r"context of 512 tokens, but are 510 \+ 3"):
             profile_model(str(model), long)
@@ -251,7 +253,7 @@ def test_a_prompt_beyond_the_context_is_refused(tiny_teacher_dir: Path, work: Wo
 
 
 def test_findings_are_kept_by_what_they_depend_on(
-    teacher_profile: Profiled, work: Work, monkeypatch: pytest.MonkeyPatch
+    teacher_profile: Profiled, work: ProfileRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, digest = work.home / "cache", teacher_profile.subject.digest
     assert kept_findings(cache, digest, work.profile) == teacher_profile.findings
@@ -262,7 +264,7 @@ def test_findings_are_kept_by_what_they_depend_on(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"groups": [["tail", 1]], "layers": []}', '{"groups": 3, "layers": []}'])
-def test_damaged_findings_are_as_none(tmp_path: Path, work: Work, text: str) -> None:
+def test_damaged_findings_are_as_none(tmp_path: Path, work: ProfileRequest, text: str) -> None:
     keep_findings(tmp_path, "d", work.profile, FOUND)
     assert kept_findings(tmp_path, "d", work.profile) == FOUND
     findings_file(tmp_path, "d", work.profile).write_text(text)

@@ -14,7 +14,7 @@ from paretune.hardware_profiles import load_profile
 from paretune.hardware_profiles.schema import Profile
 from paretune.objectives.prediction import silicon
 from paretune.objectives.prediction.predict import predict
-from paretune.objectives.prediction.roofline import Work
+from paretune.objectives.prediction.roofline import FusedOp
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Shape
 
 LLAMA_7B = Shape(32, 4096, 11008, 32, 32, 128, 32000, False)
@@ -52,8 +52,8 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "aiconfigurator_core", raising=False)
 
 
-def product(n: int, k: int, rows: int, kernel: str = "fp16/fp32", name: str = "up") -> Work:
-    return Work(name, 0, kernel, 2.0 * rows * n * k, 2.0 * n * k)  # type: ignore[arg-type]
+def product(n: int, k: int, rows: int, kernel: str = "fp16/fp32", name: str = "up") -> FusedOp:
+    return FusedOp(name, 0, kernel, 2.0 * rows * n * k, 2.0 * n * k)  # type: ignore[arg-type]
 
 
 def test_a_product_takes_its_measured_time(made_up: None, a100: Profile) -> None:

@@ -19,7 +19,7 @@ sys.path.append(
 
 from benchmarks import lane
 from paretune.objectives.artifacts.remeasure import Agreement, Remeasured
-from paretune.objectives.lane.lane import LaneResult
+from paretune.objectives.latency.benchmark import LatencyResult
 from paretune.objectives.measurement import Measurement
 
 
@@ -31,7 +31,7 @@ def found(
     now: float, then: float | None = None, *, half: float = 0.01, stable: bool = True, flagged: int = 0
 ) -> Remeasured:
     seen = ms(now, half, "measured" if stable else "disturbed")
-    result = LaneResult({"decode_ms_per_token": seen}, stable, 3, flagged)
+    result = LatencyResult({"decode_ms_per_token": seen}, stable, 3, flagged)
     agreement = Agreement("decode_ms_per_token", seen, None if then is None else ms(then, half))
     return Remeasured(Path("a"), "local-cpu", 0.02, result, (agreement,), {})
 
@@ -41,10 +41,10 @@ def test_seconds_are_the_median_over_all_structures(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lane.time, "perf_counter", lambda: next(clock))
     asked = []
 
-    def latencies(model: Path, within: float) -> LaneResult:
+    def latencies(model: Path, within: float) -> LatencyResult:
         asked.append((model, within))
         reached = model.name != "2"
-        return LaneResult({"ttft_ms": ms(1.0, 0.01 if reached else 0.05)}, reached, 3 if reached else 12, 1)
+        return LatencyResult({"ttft_ms": ms(1.0, 0.01 if reached else 0.05)}, reached, 3 if reached else 12, 1)
 
     models = [Path("0"), Path("1"), Path("2")]
     figure = lane.seconds_figure(lane.timed(SimpleNamespace(latencies=latencies), models))  # type: ignore[arg-type]

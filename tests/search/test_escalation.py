@@ -13,7 +13,7 @@ import pytest
 from paretune.common.errors import UsageError
 from paretune.compression.distill import RecoveryRecipe
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.search.escalation import Stakes, Tried, escalate, may_escalate, not_eligible, unrounded
+from paretune.search.escalation import PtqResult, QatContext, escalate, may_escalate, not_eligible, unrounded
 from paretune.search.evaluators.simulated import SHAPE, TEACHER_NLL, SimulatedEvaluator, VirtualClock, recovered_loss
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
@@ -25,14 +25,14 @@ from paretune.search.spec import Spec, make_spec
 from paretune.search.students import student_seeds, with_students
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.report.report import write_report
 
 OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
-STAKES = Stakes(OBJECTIVES, (2.2, 0.30, 3e6), ((2.0, 0.40, 4e6), (2.1, 0.35, 3.5e6)), 1.8, 1.87)
-TRIED = Tried(ptq_nll=2.10, unquantized_nll=2.00, cost_low=0.08)
+STAKES = QatContext(OBJECTIVES, (2.2, 0.30, 3e6), ((2.0, 0.40, 4e6), (2.1, 0.35, 3.5e6)), 1.8, 1.87)
+TRIED = PtqResult(ptq_nll=2.10, unquantized_nll=2.00, cost_low=0.08)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ TRIED = Tried(ptq_nll=2.10, unquantized_nll=2.00, cost_low=0.08)
         (replace(TRIED, cost_low=-1.0), {"max_loss": 0.1, "front": ((1.0, 0.1, 1e6),)}, True, "more than"),
     ],
 )
-def test_the_rules(tried: Tried, changes: dict[str, Any], qat: bool, said: str) -> None:
+def test_the_rules(tried: PtqResult, changes: dict[str, Any], qat: bool, said: str) -> None:
     stakes = replace(STAKES, **changes)
     found = escalate(tried, stakes)
     assert found.qat is qat
     assert re.search(said, found.reason), found.reason
-    assert Stakes.from_dict(json.loads(json.dumps(stakes.to_dict()))) == stakes
+    assert QatContext.from_dict(json.loads(json.dumps(stakes.to_dict()))) == stakes
 
 
 INT4, INT8 = Format(4, 32, "int8"), Format(8, 32, "int8")
@@ -82,15 +82,15 @@ def test_who_cannot_be_trained_under_the_rounding_is_told_why() -> None:
 class Watched(SimulatedEvaluator):
     """Remembers every piece of work with its outcome, in order."""
 
-    seen: list[tuple[Work, Outcome]]
+    seen: list[tuple[Task, Outcome]]
 
-    def run(self, work: Work) -> Outcome:
-        outcome = super().run(work)
-        self.seen.append((work, outcome))
+    def run(self, task: Task) -> Outcome:
+        outcome = super().run(task)
+        self.seen.append((task, outcome))
         return outcome
 
 
-def searched(home: Path, **options: Any) -> tuple[list[tuple[Work, Outcome]], Store]:
+def searched(home: Path, **options: Any) -> tuple[list[tuple[Task, Outcome]], Store]:
     """A whole simulated search."""
     spec = Spec.model_validate({"budget": "500s", "fit_points": 30, "finalists": 30, "max_candidates": 70, **options})
     profile = detected_profile()
@@ -112,41 +112,41 @@ def searched(home: Path, **options: Any) -> tuple[list[tuple[Work, Outcome]], St
 
 
 @pytest.fixture(scope="module")
-def by_value(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Work, Outcome]], Store]:
+def by_value(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Task, Outcome]], Store]:
     return searched(tmp_path_factory.mktemp("value"), seed=1)  # of seeds 0 … 6 four have candidates that stay with PTQ
 
 
-def unquantized_at_its_cost(work: Work) -> tuple[float, ...]:
-    assert work.candidate is not None
-    nll = TEACHER_NLL["report"] + recovered_loss(work.candidate, unrounded(work.candidate))
-    estimate = work.options["stakes"]["estimate"]
+def unquantized_at_its_cost(task: Task) -> tuple[float, ...]:
+    assert task.candidate is not None
+    nll = TEACHER_NLL["report"] + recovered_loss(task.candidate, unrounded(task.candidate))
+    estimate = task.options["stakes"]["estimate"]
     return (min(estimate[0], nll), *estimate[1:])
 
 
 def test_by_value_qat_goes_to_those_that_would_be_on_the_front(
-    by_value: tuple[list[tuple[Work, Outcome]], Store],
+    by_value: tuple[list[tuple[Task, Outcome]], Store],
 ) -> None:
     """The oracle keeps the confirmed values itself and looks at every one of them."""
     confirmed: list[tuple[float, ...]] = []
     decided = []
-    for work, outcome in by_value[0]:
-        if work.kind == "confirm":
+    for task, outcome in by_value[0]:
+        if task.kind == "confirm":
             confirmed.append(tuple(outcome.measurements[name].value for name in OBJECTIVES))
-        if work.kind == "recover" and work.candidate is not None and may_escalate(work.candidate):
-            mine = unquantized_at_its_cost(work)
+        if task.kind == "recover" and task.candidate is not None and may_escalate(task.candidate):
+            mine = unquantized_at_its_cost(task)
             beaten = any(all(x <= y for x, y in zip(c, mine, strict=True)) and c != mine for c in confirmed)
-            costs = recovered_loss(work.candidate, work.candidate) > recovered_loss(
-                work.candidate, unrounded(work.candidate)
+            costs = recovered_loss(task.candidate, task.candidate) > recovered_loss(
+                task.candidate, unrounded(task.candidate)
             )
             assert outcome.facts["qat"] is (costs and not beaten), outcome.facts["qat_reason"]
             assert ("dominated by" in outcome.facts["qat_reason"]) is (costs and beaten)
             decided.append(outcome.facts["qat"])
-        elif work.kind == "recover":
+        elif task.kind == "recover":
             assert outcome.facts["qat"] is False and outcome.facts["qat_reason"]
     assert decided.count(True) >= 3 and decided.count(False) >= 1, decided
 
 
-def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tuple[Work, Outcome]], Store]) -> None:
+def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tuple[Task, Outcome]], Store]) -> None:
     store = by_value[1]
     view = load_view(store)
     recovered = {e.key: e.facts for e in store.evaluations("recovered", "complete")}
@@ -169,19 +169,19 @@ def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tu
 def test_max_loss_is_the_classical_rule(tmp_path: Path) -> None:
     seen, _ = searched(tmp_path, max_loss="3%")
     decided = []
-    for work, outcome in seen:
-        if work.kind == "recover" and work.candidate is not None and may_escalate(work.candidate):
-            loss = recovered_loss(work.candidate, work.candidate) / TEACHER_NLL["search"]
+    for task, outcome in seen:
+        if task.kind == "recover" and task.candidate is not None and may_escalate(task.candidate):
+            loss = recovered_loss(task.candidate, task.candidate) / TEACHER_NLL["search"]
             assert outcome.facts["qat"] is (loss > 0.03), outcome.facts["qat_reason"]
             assert "--max-loss" in outcome.facts["qat_reason"]
             decided.append(outcome.facts["qat"])
     assert True in decided and False in decided
 
 
-def test_a_search_of_before_has_no_stakes(by_value: tuple[list[tuple[Work, Outcome]], Store]) -> None:
+def test_a_search_of_before_has_no_stakes(by_value: tuple[list[tuple[Task, Outcome]], Store]) -> None:
     """A recovery that was handed out without them is trained as it was then."""
-    work = next(w for w, _ in by_value[0] if w.kind == "recover")
-    assert Work.from_json(work.to_json()).options == json.loads(work.to_json())["options"]
+    task = next(w for w, _ in by_value[0] if w.kind == "recover")
+    assert Task.from_json(task.to_json()).options == json.loads(task.to_json())["options"]
 
 
 @pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.5 %", 0.005), (0.02, 0.02), (None, None)])

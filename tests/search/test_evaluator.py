@@ -22,8 +22,8 @@ from paretune.compression.network.student import Network, quantized_weights
 from paretune.engines.process.child import EngineChild
 from paretune.hardware_profiles import MachineLock
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.objectives.lane.lane import LaneResult, Nominal
-from paretune.objectives.lane.nominal import _read as _nominal
+from paretune.objectives.latency.benchmark import LatencyResult, Nominal
+from paretune.objectives.latency.nominal import _read as _nominal
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import design
 from paretune.search.evaluators.decoder import Evaluator
@@ -34,7 +34,7 @@ from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.samplers.optuna_sampler import distributions, frozen_trial
 from paretune.search.spec import Spec
-from paretune.search.work import Work
+from paretune.search.task import Task
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 
@@ -65,15 +65,15 @@ def evaluator(study: tuple[Path, Path]) -> Evaluator:
     return Evaluator(*study)
 
 
-def done(evaluator: Evaluator, work: Work) -> Any:
-    outcome = evaluator.run(work)
+def done(evaluator: Evaluator, task: Task) -> Any:
+    outcome = evaluator.run(task)
     assert outcome.status == "complete", outcome.reason
     return outcome
 
 
 def test_gptq_keeps_the_logits_of_other_text_closer_at_the_same_size(evaluator: Evaluator) -> None:
     """Not the NLL: of a random teacher rounding moves it in either direction."""
-    nearest, calibrated = (done(evaluator, Work("rung0", whole(form))) for form in (INT4, GPTQ))
+    nearest, calibrated = (done(evaluator, Task("rung0", whole(form))) for form in (INT4, GPTQ))
     assert calibrated.scores.mean_nll != nearest.scores.mean_nll
     assert calibrated.measurements["bytes"].value == nearest.measurements["bytes"].value
     space, ids = evaluator.space, torch.from_numpy(evaluator.space.search_windows.ids[:8])
@@ -91,7 +91,7 @@ def test_gptq_keeps_the_logits_of_other_text_closer_at_the_same_size(evaluator: 
 @pytest.mark.parametrize("kind", ["2:4", "unstructured", "block"])
 def test_every_pattern_and_score_is_scored_with_its_zeros(evaluator: Evaluator, kind: Any, score: Any) -> None:
     candidate = whole(GPTQ, Pattern(kind, 0.5, score))
-    outcome = done(evaluator, Work("rung0", candidate))
+    outcome = done(evaluator, Task("rung0", candidate))
     assert outcome.facts["sparsity"] == pytest.approx(0.5, abs=0.01)
     weights, masks = evaluator.space.sparsify(candidate, evaluator.space.dense_weights(candidate))
     assert len(masks) == 21
@@ -105,13 +105,13 @@ def test_what_was_recovered_ships_with_the_codes_of_its_weights(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     candidate = whole(GPTQ, Pattern("2:4", 0.5, "sparsegpt"))
-    recovered = done(evaluator, Work("recover", candidate, 60.0, options={"tokens": 8192}))
+    recovered = done(evaluator, Task("recover", candidate, 60.0, options={"tokens": 8192}))
     assert recovered.facts["qat"] == 0.0
     assert recovered.facts["search_nll_after"] != recovered.facts["search_nll_before"]
-    lane = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
-    monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LaneResult(lane, True))
+    benchmark = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
+    monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LatencyResult(benchmark, True))
     done(
-        evaluator, Work("confirm", Candidate((Layer(128, 2),) * 3), 60.0)
+        evaluator, Task("confirm", Candidate((Layer(128, 2),) * 3), 60.0)
     )  # the teacher comes first, others are compared to it
     shipped: dict[str, Any] = {}
     honest = evaluator.space.codes
@@ -122,7 +122,7 @@ def test_what_was_recovered_ships_with_the_codes_of_its_weights(
 
     monkeypatch.setattr(evaluator.space, "codes", watched)
     confirmed = done(
-        evaluator, Work("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 0.0}})
+        evaluator, Task("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 0.0}})
     )
     assert confirmed.artifact is not None and (Path(confirmed.artifact[0]) / MODEL).is_file()
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_impossible_calibration_rules_out_the_candidate_only(
     with pytest.raises(Infeasible, match="must be finite"):
         evaluator.space.codes(whole(GPTQ), broken)
     monkeypatch.setattr(evaluator.space, "dense_weights", lambda _candidate: broken)
-    outcome = evaluator.run(Work("rung0", whole(GPTQ)))
+    outcome = evaluator.run(Task("rung0", whole(GPTQ)))
     assert outcome.status == "infeasible" and "must be finite" in outcome.reason
 
 
@@ -173,12 +173,12 @@ def test_a_candidate_that_the_engine_refuses_is_infeasible_with_op_and_layer_and
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its graph asks for an operator that no engine has."""
-    lane = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
+    benchmark = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
 
-    def measure(_candidate: Candidate, model: Path) -> LaneResult:
+    def measure(_candidate: Candidate, model: Path) -> LatencyResult:
         with EngineChild(1) as child:
             child.ask(do="load", path=str(model), threads=1)
-        return LaneResult(lane, True)
+        return LatencyResult(benchmark, True)
 
     def spoil(model: Any, path: Path) -> None:
         node = next(n for n in model.graph.node if n.name == "/model/layers.2/mlp/down_proj")
@@ -188,17 +188,17 @@ def test_a_candidate_that_the_engine_refuses_is_infeasible_with_op_and_layer_and
     monkeypatch.setattr(evaluator.measuring, "measure", measure)
     with monkeypatch.context() as during:
         during.setattr(artifact, "save_model", spoil)
-        refused = evaluator.run(Work("confirm", whole(INT4), 60.0))
+        refused = evaluator.run(Task("confirm", whole(INT4), 60.0))
     assert refused.status == "infeasible"
     assert "at MatMulOfTomorrow of layer 2 (/model/layers.2/mlp/down_proj)" in refused.reason
-    done(evaluator, Work("confirm", Candidate((Layer(128, 2),) * 3), 60.0))
-    done(evaluator, Work("confirm", whole(INT4), 60.0))
+    done(evaluator, Task("confirm", Candidate((Layer(128, 2),) * 3), 60.0))
+    done(evaluator, Task("confirm", whole(INT4), 60.0))
 
 
 def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large vocabulary is scored piece by piece, to the same NLL."""
     plain = Candidate((Layer(128, 2),) * 3)
-    whole_batches = done(evaluator, Work("rung0", plain)).scores
+    whole_batches = done(evaluator, Task("rung0", plain)).scores
     seen: list[int] = []
     honest = Network.logits
 
@@ -208,7 +208,7 @@ def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: 
 
     monkeypatch.setattr(Network, "logits", watched)
     monkeypatch.setattr(student, "LOGITS_AT_ONCE", 100 * 288)
-    pieces = done(evaluator, Work("rung0", plain)).scores
+    pieces = done(evaluator, Task("rung0", plain)).scores
     assert max(seen) == 100
     assert pieces.mean_nll == pytest.approx(whole_batches.mean_nll, abs=1e-3)
 
@@ -229,10 +229,10 @@ def test_a_candidate_that_the_engine_refuses_does_not_end_the_fit(
             raise Infeasible("the engine died: signal 11", "")
         measured.append((candidate.key, pair))
 
-    monkeypatch.setattr(measuring, "lane", lambda: SimpleNamespace(pair=pair))
+    monkeypatch.setattr(measuring, "benchmark", lambda: SimpleNamespace(pair=pair))
     monkeypatch.setattr(measuring, "_measure_random", measure)
-    work = Work("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0})
-    while not (outcome := evaluator.run(work)).done:
+    task = Task("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0})
+    while not (outcome := evaluator.run(task)).done:
         pass
     assert outcome.status == "complete" and outcome.facts["refused"] == ["the engine died: signal 11"]
     assert [key for key, _ in measured] == [designed[0].key, designed[2].key]
@@ -250,11 +250,11 @@ def test_damaged_measurements_are_misses(evaluator: Evaluator, monkeypatch: pyte
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
     measured = []
-    monkeypatch.setattr(measuring, "lane", lambda: SimpleNamespace(pair=contextlib.nullcontext))
+    monkeypatch.setattr(measuring, "benchmark", lambda: SimpleNamespace(pair=contextlib.nullcontext))
     monkeypatch.setattr(measuring, "_measure_random", lambda candidate, _pair: measured.append(candidate))
-    work = Work("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in (good, *bad)], "seconds": 60.0})
+    task = Task("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in (good, *bad)], "seconds": 60.0})
     with pytest.warns(RuntimeWarning, match="is damaged"):
-        outcome = measuring.fit(work)
+        outcome = measuring.fit(task)
     assert {c.key for c in measured} == {c.key for c in bad}
     assert outcome.facts["kept"] == [
         {"candidate": json.loads(good.to_json()), "decode_ms_per_token": 0.5, "ttft_ms": 0.5}
@@ -276,7 +276,7 @@ def test_a_damaged_nominal_is_learnt_again(tmp_path: Path, content: str) -> None
 
 def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator: Evaluator) -> None:
     cut = Candidate((Layer(64, 2),) * 2)
-    outcome = evaluator.run(Work("rung0", cut))
+    outcome = evaluator.run(Task("rung0", cut))
     assert outcome.status == "fatal" and outcome.exit_code == 5
     assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.facts["remedy"]
 

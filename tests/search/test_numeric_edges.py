@@ -18,7 +18,7 @@ from paretune.cli.app import app
 from paretune.common.errors import UsageError
 from paretune.compression.quantize.grid import quantize
 from paretune.objectives.artifacts.remeasure import Agreement
-from paretune.objectives.lane.intervals import half_width
+from paretune.objectives.latency.intervals import half_width
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality.quality import Scores, perplexity, quality_measurements, relative
 from paretune.search.hypervolume import in_teacher_units

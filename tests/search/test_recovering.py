@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from paretune.hardware_profiles.profile import detected_profile
-from paretune.search.escalation import Stakes
+from paretune.search.escalation import QatContext
 from paretune.search.evaluators.decoder import Evaluator
 from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 
@@ -51,9 +51,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_
 
 def recovered(evaluator: Evaluator, candidate: Candidate, **stakes: Any) -> Outcome:
     known = {"teacher_search": 10.0, "teacher_report": 10.0, **stakes}
-    given = Stakes.of(OBJECTIVES, (10.0, 1.0, 1e6), known.pop("confirmed", []), **known)
+    given = QatContext.of(OBJECTIVES, (10.0, 1.0, 1e6), known.pop("confirmed", []), **known)
     options = {"tokens": 8 * 1024, "stakes": json.loads(json.dumps(given.to_dict()))}
-    outcome = evaluator.run(Work("recover", candidate, 60.0, options=options))
+    outcome = evaluator.run(Task("recover", candidate, 60.0, options=options))
     assert outcome.status == "complete", outcome.reason
     return outcome
 

@@ -29,7 +29,7 @@ from paretune.search.samplers.optuna_sampler import distributions, make_sampler,
 from paretune.search.spec import Spec, make_spec, seconds
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view, tied
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces.space import Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.mlflow.housekeeper import Housekeeper
@@ -57,11 +57,11 @@ def simulate(ready, store, home, stop_after=None, evaluator_class=SimulatedEvalu
         director.budget.clock = clock
         director.budget.__post_init__()
 
-        def evaluate(work):
-            done[work.kind] += 1
+        def evaluate(task):
+            done[task.kind] += 1
             if stop_after is not None and sum(done.values()) > stop_after:
                 raise Interrupted
-            return evaluator.run(work)
+            return evaluator.run(task)
 
         run_inline(director, evaluate)
 
@@ -161,11 +161,11 @@ def test_an_interrupted_search_proposes_what_the_uninterrupted_one_does(sampler,
 class Moody(SimulatedEvaluator):
     """Fails, returns NaN-like infeasibility and refuses some candidates."""
 
-    def run(self, work):
-        outcome = super().run(work)
-        if work.kind == "rung0" and int(work.candidate.key[:2], 16) % 3 == 0:
+    def run(self, task):
+        outcome = super().run(task)
+        if task.kind == "rung0" and int(task.candidate.key[:2], 16) % 3 == 0:
             return Outcome("infeasible", reason="op X in layer 2 is not supported")
-        if work.kind == "recover" and int(work.candidate.key[:2], 16) % 2 == 0:
+        if task.kind == "recover" and int(task.candidate.key[:2], 16) % 2 == 0:
             return Outcome("failed", reason="the budget ended during recovery")
         return outcome
 
@@ -185,8 +185,8 @@ def test_infeasible_candidates_are_told_as_failed_and_the_search_goes_on(tmp_pat
 
 
 class Broken(SimulatedEvaluator):
-    def run(self, work):
-        return Outcome("failed", reason="no space left") if work.kind == "rung0" else super().run(work)
+    def run(self, task):
+        return Outcome("failed", reason="no space left") if task.kind == "rung0" else super().run(task)
 
 
 def test_a_search_in_which_everything_fails_gives_up(tmp_path):
@@ -202,10 +202,10 @@ class Noisy(SimulatedEvaluator):
 
     mark: ClassVar = {"provenance": "disturbed"}
 
-    def run(self, work):
-        outcome = super().run(work)
-        if work.kind == "confirm" and int(work.candidate.key[0], 16) % 2:
-            seen = (self.folder / "simulated.log").read_text().count(f"confirm {work.candidate.key}")
+    def run(self, task):
+        outcome = super().run(task)
+        if task.kind == "confirm" and int(task.candidate.key[0], 16) % 2:
+            seen = (self.folder / "simulated.log").read_text().count(f"confirm {task.candidate.key}")
             if seen == 1:
                 m = outcome.measurements["decode_ms_per_token"]
                 disturbed = dataclasses.replace(m, value=9.0, **self.mark)
@@ -244,8 +244,8 @@ def test_what_can_only_be_predicted_is_not_measured_again(tmp_path):
 
 
 class NoTeacher(SimulatedEvaluator):
-    def run(self, work):
-        return Outcome("infeasible", reason="op Y is unknown") if work.kind == "confirm" else super().run(work)
+    def run(self, task):
+        return Outcome("infeasible", reason="op Y is unknown") if task.kind == "confirm" else super().run(task)
 
 
 def test_a_teacher_that_cannot_run_ends_the_search_with_its_reason(tmp_path):
@@ -365,8 +365,8 @@ def test_bad_durations(text):
 def test_work_and_outcome_travel_as_json(finished):
     store = finished[2]
     candidate = store.candidates()[5].candidate
-    work = Work("recover", candidate, 12.5, 30.0, {"tokens": 4096})
-    assert Work.from_json(work.to_json()) == work
+    task = Task("recover", candidate, 12.5, 30.0, {"tokens": 4096})
+    assert Task.from_json(task.to_json()) == task
     e = store.evaluations("confirmed", "complete")[0]
     outcome = Outcome(measurements=e.measurements, scores=e.scores, facts=e.facts, artifact=("a", "b"))
     assert Outcome.from_json(outcome.to_json()) == outcome
@@ -389,10 +389,10 @@ def test_a_whole_simulated_search_is_quick(finished):
 class FullDisk(SimulatedEvaluator):
     """The disk is full during the first recovery."""
 
-    def run(self, work):
-        if work.kind == "recover" and not (self.folder / "mended").exists():
+    def run(self, task):
+        if task.kind == "recover" and not (self.folder / "mended").exists():
             return Outcome("fatal", reason="No space left on device", exit_code=5)
-        return super().run(work)
+        return super().run(task)
 
 
 def test_a_full_disk_ends_resumable_and_loses_no_finalist(tmp_path):
@@ -412,11 +412,11 @@ def test_a_full_disk_ends_resumable_and_loses_no_finalist(tmp_path):
 class Fragile(SimulatedEvaluator):
     """Every second try of a confirmation fails, the first one is disturbed."""
 
-    def run(self, work):
-        outcome = super().run(work)
-        if work.kind != "confirm":
+    def run(self, task):
+        outcome = super().run(task)
+        if task.kind != "confirm":
             return outcome
-        if (self.folder / "simulated.log").read_text().count(f"confirm {work.candidate.key}") > 1:
+        if (self.folder / "simulated.log").read_text().count(f"confirm {task.candidate.key}") > 1:
             return Outcome("failed", reason="the machine is gone")
         m = dataclasses.replace(outcome.measurements["decode_ms_per_token"], provenance="disturbed")
         return dataclasses.replace(outcome, measurements={**outcome.measurements, "decode_ms_per_token": m})
@@ -521,11 +521,11 @@ class Picky(SimulatedEvaluator):
 
     same = False
 
-    def run(self, work):
-        outcome = super().run(work)
-        if work.kind != "rung0":
+    def run(self, task):
+        outcome = super().run(task)
+        if task.kind != "rung0":
             return outcome
-        return Outcome("infeasible", reason="no kernel" if self.same else f"no kernel for {work.candidate.key}")
+        return Outcome("infeasible", reason="no kernel" if self.same else f"no kernel for {task.candidate.key}")
 
 
 class PickyAlike(Picky):
@@ -545,11 +545,11 @@ def test_impossible_candidates_end_a_search_only_if_all_say_the_same(tmp_path, e
 class Mixed(SimulatedEvaluator):
     """Every rung-0 score fails but for each third, which is infeasible."""
 
-    def run(self, work):
-        if work.kind != "rung0":
-            return super().run(work)
+    def run(self, task):
+        if task.kind != "rung0":
+            return super().run(task)
         third = len((self.folder / "simulated.log").read_text().splitlines()) % 3 == 0
-        super().run(work)
+        super().run(task)
         return Outcome("infeasible", reason="no kernel") if third else Outcome("failed", reason="no space left")
 
 
@@ -564,8 +564,8 @@ def test_impossible_candidates_between_failures_do_not_hide_them(tmp_path):
 class Vanishing(SimulatedEvaluator):
     """Somebody removes the study's folder in the middle."""
 
-    def run(self, work):
-        outcome = super().run(work)
+    def run(self, task):
+        outcome = super().run(task)
         if len((self.folder / "simulated.log").read_text().splitlines()) == 12:
             shutil.rmtree(self.folder)
         return outcome
@@ -588,22 +588,22 @@ def test_ctrl_c_is_no_attempt(tmp_path):
     store = create_study(ready, tmp_path, "s", "x")
     for _ in range(5):
         director = Director(store, ready.spec, ready.space, Budget(1000.0))
-        work = director.next().work
-        assert work is not None and work.kind == "confirm", "the first baseline is due however often it was stopped"
+        task = director.next().task
+        assert task is not None and task.kind == "confirm", "the first baseline is due however often it was stopped"
         director.interrupt()
-        director.lost(work, "the worker was stopped", 1.0)
+        director.lost(task, "the worker was stopped", 1.0)
         assert director.next().kind == "done" and director.exit_code == 130
     assert store.evaluations() == []
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
     for _ in range(3):
-        director.lost(director.next().work, "the worker died", 1.0)
+        director.lost(director.next().task, "the worker died", 1.0)
     assert [e.status for e in store.evaluations()] == ["lost", "lost", "failed"], "dying is an attempt"
 
 
 class AlwaysDisturbed(SimulatedEvaluator):
-    def run(self, work):
-        outcome = super().run(work)
-        if work.kind != "confirm":
+    def run(self, task):
+        outcome = super().run(task)
+        if task.kind != "confirm":
             return outcome
         m = dataclasses.replace(outcome.measurements["decode_ms_per_token"], provenance="disturbed")
         return dataclasses.replace(outcome, measurements={**outcome.measurements, "decode_ms_per_token": m})

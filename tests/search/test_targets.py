@@ -394,10 +394,12 @@ def at_hand(home, monkeypatch):
     """`measure(lane, seconds)`: add the board as if it were at hand, and return the view and the target."""
     monkeypatch.setattr(targets, "can_measure", lambda profile: profile.name == "board")
 
-    def measure(lane, seconds=60.0):
+    def measure(benchmark, seconds=60.0):
         store = Store.open_study(home / "studies" / "s")
         try:
-            (found,) = add_targets(store, home, [load_profile("board", home)], seconds, open_measurer=lambda _: lane)
+            (found,) = add_targets(
+                store, home, [load_profile("board", home)], seconds, open_measurer=lambda _: benchmark
+            )
             view = load_view(store)
         finally:
             store.close()
@@ -408,11 +410,11 @@ def at_hand(home, monkeypatch):
 
 
 def test_at_hand_the_members_of_all_fronts_are_measured(at_hand):
-    lane = FakeLane()
-    view, board = at_hand(lane)
+    benchmark = FakeLane()
+    view, board = at_hand(benchmark)
     fronts = {p.key for p in view.front} | {p.key for t in view.targets for p in view_on(view, t).front}
-    assert set(lane.visits) >= fronts and len(set(lane.visits)) == len(lane.visits)
-    assert {k for k, r in board.rows.items() if r.is_measured} == set(lane.visits)
+    assert set(benchmark.visits) >= fronts and len(set(benchmark.visits)) == len(benchmark.visits)
+    assert {k for k, r in board.rows.items() if r.is_measured} == set(benchmark.visits)
     assert "measured" in {r.measurements[DECODE].provenance for r in board.rows.values()} and not board.notes
     for key, row in board.rows.items():
         want = predict(detected_profile(), view.point(key).candidate, SHAPE)[DECODE].value
@@ -422,19 +424,19 @@ def test_at_hand_the_members_of_all_fronts_are_measured(at_hand):
 
 
 def test_without_time_nothing_is_measured_and_that_is_said(at_hand):
-    lane = FakeLane()
-    _, board = at_hand(lane, seconds=0.0)
-    assert lane.visits == [] and board.measured == 0 and "for want of time" in board.notes[0]
+    benchmark = FakeLane()
+    _, board = at_hand(benchmark, seconds=0.0)
+    assert benchmark.visits == [] and board.measured == 0 and "for want of time" in board.notes[0]
 
 
 def test_a_disturbed_visit_leaves_the_prediction(at_hand):
     first = at_hand(probe := FakeLane(gone_after=1))[1]
     assert first.measured == 1 and "the engine is gone" in first.notes[0]
-    lane = FakeLane(disturbed=set("no key"))
-    lane.disturbed = AllBut(probe.visits)
-    _, board = at_hand(lane)
-    assert board.measured == 1 and len(lane.visits) == targets.MOST_DISTURBED
-    for key in lane.visits:
+    benchmark = FakeLane(disturbed=set("no key"))
+    benchmark.disturbed = AllBut(probe.visits)
+    _, board = at_hand(benchmark)
+    assert board.measured == 1 and len(benchmark.visits) == targets.MOST_DISTURBED
+    for key in benchmark.visits:
         assert board.rows[key].measurements[DECODE].provenance == "predicted"
     assert f"{targets.MOST_DISTURBED} visits were disturbed" in board.notes[0]
     assert {m.provenance for r in board.rows.values() for m in r.measurements.values()} == {"measured", "predicted"}
@@ -464,9 +466,9 @@ def test_what_the_engine_refuses_cannot_run_there(at_hand):
 def test_kept_latencies_take_no_time(at_hand, home):
     view = view_of(home)
     keys = {p.key for p in view.confirmed}
-    lane = FakeLane(kept=keys)
-    _, board = at_hand(lane, seconds=0.0)
-    assert lane.visits == [] and board.measured == len(keys) and not board.notes
+    benchmark = FakeLane(kept=keys)
+    _, board = at_hand(benchmark, seconds=0.0)
+    assert benchmark.visits == [] and board.measured == len(keys) and not board.notes
 
 
 class OnlyTimes(FakeLane):
@@ -486,11 +488,11 @@ def test_kept_latencies_without_the_rest_do_not_stop_a_visit(at_hand, monkeypatc
     keys = {p.key for p in view_of(home).confirmed}
     monkeypatch.setattr(targets, "is_at_hand", lambda _profile: True)
     monkeypatch.setattr(targets, "roofline", lambda _turn: unknown)
-    lane = OnlyTimes(kept=keys)
-    view, board = at_hand(lane)
-    assert lane.visits and all("peak_memory_bytes" in row.measurements for row in board.rows.values())
+    benchmark = OnlyTimes(kept=keys)
+    view, board = at_hand(benchmark)
+    assert benchmark.visits and all("peak_memory_bytes" in row.measurements for row in board.rows.values())
     found = answer_on(view, "board", home)
-    assert found.kept and {p.key for p in found.view.confirmed} == set(lane.visits), "measured in part, and used"
+    assert found.kept and {p.key for p in found.view.confirmed} == set(benchmark.visits), "measured in part, and used"
 
 
 def test_an_engine_that_refuses_the_profile_ends_its_target_alone(at_hand):
@@ -581,37 +583,37 @@ class OneVisit:
         self.stable = stable
 
     def measure(self, _model):
-        from paretune.objectives.lane.lane import LaneResult
+        from paretune.objectives.latency.benchmark import LatencyResult
 
         values = {DECODE: 0.5, "ttft_ms": 4.0, "peak_memory_bytes": 3e7}
         kind = "measured" if self.stable else "disturbed"
-        return LaneResult({n: Measurement(v, "x", v, v, kind, 9, "f") for n, v in values.items()}, self.stable)
+        return LatencyResult({n: Measurement(v, "x", v, v, kind, 9, "f") for n, v in values.items()}, self.stable)
 
 
 def test_visits_are_kept_per_threads_and_only_if_quiet(searched, tmp_path):
     from paretune.common.checksums import MODEL
-    from paretune.search.targets.lane import TargetLane
+    from paretune.search.targets.benchmark import TargetBenchmark
     from paretune.teachers.checkpoint.teacher import load_teacher
 
     candidate = view_of(searched).front[0].candidate
     profile, teacher = load_profile("board", searched), load_teacher("stdlib-coder")
 
-    def lane(threads, stable=True):
-        found = TargetLane(tmp_path, tmp_path, profile.model_copy(update={"threads": threads}), teacher)
+    def benchmark(threads, stable=True):
+        found = TargetBenchmark(tmp_path, tmp_path, profile.model_copy(update={"threads": threads}), teacher)
         found._visits._lane = OneVisit(stable)
         return found
 
     with pytest.raises(EnvironmentProblem, match="is gone"):
-        lane(2).measure(candidate, tmp_path)
+        benchmark(2).measure(candidate, tmp_path)
     (tmp_path / MODEL).parent.mkdir()
     (tmp_path / MODEL).write_bytes(b"")
-    assert lane(2, stable=False).measure(candidate, tmp_path) is None and lane(2).kept(candidate) is None
-    row = lane(2).measure(candidate, tmp_path)
+    assert benchmark(2, stable=False).measure(candidate, tmp_path) is None and benchmark(2).kept(candidate) is None
+    row = benchmark(2).measure(candidate, tmp_path)
     assert row.is_measured and row.measurements["peak_memory_bytes"].value == 3e7
-    kept = lane(2).kept(candidate)
+    kept = benchmark(2).kept(candidate)
     assert kept.is_measured and set(kept.measurements) == {DECODE, "ttft_ms", "throughput_tokens_per_s"}
     assert kept.measurements[DECODE] == row.measurements[DECODE]
-    assert lane(1).kept(candidate) is None
+    assert benchmark(1).kept(candidate) is None
 
 
 def test_one_missing_artifact_costs_that_candidate_only(tmp_path, monkeypatch):

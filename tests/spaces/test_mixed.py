@@ -39,7 +39,7 @@ from paretune.search.sensitivity_budget import affordable_tokens, expected_secon
 from paretune.search.spec import Spec
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape, Space
 from paretune.spaces.candidate import FP32
 from paretune.spaces.mixed import Sensitivity, mean_bits, mix
@@ -531,11 +531,11 @@ def simulate(
         director.budget.clock = clock
         director.budget.__post_init__()
 
-        def evaluate(work: Work) -> Outcome:
+        def evaluate(task: Task) -> Outcome:
             if sum(done.values()) >= stop_after:
                 raise Killed
-            done[work.kind] += 1
-            outcome: Outcome = simulated.run(work)
+            done[task.kind] += 1
+            outcome: Outcome = simulated.run(task)
             return outcome
 
         run_inline(director, evaluate)
@@ -584,8 +584,8 @@ def test_a_killed_search_goes_on_with_its_table(tmp_path: Path) -> None:
 
 
 class TooLarge(SimulatedEvaluator):
-    def run(self, work: Work) -> Outcome:
-        return Outcome("failed", reason="takes too long") if work.kind == "sensitivity" else super().run(work)
+    def run(self, task: Task) -> Outcome:
+        return Outcome("failed", reason="takes too long") if task.kind == "sensitivity" else super().run(task)
 
 
 def test_a_table_that_cannot_be_had_costs_only_mixed_precision(tmp_path: Path) -> None:
@@ -610,7 +610,7 @@ def test_a_lost_worker_is_asked_again_but_not_for_ever(tmp_path: Path) -> None:
     store = create_study(ready, tmp_path, "s", "x")
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
     for searched in (True, True, False):
-        director.lost(Work("sensitivity"), "killed", 1.0)
+        director.lost(Task("sensitivity"), "killed", 1.0)
         assert director.space.has_mixed is searched
     assert director.stop_reason is None
 
@@ -632,10 +632,10 @@ def test_the_worker_measures_the_table_once_per_teacher_and_text(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = replace(evaluator.space.space, mixed=True)
-    work = Work("sensitivity", options={"formats": [asdict(f) for f in space.mixed_formats]})
-    first = Outcome.from_json(evaluator.run(Work.from_json(work.to_json())).to_json())
+    task = Task("sensitivity", options={"formats": [asdict(f) for f in space.mixed_formats]})
+    first = Outcome.from_json(evaluator.run(Task.from_json(task.to_json())).to_json())
     assert first.status == "complete" and first.facts["kept"] is False
-    assert evaluator.run(work).facts["kept"] is True
+    assert evaluator.run(task).facts["kept"] is True
     assert len(list((evaluator.space.cache / "sensitivity").glob("*.json"))) == 1
     table = Sensitivity.from_dict(first.facts["table"])
     assert table.formats == space.mixed_formats and sorted(table.order) == [0, 1, 2]
@@ -643,10 +643,10 @@ def test_the_worker_measures_the_table_once_per_teacher_and_text(
     assert min(v for row in table.attention for v, f in zip(row, table.formats, strict=True) if f.bits == 4) > 0
     candidate = replace(space, sensitivity=table).decode(base_params(space, effective_bits=4))
     assert is_mixed(candidate)
-    scored = evaluator.run(Work("rung0", candidate))
+    scored = evaluator.run(Task("rung0", candidate))
     assert scored.status == "complete" and scored.measurements["bytes"].value > 0
-    others = work.options["formats"][:1]
-    assert evaluator.run(replace(work, options={"formats": others})).facts["kept"] is False
+    others = task.options["formats"][:1]
+    assert evaluator.run(replace(task, options={"formats": others})).facts["kept"] is False
     monkeypatch.setattr(evaluator.space, "spec", evaluator.space.spec.model_copy(update={"budget": "0.001s"}))
-    too_long = evaluator.run(work)
+    too_long = evaluator.run(task)
     assert too_long.status == "failed" and "of the budget" in too_long.reason

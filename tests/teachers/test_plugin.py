@@ -33,7 +33,7 @@ from paretune.compression.distill.module_recover import ModuleRecipe, recover_mo
 from paretune.compression.export.module_graph import ModuleGraph, input_names
 from paretune.engines.onnxruntime.decoder import open_session
 from paretune.objectives.prediction.latency_fit import LatencyFit, design
-from paretune.objectives.quality.module_quality import figures_of, judge, module_measurements
+from paretune.objectives.quality.module_quality import judge, metric_names_of, module_measurements
 from paretune.search.evaluators.plugin import PARITY, parity
 from paretune.spaces.candidate import DENSE, FP32, Format, Pattern
 from paretune.spaces.kinds import candidate_from_json, params_of
@@ -404,8 +404,8 @@ def test_directions_are_normalised_once(toy: PluginTeacher) -> None:
     assert found["negative_closeness"].value == pytest.approx(-own_worse)
     assert found["relative_loss"].value == pytest.approx((own - own_worse) / abs(own))
     assert found["relative_loss"].low <= found["relative_loss"].value <= found["relative_loss"].high
-    assert figures_of(toy.plugin).objectives() == ("negative_closeness", "forward_ms", "compressed_bytes")
-    assert figures_of(toy.plugin).others == ("closeness",)
+    assert metric_names_of(toy.plugin).objectives() == ("negative_closeness", "forward_ms", "compressed_bytes")
+    assert metric_names_of(toy.plugin).others == ("closeness",)
 
 
 # recovery

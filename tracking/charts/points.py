@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from paretune.objectives.directions import minimized
 from paretune.objectives.energy import COST, ENERGY, THROUGHPUT
-from paretune.objectives.figures import DECODER, Figures
+from paretune.objectives.metric_names import DECODER, MetricNames
 from paretune.objectives.units import BYTES, drawn_in
 from paretune.search.front import non_dominated
 from paretune.search.recommend.recommend import Recommendation
@@ -61,7 +61,7 @@ STYLES: dict[GroupName, tuple[str, str, float, str]] = {
 }
 
 
-def axes_of(figures: Figures) -> tuple[tuple[str, str], ...]:
+def axes_of(figures: MetricNames) -> tuple[tuple[str, str], ...]:
     """The pairs (x, y) that a chart offers, the first of which it shows first."""
     if figures.is_decoder:
         return AXES
@@ -145,7 +145,7 @@ def scaled(point: Point, name: str) -> float | None:
     return None if m is None else m.value / drawn_in(name)
 
 
-def title(name: str, figures: Figures = DECODER) -> str:
+def title(name: str, figures: MetricNames = DECODER) -> str:
     """What an axis says."""
     label = label_of(name, figures)
     return label.replace("(bytes)", "(MB)") if name in BYTES else label

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DRAIN_S = 60.0
 LOCK_S = 20.0
 ANSWER_S = 5.0
-Turn = Callable[[], AbstractContextManager[None]]
+Workload = Callable[[], AbstractContextManager[None]]
 # Set before the first import of MLflow: no telemetry, no pickle, no words on stdout, which is for data. And a server that is
 # away is noticed in seconds, unless the user says otherwise.
 FIXED = {
@@ -54,7 +54,7 @@ def tracking_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(home)
 
 
-def try_drain(home: Path, store: Store, view: StudyView, turn: Turn = contextlib.nullcontext) -> str | None:
+def try_drain(home: Path, store: Store, view: StudyView, turn: Workload = contextlib.nullcontext) -> str | None:
     """Publish what the outbox holds; returns a problem in one line instead of raising: MLflow may cost no trial."""
     try:
         MlflowSink(home).drain(store, view, turn=turn)
@@ -90,7 +90,7 @@ class MlflowSink:
         self.uri = tracking_uri(home)
 
     def drain(
-        self, store: Store, view: StudyView, within_s: float = DRAIN_S, turn: Turn = contextlib.nullcontext
+        self, store: Store, view: StudyView, within_s: float = DRAIN_S, turn: Workload = contextlib.nullcontext
     ) -> int:
         """Publish outbox rows for about `within_s` seconds, then bring tags, charts and registry up to date. `turn` is held
         during every step, and let go between them.
@@ -130,7 +130,7 @@ class MlflowSink:
         if self.uri == database_uri(self.home):
             follow_home(self.home)
 
-    def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float, turn: Turn) -> int:
+    def _publish(self, store: Store, runs: StudyRuns, view: StudyView, deadline: float, turn: Workload) -> int:
         points = {p.key: p for p in view.confirmed}
         published = 0
         for identity, kind, key in store.outbox():

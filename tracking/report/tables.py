@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from paretune.common.errors import ParetuneError
-from paretune.objectives.figures import Figures
+from paretune.objectives.metric_names import MetricNames
 from paretune.search.recommend.recommend import Recommendation
 from paretune.search.study.store import Store
 from paretune.search.study.view import Point, StudyView, label_of
@@ -23,14 +23,14 @@ COLUMNS = (
 )
 
 
-def columns_of(figures: Figures, objectives: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
+def columns_of(figures: MetricNames, objectives: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
     """Measurements of a table with their titles; every one of the objectives is among them."""
     columns = _usual_columns(figures)
     shown = {name for name, _ in columns}
     return *columns, *((name, label_of(name, figures)) for name in objectives if name not in shown)
 
 
-def _usual_columns(figures: Figures) -> tuple[tuple[str, str], ...]:
+def _usual_columns(figures: MetricNames) -> tuple[tuple[str, str], ...]:
     if figures.is_decoder:
         return COLUMNS
     titles = {

@@ -38,12 +38,12 @@ def profile(
     """Where a model's time goes, op by op, and where compression would pay; a teacher's searches start from it."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    from paretune.objectives.profiler.profile_model import Work, local_profile_named, profile_model
+    from paretune.objectives.profiler.profile_model import ProfileRequest, local_profile_named, profile_model
     from paretune.tracking.mlflow.profile import log_profile
 
     target = local_profile_named(profile, home.resolve())
     with talk.status(Text("profiling"), spinner=spinner()) as status:
-        told = Work(target, home.resolve(), prompt, tokens, lambda text: status.update(Text(text)))
+        told = ProfileRequest(target, home.resolve(), prompt, tokens, lambda text: status.update(Text(text)))
         found = profile_model(model, told)
     if json:
         print_json(found.to_dict())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paretune.common.files import read_kept, warn_damaged, write_atomically
-from paretune.objectives.lane.lane import Nominal
+from paretune.objectives.latency.benchmark import Nominal
 
 
 def kept_in(path: Path) -> Callable[[Nominal | None], Nominal | None]:

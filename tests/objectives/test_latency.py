@@ -21,10 +21,11 @@ from paretune.objectives.artifacts import remeasure as remeasuring
 from paretune.objectives.artifacts import sweeping
 from paretune.objectives.artifacts.remeasure import Agreement, Remeasured, require_at_hand
 from paretune.objectives.artifacts.sweeping import Swept
-from paretune.objectives.lane import energy_pass, lane, power, sweep, turns
-from paretune.objectives.lane.lane import Lane, LaneResult, Nominal
-from paretune.objectives.lane.sweep import SweepPoint, is_quiet, sweep_points
-from paretune.objectives.lane.turns import Turn
+from paretune.objectives.latency import benchmark, energy_pass, power, sweep
+from paretune.objectives.latency import workload as turns
+from paretune.objectives.latency.benchmark import LatencyBenchmark, LatencyResult, Nominal
+from paretune.objectives.latency.sweep import SweepPoint, is_quiet, sweep_points
+from paretune.objectives.latency.workload import Workload
 from paretune.objectives.measurement import Measurement
 
 NOMINAL = Nominal(2.0, 30.0)
@@ -72,14 +73,14 @@ class FakeChild:
 
 
 @pytest.fixture
-def quiet_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lane]:
-    monkeypatch.setattr(lane, "EngineChild", FakeChild)
-    monkeypatch.setattr(lane.time, "sleep", lambda _s: None)
+def quiet_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LatencyBenchmark]:
+    monkeypatch.setattr(benchmark, "EngineChild", FakeChild)
+    monkeypatch.setattr(benchmark.time, "sleep", lambda _s: None)
     monkeypatch.setattr(turns, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
     monkeypatch.setattr(FakeChild, "made", [])
-    return lambda **more: Lane(
+    return lambda **more: LatencyBenchmark(
         tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), lambda _: NOMINAL, **more
     )
 
@@ -104,23 +105,25 @@ def speeds(spread: float, seed: int = 0) -> Callable[[], float]:
 
 
 def test_visits_go_on_until_the_interval_is_reached(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeChild, "speed", staticmethod(speeds(0.02, seed=4)))
     plain = quiet_lane().latencies(X)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(speeds(0.02, seed=4)))
     asked = quiet_lane().latencies(X, within=0.02)
-    assert plain.visits == lane.VISITS and plain.stable and plain.half_width > 0.02, "without asking it is only said"
-    assert lane.VISITS < asked.visits <= lane.MOST_VISITS and asked.stable and asked.half_width <= 0.02
+    assert plain.visits == benchmark.VISITS and plain.stable and plain.half_width > 0.02, (
+        "without asking it is only said"
+    )
+    assert benchmark.VISITS < asked.visits <= benchmark.MOST_VISITS and asked.stable and asked.half_width <= 0.02
     assert asked.measurements["decode_ms_per_token"].value == pytest.approx(1.128, rel=0.02)
 
 
 def test_an_interval_out_of_reach_is_said_and_nothing_is_called_measured(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeChild, "speed", staticmethod(speeds(0.2)))
     found = quiet_lane().latencies(X, within=0.02)
-    assert found.visits == lane.MOST_VISITS and found.flagged == 0 and not found.stable
+    assert found.visits == benchmark.MOST_VISITS and found.flagged == 0 and not found.stable
     assert {m.provenance for m in found.measurements.values()} == {"disturbed"}
     assert "±2.0% was not reached in 12 visits" in found.measurements["ttft_ms"].note
 
@@ -138,17 +141,17 @@ def odd_process(places: set[int], factor: float) -> Callable[[], float]:
 
 
 def test_an_odd_process_is_left_out_said_and_replaced(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeChild, "speed", staticmethod(odd_process({1}, 1.15)))
     found = quiet_lane().latencies(X)
     decode = found.measurements["decode_ms_per_token"]
-    assert found.visits == lane.VISITS + 1 and decode.value == pytest.approx(1.128, rel=1e-3)
+    assert found.visits == benchmark.VISITS + 1 and decode.value == pytest.approx(1.128, rel=1e-3)
     assert "3 fresh pairs of processes, 1 odd ones left out" in decode.note
 
 
 def test_processes_that_are_often_odd_are_no_exceptions(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two modes of a kind belong to the answer: all visits count, and the interval holds both."""
     monkeypatch.setattr(FakeChild, "speed", staticmethod(odd_process({0, 2, 4}, 1.15)))
@@ -158,20 +161,22 @@ def test_processes_that_are_often_odd_are_no_exceptions(
     assert decode.low < 1.128 * 1.03 and decode.high > 1.128 * 1.12
 
 
-def test_a_busy_machine_is_given_up_soon(quiet_lane: Callable[..., Lane], busy: None) -> None:
+def test_a_busy_machine_is_given_up_soon(quiet_lane: Callable[..., LatencyBenchmark], busy: None) -> None:
     found = quiet_lane().latencies(X, within=0.02)
-    assert found.visits == found.flagged == lane.MOST_DISTURBED and not found.stable
+    assert found.visits == found.flagged == benchmark.MOST_DISTURBED and not found.stable
     assert {m.provenance for m in found.measurements.values()} == {"disturbed"}
 
 
-def test_throughput_is_the_same_visits_turned_round(quiet_lane: Callable[..., Lane]) -> None:
+def test_throughput_is_the_same_visits_turned_round(quiet_lane: Callable[..., LatencyBenchmark]) -> None:
     found = quiet_lane().measure(X).measurements
     decode, rate = found["decode_ms_per_token"], found["throughput_tokens_per_s"]
     assert (rate.value, rate.low, rate.high) == pytest.approx((1e3 / decode.value, 1e3 / decode.high, 1e3 / decode.low))
     assert rate.provenance == "measured" and rate.samples == decode.samples and rate.unit == "tokens/s"
 
 
-def test_the_candidate_runs_in_its_engine_and_the_reference_in_onnx_runtime(quiet_lane: Callable[..., Lane]) -> None:
+def test_the_candidate_runs_in_its_engine_and_the_reference_in_onnx_runtime(
+    quiet_lane: Callable[..., LatencyBenchmark],
+) -> None:
     quiet_lane(engine="openvino", provider="CPU").measure(X)
     loads = [(c.engine, r) for c in FakeChild.made for r in c.asked if r["do"] == "load"]
     engines = {
@@ -192,12 +197,12 @@ def test_points_are_those_that_fit_into_the_context() -> None:
     assert [p for p in found if p.phase == "ttft"] == [SweepPoint("ttft", 16), SweepPoint("ttft", 510)]
     assert {(p.length, p.batch) for p in found if p.phase == "decode"} == {(128, 1), (488, 1), (128, 4), (488, 4)}
     assert all(p.turn.prompt + p.turn.tokens <= 512 for p in found)
-    assert SweepPoint("decode", 488, 4).turn == Turn(488, turns.NEW_TOKENS, 4)
+    assert SweepPoint("decode", 488, 4).turn == Workload(488, turns.NEW_TOKENS, 4)
     with pytest.raises(ValueError, match="1 or more"):
-        Turn(0)
+        Workload(0)
 
 
-def test_a_sweep_finds_the_law(quiet_lane: Callable[..., Lane]) -> None:
+def test_a_sweep_finds_the_law(quiet_lane: Callable[..., LatencyBenchmark]) -> None:
     """The fake's law, drift-corrected; tokens per second count all sequences. Negative control: another length, another time."""
     points = sweep_points(600, (32, 256), (128, 512), (1, 4))
     rows = {row.point: row for row in sweep.sweep(quiet_lane(), X, points)}
@@ -208,12 +213,12 @@ def test_a_sweep_finds_the_law(quiet_lane: Callable[..., Lane]) -> None:
         assert row.time is not None and row.rate is not None
         assert row.time.value == pytest.approx(law) and row.rate.value == pytest.approx(1e3 * tokens / law)
         assert row.time.low < law < row.time.high and row.time.provenance == "measured"
-        assert row.time.samples == lane.VISITS * turns.ROUNDS
+        assert row.time.samples == benchmark.VISITS * turns.ROUNDS
     assert rows[points[0]].time != rows[points[1]].time
 
 
 def test_what_the_engine_refuses_is_a_row_with_its_reason_and_costs_no_other(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeChild, "most_batch", 2)
     rows = sweep.sweep(quiet_lane(), X, sweep_points(600, (32,), (128,), (1, 4, 2)))
@@ -225,14 +230,14 @@ def test_what_the_engine_refuses_is_a_row_with_its_reason_and_costs_no_other(
     assert len(asked) == 1, "it is not asked again"
 
 
-def test_a_busy_machine_disturbs_every_row(quiet_lane: Callable[..., Lane], busy: None) -> None:
+def test_a_busy_machine_disturbs_every_row(quiet_lane: Callable[..., LatencyBenchmark], busy: None) -> None:
     rows = sweep.sweep(quiet_lane(), X, [SweepPoint("ttft", 32), SweepPoint("decode", 128)])
     assert [row.time.provenance for row in rows if row.time is not None] == ["disturbed"] * 2 and not is_quiet(rows)
-    assert len(FakeChild.made) == 2 * lane.RETRIES, "two passes without one quiet visit are enough"
+    assert len(FakeChild.made) == 2 * benchmark.RETRIES, "two passes without one quiet visit are enough"
 
 
 def test_a_lock_that_others_keep_ends_the_sweep_at_once(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -246,7 +251,7 @@ def test_a_lock_that_others_keep_ends_the_sweep_at_once(
     assert rows[0].time is not None and rows[0].time.provenance == "disturbed" and "did not let go" in rows[1].reason
 
 
-def test_the_table_of_a_sweep(quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_a_sweep(quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeChild, "most_batch", 1)
     rows = tuple(sweep.sweep(quiet_lane(), X, sweep_points(600, (256,), (128,), (1, 2))))
     found = Swept(Path("a"), "local-cpu", rows)
@@ -258,7 +263,7 @@ def test_the_table_of_a_sweep(quiet_lane: Callable[..., Lane], monkeypatch: pyte
     assert [row["point"]["length"] for row in found.to_dict()["sweep"]] == [256, 128, 128]
 
 
-def test_a_sweep_that_was_disturbed_ends_with_5(quiet_lane: Callable[..., Lane], busy: None) -> None:
+def test_a_sweep_that_was_disturbed_ends_with_5(quiet_lane: Callable[..., LatencyBenchmark], busy: None) -> None:
     rows = tuple(sweep.sweep(quiet_lane(), X, [SweepPoint("ttft", 32)]))
     found = Swept(Path("a"), "local-cpu", rows)
     problem = found.problem()
@@ -269,9 +274,9 @@ def test_a_sweep_that_was_disturbed_ends_with_5(quiet_lane: Callable[..., Lane],
 # measuring again
 
 
-def result(half: float, visits: int = 3, flagged: int = 0, stable: bool = True) -> LaneResult:
+def result(half: float, visits: int = 3, flagged: int = 0, stable: bool = True) -> LatencyResult:
     m = Measurement(1.0, "ms/token", 1 - half, 1 + half, "measured" if stable else "disturbed", 24, "m")
-    return LaneResult({"decode_ms_per_token": m, "ttft_ms": m}, stable, visits, flagged)
+    return LatencyResult({"decode_ms_per_token": m, "ttft_ms": m}, stable, visits, flagged)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +288,7 @@ def result(half: float, visits: int = 3, flagged: int = 0, stable: bool = True) 
         (result(0.08, 12, 0, False), "should be ±3.0%, but the widest is ±8.0% after 12 visits"),
     ],
 )
-def test_an_artifact_measured_again_says_why_it_is_not(lane_said: LaneResult, words: str | None) -> None:
+def test_an_artifact_measured_again_says_why_it_is_not(lane_said: LatencyResult, words: str | None) -> None:
     m = lane_said.measurements
     others = {"peak_memory_bytes": Measurement.exact(1e6, "bytes", "x"), "load_ms": m["ttft_ms"]}
     agreements = tuple(Agreement(name, m[name], m[name]) for name in m)
@@ -461,7 +466,7 @@ def test_energy_per_token_is_the_slope_without_the_prefill() -> None:
 
 @pytest.mark.parametrize("disturbed", [False, True])
 def test_the_lane_measures_energy_where_it_can(
-    quiet_lane: Callable[..., Lane], monkeypatch: pytest.MonkeyPatch, disturbed: bool
+    quiet_lane: Callable[..., LatencyBenchmark], monkeypatch: pytest.MonkeyPatch, disturbed: bool
 ) -> None:
     meter = Meter()
     timed = FakeChild._time
@@ -483,7 +488,7 @@ def test_the_lane_measures_energy_where_it_can(
     found = seen.measurements["energy_j_per_token"]
     assert found.low < 0.5 < found.high and found.unit == "J/token" and found.note == "a meter" and meter.closed
     assert found.provenance == "measured"
-    monkeypatch.setattr(lane, "joules_per_token", lambda *_: (-0.1, 0.0, 0.2))
+    monkeypatch.setattr(benchmark, "joules_per_token", lambda *_: (-0.1, 0.0, 0.2))
     assert "energy_j_per_token" not in measured.measure(X).measurements, "less than nothing would dominate everything"
     assert "energy_j_per_token" not in quiet_lane().measure(X).measurements
 
@@ -491,7 +496,7 @@ def test_the_lane_measures_energy_where_it_can(
 def test_this_machine_is_asked_without_harm() -> None:
     """Whatever counters it has: one that answers only rises."""
     code = (
-        "from paretune.objectives.lane.power import energy_counter\n"
+        "from paretune.objectives.latency.power import energy_counter\n"
         "for kind in ('cpu', 'gpu'):\n"
         "    counter = energy_counter(kind)\n"
         "    if counter is not None:\n"

@@ -12,14 +12,14 @@ from paretune.common.errors import Infeasible
 from paretune.common.files import read_kept, warn_damaged, write_atomically
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.agent.client import AgentLane
-from paretune.objectives.agent.remote import lane_at, machine_of, predicted_instead
+from paretune.objectives.agent.client import RemoteBenchmark
+from paretune.objectives.agent.remote import open_benchmark, predicted_instead, remote_fingerprint
 from paretune.objectives.agent.wire import AgentGone
-from paretune.objectives.lane.lane import Lane, LaneResult, Pair
-from paretune.objectives.lane.reference import open_lane
-from paretune.objectives.lane.turns import STANDARD, Turn
+from paretune.objectives.latency.benchmark import LatencyBenchmark, LatencyResult, Pair
+from paretune.objectives.latency.reference import open_local_benchmark
+from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.objectives.measurement import Measurement
-from paretune.search.work import Outcome, Work
+from paretune.search.task import Outcome, Task
 from paretune.spaces.kinds import AnyCandidate, AnySpace, candidate_from_dict
 
 SLICE_S = 10.0
@@ -39,7 +39,7 @@ class Host(Protocol):
     def space(self) -> AnySpace: ...
 
 
-class Visits(ABC):
+class LatencyMeasuring(ABC):
     """One lane per worker; every undisturbed latency is kept under what it depends on."""
 
     # The measurements that are kept and fitted.
@@ -47,7 +47,7 @@ class Visits(ABC):
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._lane: Lane | AgentLane | None = None
+        self._lane: LatencyBenchmark | RemoteBenchmark | None = None
         self._machine: str | None = None
         self._missing: list[AnyCandidate] | None = None
         self._rough: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ class Visits(ABC):
         """Write a graph of the candidate with any weights: values do not change the time."""
 
     @property
-    def turn(self) -> Turn:
+    def turn(self) -> Workload:
         """What a candidate is timed with."""
         return STANDARD
 
@@ -74,56 +74,58 @@ class Visits(ABC):
         """The lane's measurements as this kind of model calls them."""
         return measurements
 
-    def lane(self) -> Lane | AgentLane:
+    def benchmark(self) -> LatencyBenchmark | RemoteBenchmark:
         """The lane of this machine, or of the profile's agent."""
         if self._lane is None and self._host.profile.agent is not None:
-            self._lane = lane_at(self._host.profile, self._host.home, turn=self.turn)
+            self._lane = open_benchmark(self._host.profile, self._host.home, turn=self.turn)
         elif self._lane is None:
-            self._lane = open_lane(self._host.cache, self._host.profile, self._host.lock, self.turn)
+            self._lane = open_local_benchmark(self._host.cache, self._host.profile, self._host.lock, self.turn)
         return self._lane
 
-    def measure(self, candidate: AnyCandidate, model: Path, pair: Pair | AgentLane | None = None) -> LaneResult:
+    def measure(
+        self, candidate: AnyCandidate, model: Path, pair: Pair | RemoteBenchmark | None = None
+    ) -> LatencyResult:
         """Several visits with fresh processes, or one with the children of `pair`.
 
         A confirmation whose agent stays away is left predicted, and not kept; the fit has nothing else, so there AgentGone is
         raised.
         """
-        lane: Any = self.lane()
+        benchmark: Any = self.benchmark()
         kept_at = self._kept_at(self.kept_file(candidate))
         try:
-            result = lane.measure(model) if pair is None else lane.quick(model, pair)
+            result = benchmark.measure(model) if pair is None else benchmark.quick(model, pair)
         except AgentGone as gone:
             if pair is not None:
                 raise
             points = self.all_kept()
             shape = self._host.space.shape
-            return LaneResult(
+            return LatencyResult(
                 predicted_instead(self._host.profile, candidate, model, shape, points, self.latency, gone, self.turn),
                 False,
             )
-        result = LaneResult(self.named(result.measurements), result.stable)
+        result = LatencyResult(self.named(result.measurements), result.stable)
         if result.stable:
             found = {name: result.measurements[name].to_dict() for name in self.latency}
             kept = {"candidate": json.loads(candidate.to_json()), **found}
             write_atomically(kept_at, json.dumps(kept).encode())
         return result
 
-    def fit(self, work: Work) -> Outcome:
+    def fit(self, task: Task) -> Outcome:
         """Measure designed candidates that no kept measurement covers, a slice of time per call, `seconds` in all.
 
         On a machine that is too busy the disturbed values serve the fit (and nothing else), which the outcome says.
         """
         if self._missing is None:
-            designed = [candidate_from_dict(d) for d in work.options["design"]]
+            designed = [candidate_from_dict(d) for d in task.options["design"]]
             self._missing = [c for c in designed if self._kept(self._kept_at(self.kept_file(c))) is None]
             self._rough, self._refused, self._deadline = (
                 [],
                 [],
-                time.monotonic() + min(work.options["seconds"], work.seconds_left),
+                time.monotonic() + min(task.options["seconds"], task.seconds_left),
             )
         start = time.monotonic()
         if self._missing:
-            with self.lane().pair() as pair:
+            with self.benchmark().pair() as pair:
                 while self._missing and time.monotonic() < min(start + SLICE_S, self._deadline):
                     candidate = self._missing.pop(0)
                     try:
@@ -166,12 +168,12 @@ class Visits(ABC):
         if self._host.profile.agent is None:
             return path
         if self._machine is None:
-            lane = self.lane()
-            assert isinstance(lane, AgentLane)
-            self._machine = machine_of(lane, self._host.folder)
+            benchmark = self.benchmark()
+            assert isinstance(benchmark, RemoteBenchmark)
+            self._machine = remote_fingerprint(benchmark, self._host.folder)
         return path.parent / f"at-{self._machine}" / path.name
 
-    def _measure_random(self, candidate: AnyCandidate, pair: Pair | AgentLane) -> None:
+    def _measure_random(self, candidate: AnyCandidate, pair: Pair | RemoteBenchmark) -> None:
         model = self._host.folder / "work" / "fit.onnx"
         model.parent.mkdir(parents=True, exist_ok=True)
         self.build(candidate, model)

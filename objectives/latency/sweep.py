@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from paretune.common.errors import Infeasible
 from paretune.objectives.energy import throughput
-from paretune.objectives.lane.lane import RETRIES, VISITS, Lane
-from paretune.objectives.lane.turns import NEW_TOKENS, Turn, Visit
+from paretune.objectives.latency.benchmark import RETRIES, VISITS, LatencyBenchmark
+from paretune.objectives.latency.workload import NEW_TOKENS, BenchmarkSession, Workload
 from paretune.objectives.measurement import Measurement
 
 PROMPTS, CONTEXTS, BATCHES = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128, 512, 1024, 2048), (1, 2, 4, 8)
@@ -30,8 +30,8 @@ class SweepPoint:
     batch: int = 1
 
     @property
-    def turn(self) -> Turn:
-        return Turn(self.length, 2 if self.phase == "ttft" else NEW_TOKENS, self.batch)
+    def turn(self) -> Workload:
+        return Workload(self.length, 2 if self.phase == "ttft" else NEW_TOKENS, self.batch)
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,23 @@ def sweep_points(
     return ttft + [SweepPoint("decode", n, batch) for batch in sorted(set(batches)) for n in fitting]
 
 
-def sweep(lane: Lane, model: Path, points: Sequence[SweepPoint]) -> list[SweepRow]:
+def sweep(benchmark: LatencyBenchmark, model: Path, points: Sequence[SweepPoint]) -> list[SweepRow]:
     """A row per point, over VISITS fresh pairs of processes and up to RETRIES more while any point lacks quiet visits.
 
     It is given up when RETRIES passes had no quiet visit at all. A point that the engine refuses is said and left out of further
     visits. Raises Infeasible if it refuses the model itself.
     """
-    visits: dict[SweepPoint, list[Visit]] = {point: [] for point in points}
+    visits: dict[SweepPoint, list[BenchmarkSession]] = {point: [] for point in points}
     refused: dict[SweepPoint, str] = {}
     for number in range(VISITS + RETRIES):
-        wanted = [p for p in points if p not in refused and _quiet(lane, visits[p]) < VISITS]
-        hopeless = number >= RETRIES and not any(_quiet(lane, visits[p]) for p in wanted)
-        if not wanted or hopeless or not _one_pass(lane, model, wanted, visits, refused):
+        wanted = [p for p in points if p not in refused and _quiet(benchmark, visits[p]) < VISITS]
+        hopeless = number >= RETRIES and not any(_quiet(benchmark, visits[p]) for p in wanted)
+        if not wanted or hopeless or not _one_pass(benchmark, model, wanted, visits, refused):
             break
     for point in points:
         if not visits[point]:
             refused.setdefault(point, BUSY)
-    return [_row(lane, point, visits[point], refused.get(point)) for point in points]
+    return [_row(benchmark, point, visits[point], refused.get(point)) for point in points]
 
 
 def is_quiet(rows: Iterable[SweepRow]) -> bool:
@@ -82,10 +82,10 @@ def is_quiet(rows: Iterable[SweepRow]) -> bool:
 
 
 def _one_pass(
-    lane: Lane,
+    benchmark: LatencyBenchmark,
     model: Path,
     wanted: Sequence[SweepPoint],
-    visits: Mapping[SweepPoint, list[Visit]],
+    visits: Mapping[SweepPoint, list[BenchmarkSession]],
     refused: dict[SweepPoint, str],
 ) -> bool:
     """Every point once with one fresh pair of processes; a new pair after a refusal, which may have cost the child its life.
@@ -94,12 +94,12 @@ def _one_pass(
     """
     left = list(wanted)
     while left:
-        with lane.pair() as pair:
-            lane.load(pair.candidate, model)
+        with benchmark.pair() as pair:
+            benchmark.load(pair.candidate, model)
             while left:
                 point = left.pop(0)
                 try:
-                    visit = lane.visit(pair, point.turn)
+                    visit = benchmark.visit(pair, point.turn)
                 except Infeasible as error:
                     refused[point] = error.problem
                     break
@@ -109,14 +109,16 @@ def _one_pass(
     return True
 
 
-def _quiet(lane: Lane, visits: Sequence[Visit]) -> int:
-    return len(visits) - lane.result(list(visits)).flagged if visits else 0
+def _quiet(benchmark: LatencyBenchmark, visits: Sequence[BenchmarkSession]) -> int:
+    return len(visits) - benchmark.result(list(visits)).flagged if visits else 0
 
 
-def _row(lane: Lane, point: SweepPoint, visits: list[Visit], reason: str | None) -> SweepRow:
+def _row(
+    benchmark: LatencyBenchmark, point: SweepPoint, visits: list[BenchmarkSession], reason: str | None
+) -> SweepRow:
     if reason is not None:
         return SweepRow(point, None, None, reason)
-    found = lane.result(visits).measurements
+    found = benchmark.result(visits).measurements
     if point.phase == "decode":
         time = found["decode_ms_per_token"]
         return SweepRow(point, replace(time, unit="ms/step"), throughput(time, point.batch))

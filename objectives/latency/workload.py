@@ -21,7 +21,7 @@ STAT = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
-class Turn:
+class Workload:
     """What a child does in one turn: a prefill of `prompt` tokens, then `tokens` decode steps, of `batch` sequences at once."""
 
     prompt: int = PROMPT
@@ -33,11 +33,11 @@ class Turn:
             raise ValueError(f"prompt, tokens and batch must be 1 or more, but got {self}")
 
 
-STANDARD = Turn()
+STANDARD = Workload()
 LEAST_CONTEXT = 8
 
 
-def turn_within(context: int) -> Turn:
+def workload_within(context: int) -> Workload:
     """The standard turn, or one that fills a context of fewer tokens: a quarter of it decode steps, NEW_TOKENS at most, the rest prompt.
 
     Raises UsageError for a context of fewer than LEAST_CONTEXT tokens.
@@ -50,11 +50,11 @@ def turn_within(context: int) -> Turn:
     if context >= PROMPT + NEW_TOKENS:
         return STANDARD
     tokens = min(NEW_TOKENS, context // 4)
-    return Turn(context - tokens, tokens)
+    return Workload(context - tokens, tokens)
 
 
 @dataclass
-class Visit:
+class BenchmarkSession:
     """What `rounds` R C C R turns gave: ratios candidate/reference, the reference's own milliseconds, the candidate's steps.
 
     `foreign_cores`: what others took on the lane's CPUs. `alone`: the machine lock was held.
@@ -74,18 +74,18 @@ class Visit:
         return self.alone and self.foreign_cores <= MOST_FOREIGN_CORES
 
 
-def take_turns(
-    reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True, turn: Turn = STANDARD
-) -> Visit:
+def run_abba_rounds(
+    reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True, turn: Workload = STANDARD
+) -> BenchmarkSession:
     """Both children have a model loaded and are warm; `alone`: the machine lock is held. `turn` is the candidate's; the
     reference always does the standard one.
 
     A disturbed visit ends after half of its rounds: it will be repeated.
     """
-    visit, watch = Visit(alone=alone), Watch([reference, candidate])
+    visit, watch = BenchmarkSession(alone=alone), Watch([reference, candidate])
     for number in range(rounds):
         order = ((reference, STANDARD), (candidate, turn), (candidate, turn), (reference, STANDARD))
-        turns = [take_turn(child, what) for child, what in order]
+        turns = [run_workload(child, what) for child, what in order]
         r = median(turns[0]["step_ms"] + turns[3]["step_ms"])
         c = median(turns[1]["step_ms"] + turns[2]["step_ms"])
         reference_ttft = (turns[0]["ttft_ms"] + turns[3]["ttft_ms"]) / 2
@@ -106,15 +106,15 @@ def load_and_warm(
     threads: int,
     engine: str = "onnxruntime",
     provider: str = "CPUExecutionProvider",
-    turn: Turn = STANDARD,
+    turn: Workload = STANDARD,
 ) -> float:
     """Load a model in an engine and run `turn` once; returns milliseconds of the load. Raises Infeasible if the engine refuses."""
     loaded = child.ask(do="load", path=str(model), threads=threads, engine=engine, provider=provider)
-    take_turn(child, turn)
+    run_workload(child, turn)
     return float(loaded["load_ms"])
 
 
-def take_turn(child: EngineChild, turn: Turn) -> dict[str, Any]:
+def run_workload(child: EngineChild, turn: Workload) -> dict[str, Any]:
     """`ttft_ms` of the prefill and `step_ms` of each decode step. Raises Infeasible if the engine refuses, crashes or hangs."""
     return child.ask(do="time", prompt=turn.prompt, tokens=turn.tokens, batch=turn.batch)
 

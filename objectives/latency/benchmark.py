@@ -23,18 +23,18 @@ from paretune.common.errors import EnvironmentProblem
 from paretune.engines.process.child import EngineChild
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.energy import ENERGY, THROUGHPUT, throughput
-from paretune.objectives.lane.energy_pass import SAMPLES, joules_per_token
-from paretune.objectives.lane.intervals import PRIOR_DF, half_width, moderated_interval, odd_ones, robust_spread
-from paretune.objectives.lane.power import EnergyCounter
-from paretune.objectives.lane.turns import (
+from paretune.objectives.latency.energy_pass import SAMPLES, joules_per_token
+from paretune.objectives.latency.intervals import PRIOR_DF, half_width, moderated_interval, odd_ones, robust_spread
+from paretune.objectives.latency.power import EnergyCounter
+from paretune.objectives.latency.workload import (
     MOST_FOREIGN_CORES,
     STANDARD,
-    Turn,
-    Visit,
+    BenchmarkSession,
     Watch,
+    Workload,
     load_and_warm,
-    take_turn,
-    take_turns,
+    run_abba_rounds,
+    run_workload,
 )
 from paretune.objectives.measurement import Measurement, Provenance
 
@@ -58,7 +58,7 @@ class Nominal:
 
 
 @dataclass(frozen=True)
-class LaneResult:
+class LatencyResult:
     """What the lane found. `stable` is False when the machine was disturbed in too many attempts, or the interval that was
     asked for was not reached. Of `visits` attempts `flagged` were disturbed. `half_width` is that of the widest latency's
     95 % interval, as a fraction of its value."""
@@ -82,7 +82,7 @@ class Pair:
     candidate: EngineChild
 
 
-class Lane:
+class LatencyBenchmark:
     """`nominal` reads or (given values) keeps the reference's figures of this machine. The candidate runs in `engine` with
     `provider`; the reference always in ONNX Runtime. `counter` opens the machine's counter of energy, if it has one. `turn` is what
     a candidate is timed with, shorter than the standard one where its context is."""
@@ -97,7 +97,7 @@ class Lane:
         engine: str = "onnxruntime",
         provider: str = "CPUExecutionProvider",
         counter: Callable[[], EnergyCounter | None] = lambda: None,
-        turn: Turn = STANDARD,
+        turn: Workload = STANDARD,
     ) -> None:
         self.reference, self.threads, self.fingerprint, self.lock, self.nominal = (
             reference,
@@ -122,20 +122,20 @@ class Lane:
         """Load the candidate's model in the candidate's engine; milliseconds. Raises Infeasible if the engine refuses it."""
         return load_and_warm(child, model, self.threads, self.engine, self.provider, self.turn)
 
-    def measure(self, model: Path, within: float | None = None) -> LaneResult:
+    def measure(self, model: Path, within: float | None = None) -> LatencyResult:
         """Latencies as `latencies` takes them; load time, peak memory, and energy where a counter can be read."""
         found = self.latencies(model, within)
         energy = self._energy(model) if found.stable else {}
         return replace(found, measurements=found.measurements | self._memory(model) | energy)
 
-    def latencies(self, model: Path, within: float | None = None) -> LaneResult:
+    def latencies(self, model: Path, within: float | None = None) -> LatencyResult:
         """Decode (ms/token after 128 tokens, batch 1), TTFT (128 tokens) and throughput over VISITS fresh pairs; after fewer
         tokens where the lane's turn has fewer.
 
         With `within` (half-width of the 95 % intervals, a fraction) there are more of them, MOST_VISITS at most, until it is
         reached; where it is not, the result is not stable. Raises Infeasible if the engine refuses the model.
         """
-        visits: list[Visit] = []
+        visits: list[BenchmarkSession] = []
         while self._wants_more(visits, within):
             if visits and not self._stable(visits[-1]):
                 time.sleep(0.5)
@@ -151,7 +151,7 @@ class Lane:
         told = {n: replace(m, provenance="disturbed", note=m.note + wide) for n, m in found.measurements.items()}
         return replace(found, measurements=told, stable=False)
 
-    def _wants_more(self, visits: list[Visit], within: float | None) -> bool:
+    def _wants_more(self, visits: list[BenchmarkSession], within: float | None) -> bool:
         quiet = [v for v in visits if self._stable(v)]
         usual = len(self._usual(quiet))
         if within is None:
@@ -160,12 +160,12 @@ class Lane:
             return False
         return usual < VISITS or self.result(visits).half_width > within
 
-    def result(self, visits: list[Visit]) -> LaneResult:
+    def result(self, visits: list[BenchmarkSession]) -> LatencyResult:
         """The quiet ones of `visits` as latencies; all of them, called disturbed, where fewer than two were quiet."""
         quiet = [v for v in visits if self._stable(v)]
         stable = len(quiet) >= 2
         found = self._latencies(quiet if stable else visits, "measured" if stable else "disturbed")
-        return LaneResult(found, stable, len(visits), len(visits) - len(quiet))
+        return LatencyResult(found, stable, len(visits), len(visits) - len(quiet))
 
     def _memory(self, model: Path) -> dict[str, Measurement]:
         """Load time and peak memory in a child with ordinary pages, as a user's process would have."""
@@ -203,28 +203,28 @@ class Lane:
         provenance: Provenance = "measured" if quiet else "disturbed"
         return {ENERGY: Measurement(value, "J/token", low, high, provenance, SAMPLES, self.fingerprint, counter.source)}
 
-    def quick(self, model: Path, pair: Pair) -> LaneResult:
+    def quick(self, model: Path, pair: Pair) -> LatencyResult:
         """One visit with children that are already there: for the latency fit, where many candidates average out."""
         self.load(pair.candidate, model)
         visit = self.visit(pair)
         stable = self._stable(visit)
-        return LaneResult(self._latencies([visit], "measured" if stable else "disturbed"), stable)
+        return LatencyResult(self._latencies([visit], "measured" if stable else "disturbed"), stable)
 
-    def visit(self, pair: Pair, other: Turn | None = None) -> Visit:
+    def visit(self, pair: Pair, other: Workload | None = None) -> BenchmarkSession:
         """One visit under the machine lock, with the lane's turn or with `other`.
 
         If other work of ours keeps the machine, it is made all the same and not called quiet.
         """
         turn = self.turn if other is None else other
         if turn != self.turn:  # buffers grow with the first run of a shape
-            take_turn(pair.candidate, turn)
+            run_workload(pair.candidate, turn)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self.lock.exclusive())
             except EnvironmentProblem:
-                return take_turns(pair.reference, pair.candidate, alone=False, turn=turn)
+                return run_abba_rounds(pair.reference, pair.candidate, alone=False, turn=turn)
             self._learn_nominal()
-            return take_turns(pair.reference, pair.candidate, turn=turn)
+            return run_abba_rounds(pair.reference, pair.candidate, turn=turn)
 
     def _learn_nominal(self) -> None:
         """Once per machine: the reference against itself in fresh pairs of processes. Kept only if the machine was quiet."""
@@ -235,7 +235,7 @@ class Lane:
             with EngineChild(self.threads, pinned=True) as first, EngineChild(self.threads, pinned=True) as second:
                 load_and_warm(first, self.reference, self.threads)
                 load_and_warm(second, self.reference, self.threads)
-                found.append(take_turns(first, second))
+                found.append(run_abba_rounds(first, second))
             if not found[-1].quiet:
                 return
         self.nominal(
@@ -247,7 +247,7 @@ class Lane:
             )
         )
 
-    def _stable(self, visit: Visit) -> bool:
+    def _stable(self, visit: BenchmarkSession) -> bool:
         known = self.nominal(None)
         return (
             known is not None
@@ -255,7 +255,7 @@ class Lane:
             and 1 / MOST_DRIFT < median(visit.reference_decode) / known.decode_ms < MOST_DRIFT
         )
 
-    def _usual(self, visits: list[Visit]) -> list[Visit]:
+    def _usual(self, visits: list[BenchmarkSession]) -> list[BenchmarkSession]:
         """`visits` without those of odd processes, by either latency: steady in itself, but far from all others. What is
         unsteady in itself, too, is a noisy machine, and its noise belongs into the interval."""
         known = self.nominal(None)
@@ -270,7 +270,7 @@ class Lane:
             odd |= odd_ones([median(r) for r in ratios], max(spread, noise))
         return [v for i, v in enumerate(visits) if i not in odd]
 
-    def _latencies(self, taken: list[Visit], provenance: Provenance) -> dict[str, Measurement]:
+    def _latencies(self, taken: list[BenchmarkSession], provenance: Provenance) -> dict[str, Measurement]:
         visits = self._usual(taken)
         foreign = max(v.foreign_cores for v in visits)
         fallback = Nominal(median(visits[0].reference_decode), median(visits[0].reference_ttft))

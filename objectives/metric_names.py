@@ -15,7 +15,7 @@ LEFT_OUT = ("ttft_ms", "throughput_tokens_per_s", "energy_j_per_token")
 
 
 @dataclass(frozen=True)
-class Figures:
+class MetricNames:
     """Names, units and labels of one study; the defaults are those of decoders.
 
     `latencies` are (name, unit) pairs, the first of which is the objective; `others` are further qualities, told but not
@@ -54,7 +54,7 @@ class Figures:
         return asdict(self)
 
     @classmethod
-    def of(cls, meta: Mapping[str, Any] | None) -> Figures:
+    def of(cls, meta: Mapping[str, Any] | None) -> MetricNames:
         """From a study's meta; studies without it are of decoders."""
         if not meta:
             return cls()
@@ -67,7 +67,7 @@ class Figures:
         )
 
 
-DECODER = Figures()
+DECODER = MetricNames()
 
 
 def forward_measurements(measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:

@@ -15,7 +15,7 @@ Kind = Literal["fit", "elastic", "sensitivity", "rung0", "recover", "confirm"]
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """One Tune trial. `seconds_left` is how much of the budget remains; `timeout_s` after how long the worker gives itself up."""
 
     kind: Kind
@@ -30,7 +30,7 @@ class Work:
         return json.dumps(data)
 
     @classmethod
-    def from_json(cls, text: str) -> Work:
+    def from_json(cls, text: str) -> Task:
         data = json.loads(text)
         candidate = data.pop("candidate")
         return cls(candidate=None if candidate is None else candidate_from_dict(candidate), **data)

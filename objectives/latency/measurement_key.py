@@ -7,7 +7,7 @@ import re
 
 from paretune.hardware_profiles.detect import package_version
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.lane.turns import STANDARD, Turn
+from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.spaces.candidate import DENSE, Pattern
 
 # The distribution that holds an engine, whose installed version counts: that in a profile's file may be of last year.
@@ -27,7 +27,7 @@ def engine_version(profile: Profile) -> str:
     return profile.engine_version if name is None else package_version(name)
 
 
-def target_key(profile: Profile, fingerprint: str, turn: Turn = STANDARD) -> str:
+def target_key(profile: Profile, fingerprint: str, turn: Workload = STANDARD) -> str:
     """A folder name over profile, machine (`fingerprint`), engine, version, provider, threads, batch, prompt and steps."""
     parts = (
         profile.name,

@@ -40,7 +40,7 @@ class _Host:
     teacher: Any
 
 
-class TargetLane:
+class TargetBenchmark:
     """Visits for one target; latencies are kept where those of searches are, so each serves the other."""
 
     def __init__(self, folder: Path, home: Path, profile: Profile, teacher: Any) -> None:

@@ -12,16 +12,18 @@ from paretune.compression.export.graph import build_model, save_model
 from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
-from paretune.objectives.lane.lane import Lane
-from paretune.objectives.lane.measurement_key import engine_fingerprint
-from paretune.objectives.lane.nominal import kept_in
-from paretune.objectives.lane.power import energy_counter
-from paretune.objectives.lane.turns import STANDARD, Turn
+from paretune.objectives.latency.benchmark import LatencyBenchmark
+from paretune.objectives.latency.measurement_key import engine_fingerprint
+from paretune.objectives.latency.nominal import kept_in
+from paretune.objectives.latency.power import energy_counter
+from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.spaces.candidate import Candidate, Format, Layer
 from paretune.teachers.checkpoint.teacher import EMBEDDED, load_teacher
 
 
-def open_lane(cache: Path, profile: Profile, lock: MachineLock, turn: Turn = STANDARD) -> Lane:
+def open_local_benchmark(
+    cache: Path, profile: Profile, lock: MachineLock, turn: Workload = STANDARD
+) -> LatencyBenchmark:
     """The lane of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads.
 
     `turn` is what candidates are timed with.
@@ -39,7 +41,7 @@ def open_lane(cache: Path, profile: Profile, lock: MachineLock, turn: Turn = STA
         temporary.replace(reference)
     kept = folder / f"nominal-int4-{machine}-t{profile.threads}.json"
 
-    return Lane(
+    return LatencyBenchmark(
         reference,
         profile.threads,
         engine_fingerprint(profile, machine),
