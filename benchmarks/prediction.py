@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.benchmark import write_models
+from benchmarks.lane import write_models
 from benchmarks.common import HOME, Figure, figure, latest_study
 from paretune.hardware_profiles import MachineLock, Profile
 from paretune.objectives.latency.benchmark import LATENCIES, LatencyResult
