@@ -50,3 +50,7 @@ class DiskProblem(Shortage):
 
 class Infeasible(ParetuneError):
     """A candidate that cannot be exported or executed; the reason names the op or tensor."""
+
+
+class RenamedSetting(FutureWarning):
+    """A setting was given by a name that it had in an earlier version."""

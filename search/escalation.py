@@ -2,7 +2,7 @@
 
 By value (the default): training under the rounding can at best give back what rounding took. So it is spent only on
 candidates that would be non-dominated with their *unquantized* quality at their *quantized* latency and size, and whose
-rounding costs something at all. With `max_loss` the classical rule: only where the loss after post-training quantization is
+rounding costs something at all. With `qat_threshold` the classical rule: only where the loss after post-training quantization is
 more than that. Values in, decision out; every decision has its reason.
 """
 
@@ -44,7 +44,7 @@ class PtqResult:
 class QatContext:
     """What the director knows: the objectives (all minimized), the candidate's estimated values and the confirmed front's.
 
-    `teacher_search` and `teacher_report` are the fp32 teacher's NLL on the two splits; `max_loss` is a fraction of the first.
+    `teacher_search` and `teacher_report` are the fp32 teacher's NLL on the two splits; `qat_threshold` is a fraction of the first.
     """
 
     objectives: tuple[str, ...]
@@ -52,7 +52,7 @@ class QatContext:
     front: tuple[Vector, ...]
     teacher_search: float
     teacher_report: float
-    max_loss: float | None = None
+    qat_threshold: float | None = None
 
     @classmethod
     def of(cls, objectives: tuple[str, ...], estimate: Vector, confirmed: list[Vector], **rest: Any) -> QatContext:
@@ -78,8 +78,8 @@ class QatDecision:
 
 def escalate(tried: PtqResult, stakes: QatContext) -> QatDecision:
     """The decision for one candidate."""
-    if stakes.max_loss is not None:
-        return _classical(tried, stakes.teacher_search, stakes.max_loss)
+    if stakes.qat_threshold is not None:
+        return _classical(tried, stakes.teacher_search, stakes.qat_threshold)
     cost = tried.ptq_nll - tried.unquantized_nll
     if tried.cost_low <= 0:
         return QatDecision(
@@ -124,12 +124,12 @@ def unrounded(candidate: Candidate) -> Candidate:
     return replace(candidate, layers=layers, head_format=FP32, embedding_format=FP32)
 
 
-def _classical(tried: PtqResult, teacher: float, max_loss: float) -> QatDecision:
+def _classical(tried: PtqResult, teacher: float, qat_threshold: float) -> QatDecision:
     loss = relative(tried.ptq_nll - teacher, teacher)
     told = f"post-training quantization loses {loss:.2%} of the teacher's NLL"
-    if loss > max_loss:
-        return QatDecision(True, f"{told}, more than the {max_loss:.2%} that --max-loss allows")
-    return QatDecision(False, f"{told}, within the {max_loss:.2%} that --max-loss allows")
+    if loss > qat_threshold:
+        return QatDecision(True, f"{told}, more than the {qat_threshold:.2%} that --qat-threshold allows")
+    return QatDecision(False, f"{told}, within the {qat_threshold:.2%} that --qat-threshold allows")
 
 
 def _optimistic(tried: PtqResult, stakes: QatContext) -> Vector:

@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import json
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from paretune.common.errors import UsageError
+from paretune.common.errors import RenamedSetting, UsageError
 from paretune.common.text import require_text
 from paretune.common.validation import said
 from paretune.common.yaml_file import load_model
@@ -55,6 +57,7 @@ Loss = Annotated[float, Field(gt=0, le=MOST_LOSS, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**7)]
 Name = Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
 Place = Annotated[str, Field(min_length=1, max_length=MOST_PATH)]
+RENAMED = {"max_loss": "qat_threshold"}  # old name to new
 DURATION = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(s|m|h|d)")
 PERCENTAGE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
 UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -136,7 +139,7 @@ class Spec(BaseModel):
     `loss_of_interest` is the NLL increase over the teacher, as a fraction, beyond which a student is not worth confirming:
     the sampler is kept below it and finalists come from below it. `sampler: sequential` searches one axis after the other
     (size, mask, precision) instead of jointly, for comparison; `reference` is what fronts are compared by.
-    `max_loss` is the NLL increase that post-training quantization may cost before a 4-bit finalist is trained under its
+    `qat_threshold` is the NLL increase that post-training quantization may cost before a 4-bit finalist is trained under its
     rounding (QAT): a fraction or `1%`; without it QAT goes to those who would be on the front if rounding cost nothing.
     `limits` are upper bounds, of `throughput_tokens_per_s` the lower one. `energy_j_per_token` and `usd_per_million_tokens` need the
     profile's power and price.
@@ -165,7 +168,7 @@ class Spec(BaseModel):
     hidden: bool = False
     keep_zeros: bool = False
     loss_of_interest: Loss = 0.25
-    max_loss: Loss | None = None
+    qat_threshold: Loss | None = None
     recovery: Recovery = Recovery()
     student_configs: tuple[StudentConfig, ...] = Field(default=(), max_length=100)
     search_tokens: int = Field(24_000, ge=256, le=MOST_TOKENS)
@@ -180,7 +183,7 @@ class Spec(BaseModel):
     @classmethod
     def _is_text(cls, value: Any) -> Any:
         require_text(value)
-        return value
+        return renamed(value)
 
     @field_validator("precisions", "group_sizes", "quantizers", "student_configs")
     @classmethod
@@ -196,7 +199,7 @@ class Spec(BaseModel):
         seconds(value)
         return value
 
-    @field_validator("max_loss", mode="before")
+    @field_validator("qat_threshold", mode="before")
     @classmethod
     def _percentage(cls, value: object) -> object:
         if isinstance(value, str) and (match := PERCENTAGE.fullmatch(value.strip())):
@@ -252,6 +255,8 @@ class Spec(BaseModel):
     def digest(self) -> str:
         """12 hex digits; two searches with the same settings have the same. No further targets count as before there were any."""
         settings = self.model_dump(mode="json")
+        for old, new in RENAMED.items():  # studies are found again by the digest of their first name
+            settings[old] = settings.pop(new)
         if not self.targets:
             del settings["targets"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -261,6 +266,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"budget": "9m"},
     "overnight": {"budget": "8h", "report_tokens": 1_000_000, "fit_points": 80, "finalists": 60},
 }
+
+
+def renamed(value: Any) -> Any:
+    """Settings with today's names for RENAMED keys; a RenamedSetting warning tells of each that has a value."""
+    if not isinstance(value, Mapping):
+        return value
+    found = dict(value)
+    for old, new in RENAMED.items():
+        if old in found and new not in found:
+            found[new] = found.pop(old)
+            if found[new] is not None:
+                warnings.warn(
+                    f"the setting {old} is called {new} now; it was read as that", RenamedSetting, stacklevel=2
+                )
+    return found
 
 
 def seconds(duration: str) -> float:

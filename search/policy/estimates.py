@@ -136,7 +136,7 @@ class Estimates:
             confirmed,
             teacher_search=search,
             teacher_report=report,
-            max_loss=self.spec.max_loss,
+            qat_threshold=self.spec.qat_threshold,
         )
 
     def learn(self, candidate: AnyCandidate, measurements: dict[str, Measurement]) -> None:

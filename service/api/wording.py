@@ -17,7 +17,7 @@ HOMES = (
 
 
 def without_options(text: str) -> str:
-    """`--max-loss` becomes `max_loss`, as it is called in `spec`."""
+    """`--qat-threshold` becomes `qat_threshold`, as it is called in `spec`."""
     parts = QUOTED.split(text)
     return "".join(part if i % 2 else _said(part) for i, part in enumerate(parts))
 

@@ -2,7 +2,7 @@
 import { ask, duration, element } from "./base.js";
 
 const form = document.getElementById("new"), problem = document.getElementById("problem"), planned = document.getElementById("planned");
-const TEXTS = ["teacher", "data", "field", "profile", "budget", "sampler", "max_loss"];
+const TEXTS = ["teacher", "data", "field", "profile", "budget", "sampler", "qat_threshold"];
 let key = crypto.randomUUID?.() ?? String(Math.random()).slice(2);
 const presets = JSON.parse(form.dataset.presets);
 

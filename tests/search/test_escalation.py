@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from paretune.common.errors import UsageError
 from paretune.compression.distill import RecoveryRecipe
@@ -48,9 +51,9 @@ TRIED = PtqResult(ptq_nll=2.10, unquantized_nll=2.00, cost_low=0.08)
         (TRIED, {"front": ((2.075, 0.29, 2.9e6),)}, True, "2.070 nats/token, 0.300 ms/token, 3.00 MB"),
         (TRIED, {"estimate": (2.01, 0.30, 3e6), "front": ((2.05, 0.29, 2.9e6),)}, True, "2.010 nats/token"),
         (replace(TRIED, cost_low=0.0), {}, False, "may be chance"),
-        (TRIED, {"max_loss": 0.10}, True, r"loses 16.67% .* more than the 10.00%"),
-        (TRIED, {"max_loss": 0.20}, False, r"loses 16.67% .* within the 20.00%"),
-        (replace(TRIED, cost_low=-1.0), {"max_loss": 0.1, "front": ((1.0, 0.1, 1e6),)}, True, "more than"),
+        (TRIED, {"qat_threshold": 0.10}, True, r"loses 16.67% .* more than the 10.00%"),
+        (TRIED, {"qat_threshold": 0.20}, False, r"loses 16.67% .* within the 20.00%"),
+        (replace(TRIED, cost_low=-1.0), {"qat_threshold": 0.1, "front": ((1.0, 0.1, 1e6),)}, True, "more than"),
     ],
 )
 def test_the_rules(tried: PtqResult, changes: dict[str, Any], qat: bool, said: str) -> None:
@@ -166,14 +169,14 @@ def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tu
     assert not any("QAT, why" in row for row in rows if ">teacher " in row), "the teacher's own weights are not trained"
 
 
-def test_max_loss_is_the_classical_rule(tmp_path: Path) -> None:
-    seen, _ = searched(tmp_path, max_loss="3%")
+def test_qat_threshold_is_the_classical_rule(tmp_path: Path) -> None:
+    seen, _ = searched(tmp_path, qat_threshold="3%")
     decided = []
     for task, outcome in seen:
         if task.kind == "recover" and task.candidate is not None and may_escalate(task.candidate):
             loss = recovered_loss(task.candidate, task.candidate) / TEACHER_NLL["search"]
             assert outcome.facts["qat"] is (loss > 0.03), outcome.facts["qat_reason"]
-            assert "--max-loss" in outcome.facts["qat_reason"]
+            assert "--qat-threshold" in outcome.facts["qat_reason"]
             decided.append(outcome.facts["qat"])
     assert True in decided and False in decided
 
@@ -185,17 +188,17 @@ def test_a_search_of_before_has_no_stakes(by_value: tuple[list[tuple[Task, Outco
 
 
 @pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.5 %", 0.005), (0.02, 0.02), (None, None)])
-def test_max_loss_in_a_spec(text: Any, value: float | None) -> None:
-    assert Spec.model_validate({"max_loss": text}).max_loss == value
+def test_qat_threshold_in_a_spec(text: Any, value: float | None) -> None:
+    assert Spec.model_validate({"qat_threshold": text}).qat_threshold == value
 
 
 @pytest.mark.parametrize("bad", ["much", "0%", -1, "1"])
-def test_an_impossible_max_loss_is_refused(bad: Any) -> None:
+def test_an_impossible_qat_threshold_is_refused(bad: Any) -> None:
     if bad == "1":
-        assert Spec.model_validate({"max_loss": bad}).max_loss == 1.0  # a fraction, as in JSON
+        assert Spec.model_validate({"qat_threshold": bad}).qat_threshold == 1.0  # a fraction, as in JSON
         return
-    with pytest.raises(UsageError, match=r"max.loss"):
-        make_spec(None, None, {"max_loss": bad})
+    with pytest.raises(UsageError, match=r"qat.threshold"):
+        make_spec(None, None, {"qat_threshold": bad})
 
 
 def test_the_recovery_block_of_a_spec(tmp_path: Path) -> None:
@@ -268,3 +271,22 @@ def test_a_mild_space_says_why_a_size_is_too_small() -> None:
 def test_without_sizes_the_space_is_as_it_was() -> None:
     space = Space.of(SHAPE, ("fp32/fp32", "int8/int8", "int4/int8"))
     assert with_students(space, ()) == space and student_seeds(space, ()) == []
+
+
+def test_the_old_name_of_the_threshold_is_read_with_a_note() -> None:
+    with pytest.warns(FutureWarning, match="max_loss is called qat_threshold now"):
+        spec = Spec.model_validate({"max_loss": "1%"})
+    assert spec.qat_threshold == 0.01 and "max_loss" not in spec.model_dump()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Spec.model_validate({"max_loss": None}).qat_threshold is None  # as studies of before have it
+    with pytest.raises(ValidationError, match="max_loss"):
+        Spec.model_validate({"max_loss": 0.1, "qat_threshold": 0.1})
+
+
+def test_studies_of_before_have_the_digest_that_they_had() -> None:
+    settings = Spec(qat_threshold=0.01).model_dump(mode="json")
+    settings["max_loss"] = settings.pop("qat_threshold")
+    del settings["targets"]
+    expected = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    assert Spec(qat_threshold=0.01).digest() == expected

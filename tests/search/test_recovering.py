@@ -60,13 +60,13 @@ def recovered(evaluator: Evaluator, candidate: Candidate, **stakes: Any) -> Outc
 
 def test_the_record_says_what_was_tried_and_why(made: Made) -> None:
     evaluator = made()
-    spent = recovered(evaluator, whole(INT4), max_loss=1e-6, teacher_search=0.1).facts
+    spent = recovered(evaluator, whole(INT4), qat_threshold=1e-6, teacher_search=0.1).facts
     assert spent["qat_reason"].startswith("post-training quantization loses") and "more than" in spent["qat_reason"]
     assert spent["qat"] is bool(spent["kept_recovery"])
     assert spent["ptq_nll"] != spent["unquantized_nll"]
-    enough = recovered(evaluator, whole(INT4), max_loss=100.0).facts
+    enough = recovered(evaluator, whole(INT4), qat_threshold=100.0).facts
     assert enough["qat"] is False and "within" in enough["qat_reason"]
-    eight = recovered(evaluator, whole(INT8), max_loss=1e-6).facts
+    eight = recovered(evaluator, whole(INT8), qat_threshold=1e-6).facts
     assert eight["qat"] is False and "8 bits" in eight["qat_reason"] and "ptq_nll" not in eight
     beaten = recovered(evaluator, whole(INT4), confirmed=[(0.001, 0.5, 5e5)]).facts
     assert beaten["qat"] is False and ("dominated" in beaten["qat_reason"] or "chance" in beaten["qat_reason"])

@@ -279,7 +279,7 @@ def test_pydantics_own_rules_name_the_value() -> None:
     ("text", "said_as"),
     [
         ("use --budget 5m", "use `budget` 5m"),
-        ("more than --max-loss allows", "more than `max_loss` allows"),
+        ("more than --qat-threshold allows", "more than `qat_threshold` allows"),
         ("free the disk or choose a folder with --home", "free the disk or choose a folder as the service's home"),
         ("choose another --study name", "choose another `name`"),
         ("`paretune targets ID --profile x`", "`paretune targets ID --profile x`"),

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,7 +28,7 @@ from paretune.cli.commands.targets import targets
 from paretune.cli.commands.tracking import report, sync, ui
 from paretune.cli.terminal.console import print_text, say, show_all_characters, talk, tell_problem
 from paretune.common.command_line import home_now
-from paretune.common.errors import ParetuneError
+from paretune.common.errors import ParetuneError, RenamedSetting
 from paretune.common.file_access import path_problem
 from paretune.common.files import disk_problem
 from paretune.common.version import VERSION
@@ -77,6 +77,15 @@ def _let_warnings_be_warnings() -> None:
     """PYTHONWARNINGS=error makes an error of the first deprecated call in any library; it is for those who develop them."""
     os.environ.pop("PYTHONWARNINGS", None)
     warnings.filters[:] = [f for f in warnings.filters if f[0] != "error"]  # type: ignore[index]
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is RenamedSetting:
+            say(f"note: {message}")
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 def _refuse(error: ParetuneError) -> NoReturn:

@@ -73,10 +73,12 @@ def search(
         str | None,
         typer.Option(help="tpe, nsga2 or sequential.", autocompletion=complete_words("tpe", "nsga2", "sequential")),
     ] = None,
-    max_loss: Annotated[
+    qat_threshold: Annotated[
         str | None,
         typer.Option(
-            help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%."
+            "--qat-threshold",
+            "--max-loss",
+            help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -110,7 +112,7 @@ def search(
         "targets": tuple(profile[1:]) if profile and len(profile) > 1 else None,
         "budget": budget,
         "sampler": sampler,
-        "max_loss": fraction(max_loss, "--max-loss"),
+        "qat_threshold": fraction(qat_threshold, "--qat-threshold"),
         "seed": seed,
     }
     spec = make_spec(spec_file, preset, options)
