@@ -19,8 +19,3 @@ def minimized(name: str, value: float) -> float:
 def excess(name: str, value: float, limit: float) -> float:
     """By which fraction a limit is missed, at or below 0 where it is kept; of a maximized quantity the limit is the least value."""
     return minimized(name, value) / minimized(name, limit) - 1
-
-
-def share_used(name: str, value: float, limit: float) -> float:
-    """How much of a limit is used: 1 where it binds exactly."""
-    return 1 + excess(name, value, limit)

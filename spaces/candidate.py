@@ -250,11 +250,6 @@ class Candidate:
         return any(f.bits != 32 for f in (*self._matmul_formats, self.embedding_format))
 
     @property
-    def uses_gptq(self) -> bool:
-        """Whether any codes come from GPTQ."""
-        return self.quantizer == "gptq"
-
-    @property
     def quantizer(self) -> Algorithm:
         """How codes are found: the first algorithm that is more than rounding to nearest, if any."""
         return next((f.algorithm for f in self._matmul_formats if f.algorithm != "rtn"), "rtn")

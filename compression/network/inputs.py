@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from paretune.compression.hessian import gram_of
 from paretune.compression.network.student import HEAD, Network
 
 # Which matrices read the input of the first of them; the same inputs need one Gram matrix. Not every family has a gate.
@@ -61,10 +60,3 @@ def each_input(
     with watching_inputs(network, see):
         hidden = network.hidden(weights, ids)
     use((HEAD,), hidden)
-
-
-def grams(network: Network, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The Gram matrix of every matrix's input by the weight's name; matrices with the same input share one."""
-    found: dict[str, torch.Tensor] = {}
-    each_input(network, weights, ids, lambda names, x: found.update(dict.fromkeys(names, gram_of(x))))
-    return found

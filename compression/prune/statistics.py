@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from paretune.compression.network.inputs import READERS, watching_inputs
+from paretune.compression.network.inputs import watching_inputs
 from paretune.compression.network.student import Network
-
-LINEARS = tuple(name for names in READERS.values() for name in names)
 
 
 @dataclass(frozen=True)

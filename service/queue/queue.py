@@ -313,11 +313,6 @@ class Queue:
             yield connection
 
 
-def study_state(folder: Path, otherwise: str = "") -> str:
-    """What a study's own store says, `otherwise` where there is none."""
-    return state_of(folder) if (folder / "study.db").is_file() else otherwise
-
-
 def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None:
     row = connection.execute(sa.select(job_table).where(where)).first()
     return None if row is None else _job(row)

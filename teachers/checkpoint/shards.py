@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from paretune.common.errors import UsageError
 from paretune.spaces.candidate import Shape
 from paretune.teachers.checkpoint.families import HEAD, Axis, family_of
-from paretune.teachers.checkpoint.layout import canonical_shapes, from_stored, stored_as
+from paretune.teachers.checkpoint.layout import from_stored, stored_as
 from paretune.teachers.checkpoint.pruned import MASK, ORIGINAL, masked_names
 
 if TYPE_CHECKING:
@@ -104,14 +104,3 @@ def _mapped(teacher: Teacher) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     everywhere = {name: masks.get(name, one.expand(value.shape)) for name, value in stored.items()}
     kept = from_stored(everywhere, teacher.shape)
     return weights, {name: mask for name, mask in kept.items() if stored_as(name, teacher.shape, masks)}
-
-
-def shard_parameters(shape: Shape, degree: int) -> int:
-    """The most parameters that one of `degree` ranks holds."""
-    total = 0
-    for name, size in canonical_shapes(shape).items():
-        whole = 1
-        for length, axis in zip(size, axes_of(name, shape), strict=True):
-            whole *= -(-length // degree) if axis in SPLIT_AXES else length
-        total += whole
-    return total

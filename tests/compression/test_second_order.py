@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paretune.compression.calibration.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.hessian import DAMPING, gram_of, inverse_factor
-from paretune.compression.network.inputs import grams
+from paretune.compression.network.inputs import each_input
 from paretune.compression.network.student import EMBEDDING, HEAD, Network
 from paretune.compression.prune import mask_for, sparsegpt
 from paretune.compression.quantize import quantize
@@ -79,6 +79,13 @@ def slow_gptq(
 
 def mask_of(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.ones_like(weight, dtype=torch.bool) if kind == "none" else mask_for(weight, Pattern(kind, 0.5), None)  # type: ignore[arg-type]
+
+
+def grams(network: Network, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The Gram matrix of every matrix's input by the weight's name; matrices with the same input share one."""
+    found: dict[str, torch.Tensor] = {}
+    each_input(network, weights, ids, lambda names, x: found.update(dict.fromkeys(names, gram_of(x))))
+    return found
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

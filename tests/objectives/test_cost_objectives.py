@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from paretune.common.errors import UsageError
 from paretune.hardware_profiles.profile import Profile, detected_profile
-from paretune.objectives.directions import excess, minimized, share_used
+from paretune.objectives.directions import excess, minimized
 from paretune.objectives.energy import energy_and_cost, following, throughput
 from paretune.objectives.latency import measurement_key
 from paretune.objectives.measurement import Measurement
@@ -103,7 +103,7 @@ def test_more_throughput_dominates_and_ratios_stay_ratios(a: float, b: float, x:
     assert minimized(name, minimized(name, a)) == pytest.approx(a) and minimized("bytes", a) == a
     if a != pytest.approx(b):
         assert (excess(name, a, b) <= 0) == (a >= b) and (excess("bytes", a, b) <= 0) == (a <= b)
-    assert share_used("bytes", a, b) == pytest.approx(a / b) and share_used(name, a, b) == pytest.approx(b / a)
+    assert excess("bytes", a, b) == pytest.approx(a / b - 1) and excess(name, a, b) == pytest.approx(b / a - 1)
 
 
 # memory before it is measured

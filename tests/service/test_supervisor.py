@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from paretune.search.study.control import state_of
 from paretune.search.study.database import is_taken
 from paretune.search.study.store import Store
-from paretune.service.queue.queue import Queue, study_state
+from paretune.service.queue.queue import Queue
 from paretune.service.queue.supervisor import Supervisor
 
 SPEC = {"budget": "5m", "fit_points": 30, "max_candidates": 16, "finalists": 1}
@@ -21,6 +22,10 @@ SIMULATED = {
     "PARETUNE_EVALUATOR": "paretune.search.evaluators.simulated:SimulatedEvaluator",
     "PARETUNE_SIMULATED_SLEEP": "0.15",
 }
+
+
+def study_state(folder):
+    return state_of(folder) if (folder / "study.db").is_file() else ""
 
 
 def script(text):

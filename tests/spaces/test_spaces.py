@@ -231,10 +231,12 @@ def test_gptq_is_another_candidate_but_not_in_the_embedding_or_a_shared_table() 
         head = replace(base, head_format=calibrated).canonical(shape)
         assert (head == base) == shape.tied
         assert replace(base, embedding_format=calibrated).canonical(shape) == base
-        assert replace(base, head_format=calibrated, embedding_format=Format(8, 64)).canonical(shape).uses_gptq
+        assert (
+            replace(base, head_format=calibrated, embedding_format=Format(8, 64)).canonical(shape).quantizer == "gptq"
+        )
         layers = replace(base, layers=(Layer(128, 2, calibrated, plain),) * 3).canonical(shape)
         assert layers.key != base.key
-        assert layers.uses_gptq and not base.uses_gptq
+        assert layers.quantizer == "gptq" and base.quantizer != "gptq"
         assert "GPTQ" in layers.describe() and "GPTQ" not in base.describe()
 
 
@@ -258,7 +260,7 @@ def test_second_order_methods_are_left_out_where_they_take_minutes() -> None:
 
 def test_only_four_bit_matrices_are_proposed_with_gptq() -> None:
     found = every_candidate(SMALL[0]).values()
-    assert any(c.uses_gptq for c in found)
+    assert any(c.quantizer == "gptq" for c in found)
     for candidate in found:
         quantizers = {(f.bits, f.algorithm) for f in matmul_formats(candidate)}
         assert quantizers <= {(4, "rtn"), (4, "gptq"), (8, "rtn"), (32, "rtn")}

@@ -42,13 +42,6 @@ FURTHER = {
     "energy_j_per_token": "J/token",
     "usd_per_million_tokens": "USD/M tokens",
 }
-STAGES = {
-    "baselines": "confirming the baselines",
-    "fit": "measuring for the latency fit",
-    "elastic": "training the elastic student",
-    "explore": "exploring",
-    "confirm": "recovering and confirming",
-}
 
 
 def print_json(data: Any) -> None:
