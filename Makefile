@@ -2,6 +2,7 @@
 # make test   set up .venv if needed, lint, type-check, test; ORDER=7 for a random order
 # make check  lint and type-check only; make browser Debian's Chromium for the browser tests, if it is not there
 # make readers transformers 4.57 in .venv-readers for the tests of what older readers make of an artifact
+# make coverage which lines the tests reach
 # make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip --quiet
 export OMP_WAIT_POLICY := PASSIVE
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test check install browser readers bench docs clean
+.PHONY: demo test check coverage install browser readers bench docs clean
 
 install: $(STAMP)
 
@@ -46,6 +47,10 @@ RANDOM_ORDER = $(if $(ORDER),-p randomly --randomly-seed=$(ORDER) --randomly-don
 test: check browser readers
 	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile $(RANDOM_ORDER)
 	$(BIN)/python -m pytest -m machine $(RANDOM_ORDER)
+
+# Which lines of the package the tests reach; what runs in processes of its own does not count.
+coverage: install
+	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile --cov=paretune --cov-report=term:skip-covered
 
 bench: install
 	$(BIN)/python -m benchmarks.run $(NAME)
