@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -25,13 +26,23 @@ from paretune.service.state import Service
 TOKEN = "browser-token-browser-token"
 
 
+def remove_study(folder: Path) -> None:
+    """The service may be reading it, and then SQLite puts files into it while it is emptied."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} cannot be removed")
+
+
 @pytest.fixture(scope="module")
 def served(simulated_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Queue]]:
     """(address, home, queue) of a service without a supervisor, on two studies."""
     home = Path(shutil.copytree(simulated_home, tmp_path_factory.mktemp("served") / "home"))
     real = os.environ.get("PARETUNE_PICTURES_STUDY")  # a study's folder, for pictures of the documentation
     if real:
-        shutil.rmtree(home / "studies" / "nightly")
+        remove_study(home / "studies" / "nightly")
         shutil.copytree(real, home / "studies" / "nightly")
         store = Store.open_study(home / "studies" / "nightly")
         store.set_meta(study="nightly")
@@ -224,7 +235,7 @@ def test_progress_comes_by_itself(entered: Callable[..., Any], served: tuple[str
         assert found.errors == []
     finally:
         store.close()
-        shutil.rmtree(folder)
+        remove_study(folder)
 
 
 @pytest.mark.parametrize("path", ["/", "/studies/nightly", "/new", "/compare", "/compare?studies=nightly,other"])

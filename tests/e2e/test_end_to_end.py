@@ -33,7 +33,7 @@ def night(tmp_path_factory, tiny_teacher_dir, tiny_text):
     folder = tmp_path_factory.mktemp("night")
     (folder / "spec.yaml").write_text(
         f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 200s\n"
-        "fit_points: 12\nfinalists: 1\nmax_candidates: 30\nshares: {elastic: 0.05}\n"
+        "fit_points: 8\nfinalists: 1\nmax_candidates: 24\nshares: {elastic: 0.05}\n"
     )
     done = paretune("search", "spec.yaml", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -42,7 +42,7 @@ def night(tmp_path_factory, tiny_teacher_dir, tiny_text):
 
 @pytest.fixture
 def view(night):
-    store = Store.reader(next((night[0] / "mlruns" / "studies").iterdir()))
+    store = Store.reader(night[0] / "mlruns" / "studies" / night[1]["study"])
     yield load_view(store)
     store.close()
 
@@ -110,7 +110,8 @@ def test_mlflow_shows_the_study_and_can_be_rebuilt(night, view):
 
     def children():
         runs = client.search_runs([experiment.experiment_id], max_results=1000)
-        return {r.data.tags["paretune.candidate"]: r for r in runs if "paretune.candidate" in r.data.tags}
+        ours = [r for r in runs if r.data.tags.get("paretune.study") == view.study]
+        return {r.data.tags["paretune.candidate"]: r for r in ours if "paretune.candidate" in r.data.tags}
 
     before = children()
     assert before.keys() == {p.key for p in view.confirmed}
@@ -125,7 +126,9 @@ def test_the_same_text_and_teacher_are_not_trained_again(night, view):
     elastic = list((night[0] / "mlruns" / "cache" / "elastic").glob("*.safetensors"))
     assert len(elastic) == 1
     stamp = elastic[0].stat().st_mtime_ns
-    spec = night[0] / "spec.yaml"
+    spec = night[0] / "short.yaml"
+    text = (night[0] / "spec.yaml").read_text()
+    spec.write_text(text.replace("max_candidates: 24", "max_candidates: 4"))
     done = paretune("search", spec, "--study", "again", "--json", cwd=night[0])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "taken from an earlier search" in " ".join(done.stderr.split())
