@@ -21,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.plans import empty_plan
+
 if TYPE_CHECKING:
     import torch
 
@@ -117,8 +119,8 @@ def pytest_fixture_setup(
 # Files whose tests run searches, services and browsers in processes of their own, or time something: `make test` runs them one
 # after the other, beside the rest.
 MACHINE = (
-    "test_api test_benchmarks test_browser test_control test_elsewhere test_end_to_end test_kill test_mlflow_ui test_notify "
-    "test_objectives test_pages test_placement test_plugin_search test_supervisor test_tracking test_walk"
+    "test_benchmarks test_control test_elsewhere test_end_to_end test_latency test_objectives test_placement test_plugin_search "
+    "test_walk"
 )
 
 
@@ -300,7 +302,6 @@ def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
     from paretune.search.execution.ray_executor import run_inline
     from paretune.search.execution.run import run_study
-    from paretune.search.prepare.plan import Plan
     from paretune.search.prepare.ready import Ready
     from paretune.search.prepare.studies import create_study
     from paretune.search.spec import Spec
@@ -311,7 +312,7 @@ def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, "max_candidates": 30, "finalists": 3})
     profile = detected_profile()
     space = Space.of(SHAPE, profile.weight_formats)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     ready = Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
     store, clock = create_study(ready, home, "nightly", "paretune search"), VirtualClock()
     evaluator = SimulatedEvaluator(store.folder, home, clock)

@@ -109,6 +109,13 @@ def test_a_fatal_end_says_its_reason_and_then_its_remedy(view: StudyView, kind: 
     assert told == {"exit_code": kind.exit_code, "reason": "the disk [home] is full", "remedy": "free it"}
 
 
+@pytest.mark.parametrize(("spent", "reason"), [(59.0, "59 of the budget's 60 s are used"), (5.0, "no reason is known")])
+def test_a_budget_that_was_too_small_for_the_machine_is_said(view: StudyView, spent: float, reason: str) -> None:
+    ended = replace(view, meta={**view.meta, "ended": "", "remedy": "", "spent_s": spent, "budget_s": 60.0})
+    told, remedy = cli_search.why_ended(ended, 4)
+    assert reason in told and "--budget" in remedy
+
+
 @pytest.mark.parametrize("code", [2, 3, 4, 5])
 def test_no_bad_end_is_without_reason_and_remedy(
     view: StudyView, code: int, monkeypatch: pytest.MonkeyPatch, simulated_home: Path

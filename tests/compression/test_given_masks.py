@@ -34,7 +34,6 @@ from paretune.compression.prune import (
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.prediction.latency_fit import features
 from paretune.search.evaluators.decoder import Evaluator
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.prepare import prepare
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
@@ -44,6 +43,7 @@ from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.pruned import zero_masks
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 from paretune.teachers.text.tokens import TokenSplit
+from support.plans import empty_plan
 
 Weights = dict[str, torch.Tensor]
 INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")
@@ -359,7 +359,7 @@ def evaluator(
     )
     teacher, profile = load_teacher(spec.teacher), detected_profile()
     space = Space.of(teacher.shape, profile.weight_formats, given=True)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     create_study(Ready(spec, teacher, profile, space, plan), home, "s", "paretune search").close()
     return Evaluator(home / "studies" / "s", home)
 

@@ -31,7 +31,6 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import design, features
 from paretune.search.evaluators.decoder import Evaluator
 from paretune.search.policy.calibration import Calibration, Pair
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
@@ -40,6 +39,7 @@ from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.families import axis_sizes, family_of
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 from paretune.teachers.text.tokens import TokenSplit
+from support.plans import empty_plan
 
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
 INT4 = Format(4, 32, "fp32")
@@ -290,7 +290,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, 
     )
     teacher, profile = load_teacher(spec.teacher), detected_profile()
     space = Space.of(teacher.shape, profile.weight_formats, hidden=True)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     create_study(Ready(spec, teacher, profile, space, plan), home, "s", "paretune search").close()
     return Evaluator(home / "studies" / "s", home)
 

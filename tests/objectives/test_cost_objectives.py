@@ -29,7 +29,6 @@ from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.front import dominates
 from paretune.search.policy.derived_metrics import check_device_specs
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.recommend.recommend import Limits, recommend
@@ -40,6 +39,7 @@ from paretune.spaces.space import Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.charts.points import menu_axes, staircase, title
 from paretune.tracking.wording import plain
+from support.plans import empty_plan
 
 DECODE = Measurement(2.0, "ms/token", 1.9, 2.2, "measured", 24, "machine", "n")
 NEW = ("throughput_tokens_per_s", "energy_j_per_token", "usd_per_million_tokens")
@@ -144,7 +144,7 @@ def ready(home: Path, target: Profile, **options: Any) -> Ready:
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, **options})
     check_device_specs(spec, target)
     space = Space.of(SHAPE, target.weight_formats)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     return Ready(spec, load_teacher("stdlib-coder"), target, space, plan)
 
 

@@ -14,7 +14,6 @@ from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study, find_study
 from paretune.search.spec import Spec
@@ -23,13 +22,14 @@ from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
 from paretune.spaces.space import Space
 from paretune.teachers.checkpoint.teacher import load_teacher
+from support.plans import empty_plan
 
 
 def make_ready(**options):
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, "max_candidates": 30, "finalists": 2, **options})
     profile = detected_profile()
     space = Space.of(SHAPE, profile.weight_formats)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     return Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
 
 

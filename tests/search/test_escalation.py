@@ -20,7 +20,6 @@ from paretune.search.escalation import PtqResult, QatContext, escalate, may_esca
 from paretune.search.evaluators.simulated import SHAPE, TEACHER_NLL, SimulatedEvaluator, VirtualClock, recovered_loss
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.recommend.recommend import point_dict
@@ -32,6 +31,7 @@ from paretune.search.task import Outcome, Task
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.report.report import write_report
+from support.plans import empty_plan
 
 OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
 STAKES = QatContext(OBJECTIVES, (2.2, 0.30, 3e6), ((2.0, 0.40, 4e6), (2.1, 0.35, 3.5e6)), 1.8, 1.87)
@@ -98,7 +98,7 @@ def searched(home: Path, **options: Any) -> tuple[list[tuple[Task, Outcome]], St
     spec = Spec.model_validate({"budget": "500s", "fit_points": 30, "finalists": 30, "max_candidates": 70, **options})
     profile = detected_profile()
     space = with_students(Space.of(SHAPE, profile.weight_formats), spec.student_configs)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     ready = Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
     store = create_study(ready, home, "s", "x")
     clock = VirtualClock()

@@ -29,7 +29,6 @@ from paretune.objectives.prediction.latency_fit import design
 from paretune.search.evaluators.decoder import Evaluator
 from paretune.search.evaluators.workspace import Workspace
 from paretune.search.policy.director import Director
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.samplers.optuna_sampler import distributions, frozen_trial
@@ -37,6 +36,7 @@ from paretune.search.spec import Spec
 from paretune.search.task import Task
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
+from support.plans import empty_plan
 
 INT4, GPTQ = Format(4, 32, "fp32"), Format(4, 32, "fp32", "gptq")
 
@@ -54,7 +54,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny
     )
     teacher, profile = load_teacher(spec.teacher), detected_profile()
     space = Space.of(teacher.shape, profile.weight_formats)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     store = create_study(Ready(spec, teacher, profile, space, plan), home, "s", "paretune search")
     store.close()
     return home / "studies" / "s", home

@@ -11,13 +11,13 @@ import pytest
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.escalation import QatContext
 from paretune.search.evaluators.decoder import Evaluator
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
 from paretune.search.task import Outcome, Task
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
+from support.plans import empty_plan
 
 INT4, INT8 = Format(4, 32, "int8"), Format(8, 32, "int8")
 OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
@@ -38,7 +38,7 @@ class Made:
         spec = Spec.model_validate({**settings, **options})
         teacher, profile = load_teacher(spec.teacher), detected_profile()
         space = Space.of(teacher.shape, profile.weight_formats, mild=mild)
-        plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+        plan = empty_plan(space, spec)
         name = f"s{len(list((self.folder / 'studies').glob('*')))}"
         create_study(Ready(spec, teacher, profile, space, plan), self.folder, name, "paretune search").close()
         return Evaluator(self.folder / "studies" / name, self.folder)

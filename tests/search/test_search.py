@@ -21,7 +21,6 @@ from paretune.search.front import dominates
 from paretune.search.policy.calibration import Calibration, Pair
 from paretune.search.policy.director import Director
 from paretune.search.policy.finalists import Explored, gaps, next_finalist, perceived
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study, find_study
 from paretune.search.recommend.recommend import Limits, recommend
@@ -33,13 +32,14 @@ from paretune.search.task import Outcome, Task
 from paretune.spaces.space import Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.mlflow.housekeeper import Housekeeper
+from support.plans import empty_plan
 
 
 def make_ready(**options):
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, **options})
     profile = detected_profile()
     space = Space.of(SHAPE, profile.weight_formats)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     return Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
 
 
@@ -276,7 +276,7 @@ def test_nsga2_can_be_chosen(tmp_path):
 @pytest.mark.parametrize("sampler", ["tpe", "sequential"])
 def test_a_tiny_space_is_exhausted_not_repeated(sampler, tmp_path):
     ready = make_ready(sampler=sampler, loss_of_interest=5.0)
-    small = Space(SHAPE, ("fp32/fp32",), 6, 768, 3)
+    small = Space(SHAPE, ("fp32/fp32",), 6, 768, 4)
     ready = Ready(ready.spec, ready.teacher, ready.profile, small, ready.plan)
     store = create_study(ready, tmp_path, "s", "x")
     code, done, _ = simulate(ready, store, tmp_path)

@@ -32,7 +32,6 @@ from paretune.search.execution.run import run_study
 from paretune.search.policy.calibration import Calibration, Pair
 from paretune.search.policy.director import Director
 from paretune.search.policy.initial_candidates import textbook_candidates
-from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.sensitivity_budget import affordable_tokens, expected_seconds
@@ -46,6 +45,7 @@ from paretune.spaces.mixed import Sensitivity, mean_bits, mix
 from paretune.spaces.precision import PrecisionChoices
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 from paretune.teachers.text.tokens import TokenSplit
+from support.plans import empty_plan
 
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
 INT4, INT8 = Format(4, 32, "int8"), Format(8, 32, "int8")
@@ -512,7 +512,7 @@ def make_ready(**options: Any) -> Ready:
     spec = Spec.model_validate({"budget": "300s", "fit_points": 30, **options})
     profile = detected_profile()
     space = replace(Space.of(SIMULATED, profile.weight_formats, second_order=False), mixed=spec.mixed_precision)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     return Ready(spec, load_teacher("stdlib-coder"), profile, space, plan)
 
 
@@ -623,7 +623,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, 
     )
     teacher, profile = load_teacher(spec.teacher), detected_profile()
     space = replace(Space.of(teacher.shape, profile.weight_formats), mixed=True)
-    plan = Plan("x", 1, "local-cpu", space.size(), {}, spec.budget_s, {}, 0, 0, 0, 0, 0, 0, ())
+    plan = empty_plan(space, spec)
     create_study(Ready(spec, teacher, profile, space, plan), home, "s", "x").close()
     return Evaluator(home / "studies" / "s", home)
 

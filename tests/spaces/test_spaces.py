@@ -259,7 +259,7 @@ def test_second_order_methods_are_left_out_where_they_take_minutes() -> None:
 
 
 def test_only_four_bit_matrices_are_proposed_with_gptq() -> None:
-    found = every_candidate(SMALL[0]).values()
+    found = every_candidate(Space(Shape(1, 64, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2)).values()
     assert any(c.quantizer == "gptq" for c in found)
     for candidate in found:
         quantizers = {(f.bits, f.algorithm) for f in matmul_formats(candidate)}
@@ -294,11 +294,11 @@ def test_finalists_treat_a_threshold_as_unstructured_and_a_given_mask_as_none() 
 
 SMALL = [
     Space(Shape(2, 64, 32, 2, 2, 16, 100), KERNELS, 2, 32, 2),
-    Space(Shape(2, 128, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2),
+    Space(Shape(2, 128, 32, 2, 2, 16, 100), KERNELS[::2], 1, 32, 2),
     Space(Shape(2, 256, 64, 2, 2, 16, 100), ("int8/int8", "int4/int8"), 1, 32, 1),
     Space(Shape(2, 48, 96, 3, 3, 16, 100), ("fp32/fp32", "int8/int8"), 2, 64, 3),
-    Space(Shape(1, 128, 32, 2, 2, 16, 100), ALL_KERNELS, 1, 32, 2),
-    Space(Shape(1, 128, 32, 2, 2, 16, 100, tied=False), ALL_KERNELS, 1, 32, 2),
+    Space(Shape(1, 128, 32, 2, 2, 16, 100), ALL_KERNELS[1:4], 1, 32, 2),
+    Space(Shape(1, 128, 32, 2, 2, 16, 100, tied=False), ALL_KERNELS[::2], 1, 32, 2),
     Space(Shape(1, 9600, 32, 2, 2, 16, 100), KERNELS, 1, 32, 2),  # too wide for second-order methods
     Space(Shape(1, 128, 32, 2, 2, 16, 100), ("int8/int8", "int4/int8"), 1, 32, 2, min_hidden=32, given=True),
 ]
@@ -312,13 +312,8 @@ SMALL = [
     ),
 )
 def test_size_counts_what_brute_force_enumerates(space: Space) -> None:
-    assert space.size() == len(every_candidate(space))
-
-
-@pytest.mark.parametrize("space", SMALL[2:4], ids=lambda s: f"hidden{s.shape.hidden}")
-def test_distinct_candidates_have_distinct_keys(space: Space) -> None:
     found = every_candidate(space)
-    assert len(set(found.values())) == len(found)
+    assert space.size() == len(found) == len(set(found.values())), "distinct candidates have distinct keys"
 
 
 @given(st.integers(1, 64).map(lambda n: 16 * n), st.sampled_from(GROUP_SIZES))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 BUDGET_ENDED, INTERRUPTED = 3, 130
 MOST_FAILURES_TOLD = 3
+OUT_OF_TIME = 0.5  # of the budget; a measurement that no longer fits is not begun
 
 
 def search(
@@ -258,7 +259,7 @@ def why_ended(view: StudyView, code: int) -> tuple[str, str]:
     """(reason, remedy) of a search that ended with `code` other than 0 and 130."""
     from paretune.search.study.view import failure_counts
 
-    reason, remedy = str(view.meta["ended"] or "no reason is known"), str(view.meta["remedy"] or "")
+    reason, remedy = str(view.meta["ended"] or _out_of_time(view)), str(view.meta["remedy"] or "")
     if code == BUDGET_ENDED:
         return (
             "the budget ended before a finalist was confirmed",
@@ -269,6 +270,17 @@ def why_ended(view: StudyView, code: int) -> tuple[str, str]:
         reason = f"nothing was confirmed: {'; '.join([reason, *counts])}"
         remedy = f"see {short(view.folder / 'worker.log')}; the same command goes on, with a larger --budget a new study begins"
     return reason, remedy or "mend that, then run the same command again: it goes on"
+
+
+def _out_of_time(view: StudyView) -> str:
+    """Why a search ended that says nothing itself: no time was left for a first measurement, on a slow machine or a busy one."""
+    spent, budget = float(view.meta["spent_s"]), float(view.meta["budget_s"])
+    if spent < OUT_OF_TIME * budget:
+        return "no reason is known"
+    return (
+        f"{spent:.0f} of the budget's {budget:.0f} s are used, and what was left was too little to measure a first baseline: "
+        "the machine is slow, or other work kept it busy"
+    )
 
 
 def _show_plan(plan: Plan, json: bool) -> None:
