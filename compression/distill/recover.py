@@ -57,6 +57,7 @@ class RecoveryRecipe:
 
     @property
     def steps(self) -> int:
+        """Number of training steps that `tokens` allow, at least 1."""
         return max(1, self.tokens // (self.batch * self.context))
 
     def uses_qat(self, candidate: Candidate) -> bool:
