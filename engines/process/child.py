@@ -77,6 +77,7 @@ class EngineChild:
 
     @property
     def pid(self) -> int:
+        """Process id of the child."""
         return self._process.pid
 
     def ask(self, timeout_s: float = 300.0, **request: Any) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
 
 
 class Decoder(EngineDecoder):
+    """A decoder whose graph torch runs on one device. Raises ValueError for a graph without the input `input_ids`."""
+
     def __init__(self, path: str, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
@@ -47,11 +49,13 @@ class Decoder(EngineDecoder):
         self.vocab = self.graph.outputs["logits"][2]
 
     def logits(self, ids: Ids) -> Logits:
+        """Return the logits [batch, length, vocab] of `ids` [batch, length], from one run with an empty cache."""
         run = self.begin(*ids.shape)
         run.step(ids)
         return run.logits()
 
     def begin(self, batch: int, length: int) -> InPlace:
+        """Return a generation with an empty KV cache for `batch` rows of up to `length` tokens."""
         return InPlace(self, batch, length)
 
 
@@ -68,6 +72,7 @@ class InPlace:
 
     @torch.inference_mode()
     def step(self, ids: Ids) -> float:
+        """Run `ids` [batch, length] after everything run before; return its milliseconds, CUDA kernels included."""
         self.done += ids.shape[1]
         feeds = {"input_ids": torch.from_numpy(ids), "attention_mask": self.mask[:, : self.done], **self.caches}
         self._wait()
@@ -77,6 +82,7 @@ class InPlace:
         return (time.perf_counter() - start) * 1e3
 
     def logits(self) -> Logits:
+        """Return a copy of the logits [batch, length, vocab] of the last step, on the CPU."""
         return np.array(self.last.cpu().numpy())
 
     def _wait(self) -> None:
