@@ -36,6 +36,8 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Answer:
+    """An agent's answer: `status` is HTTP's, `told` the JSON object in the body, empty without one."""
+
     status: int
     told: dict[str, Any]
 

@@ -131,6 +131,7 @@ class Watch:
         self.waited = self._waited_seconds()
 
     def foreign_cores(self) -> float:
+        """Return how many cores others took on average since the watch was made, at least 0."""
         elapsed = max(1e-3, time.monotonic() - self.start)
         taken = busy_seconds(self.cpus) - self.busy - (self._own_seconds() - self.own)
         return max(0.0, taken, self._waited_seconds() - self.waited) / elapsed

@@ -36,6 +36,7 @@ class Step:
 
     @property
     def rows(self) -> int:
+        """Number of new tokens in all sequences together."""
         return self.tokens * self.batch
 
 
@@ -60,6 +61,7 @@ class FusedOp:
 
     @property
     def bytes(self) -> float:
+        """All bytes that the op moves: weights, KV cache and activations."""
         return self.weight_bytes + self.cache_bytes + self.other_bytes
 
     @property
