@@ -237,11 +237,13 @@ class Spec(BaseModel):
 
     @property
     def choices(self) -> PrecisionChoices:
+        """The precisions, group sizes and quantizers in the form that the space takes."""
         sizes = tuple(PER_CHANNEL if size == "channel" else size for size in self.group_sizes)
         return PrecisionChoices(self.precisions, sizes, self.quantizers)
 
     @property
     def budget_s(self) -> float:
+        """The budget in seconds."""
         return seconds(self.budget)
 
     @property

@@ -36,7 +36,8 @@ class Host(Protocol):
     lock: MachineLock
 
     @property
-    def space(self) -> AnySpace: ...
+    def space(self) -> AnySpace:
+        """The study's space, whose `shape` predictions need."""
 
 
 class LatencyMeasuring(ABC):

@@ -27,6 +27,7 @@ class Measuring(LatencyMeasuring):
 
     @property
     def turn(self) -> Workload:
+        """The standard workload, or one that fits a shorter context. Raises UsageError below 8 tokens."""
         return workload_within(self.space.teacher.context)
 
     def build(self, candidate: Candidate, model: Path) -> None:
@@ -39,6 +40,7 @@ class Measuring(LatencyMeasuring):
         save_model(graph, model)
 
     def fitted(self) -> None:
+        """Free the sorted copy of the teacher's weights."""
         self.space.forget_sorted_teacher()
 
     def kept_file(self, candidate: Candidate) -> Path:

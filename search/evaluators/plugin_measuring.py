@@ -25,9 +25,11 @@ class PluginMeasuring(LatencyMeasuring):
         self.space = space
 
     def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
+        """Return the benchmark's measurements under a module's names: forward instead of decode."""
         return forward_measurements(measurements)
 
     def build(self, candidate: ModuleCandidate, model: Path) -> None:
+        """Write the module's graph with the candidate's masks and formats."""
         weights, _ = self.space.sparsify(candidate)
         save_model(self.space.graph(candidate).fill(weights, self.space.forms(candidate)), model)
 

@@ -31,6 +31,7 @@ class Side:
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """What a reader must know about this target; empty for the searched profile."""
         return () if self.target is None else self.target.notes
 
     @property
@@ -70,6 +71,7 @@ class Comparison:
     regrets: tuple[Regret, ...]
 
     def side(self, name: str) -> Side:
+        """Return the target of that name. Raises StopIteration if there is none."""
         return next(s for s in self.sides if s.name == name)
 
     def point(self, key: str) -> Point:
