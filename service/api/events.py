@@ -26,6 +26,7 @@ class Streams:
 
     @property
     def is_full(self) -> bool:
+        """Whether MOST_STREAMS streams are open."""
         return self.open >= MOST_STREAMS
 
     def require_room(self) -> None:

@@ -56,6 +56,7 @@ class Notify(BaseModel):
 
     @property
     def is_on(self) -> bool:
+        """Whether a command or a webhook is set."""
         return self.command is not None or self.url is not None
 
 
