@@ -58,10 +58,12 @@ class Sensitivity:
         return name, self.formats[j], named[name][j]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the table as a dictionary; `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Return the table of a parsed JSON object. Raises KeyError or ValueError if it is none."""
         return cls(
             tuple(Format(**f) for f in data["formats"]),
             tuple(map(tuple, data["attention"])),

@@ -165,6 +165,7 @@ class Space:
 
     @property
     def scores(self) -> tuple[Score, ...]:
+        """The scores that may rank weights for pruning; SparseGPT is one of them where `has_second_order`."""
         return SCORES if self.has_second_order else tuple(s for s in SCORES if s != "sparsegpt")
 
     @property
