@@ -97,6 +97,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
+        """The study's folder in its home."""
         return self.home / "studies" / self.name
 
     @property
@@ -226,14 +227,17 @@ class Recommended:
 
     @property
     def key(self) -> str:
+        """Key of the recommended candidate, 16 hex digits."""
         return self._point.key
 
     @property
     def name(self) -> str:
+        """Short name of the recommended candidate, as tables show it."""
         return self._point.name
 
     @property
     def why(self) -> tuple[str, ...]:
+        """The reasons for the recommendation, a phrase each."""
         return self.advice.why
 
     @property
