@@ -172,6 +172,7 @@ def _groups(sizes: set[int]) -> str:
 
 
 def candidate_tags(point: Point) -> dict[str, str]:
+    """Return the tags of a candidate's run, among them the provenance of its latency and its description."""
     latency = measurement(point, point.figures.latency)
     return {
         "kind": "candidate",
