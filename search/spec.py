@@ -252,7 +252,7 @@ class Spec(BaseModel):
         return 4 * self.finalists
 
     def digest(self) -> str:
-        """12 hex digits; two searches with the same settings have the same. No further targets count as before there were any."""
+        """Return 12 hex digits, the same for the same settings; without further targets, as in versions before them."""
         settings = self.model_dump(mode="json")
         if not self.targets:
             del settings["targets"]

@@ -284,7 +284,10 @@ class Candidate:
         return any(layer.pattern.kind != "none" for layer in self.layers)
 
     def to_json(self) -> str:
-        """What came later goes without saying at its default, so candidates of versions that knew nothing else keep their keys."""
+        """Return the candidate as canonical JSON.
+
+        Settings that later versions added are left out at their default, so that older candidates keep their keys.
+        """
         return json.dumps(asdict(self, dict_factory=_without_defaults), sort_keys=True, separators=(",", ":"))
 
     @classmethod

@@ -29,7 +29,10 @@ UNWRITTEN = np.float32(-3e38)  # no logit
 
 
 def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
-    """Raises EnvironmentProblem for anything but the CPU, ValueError for a module of a plug-in."""
+    """Open a decoder's graph on the CPU.
+
+    Raises EnvironmentProblem for any other provider, ValueError for a module of a plug-in.
+    """
     if provider != CPU:
         raise EnvironmentProblem(
             f"the engine openvino is run on the CPU only, but the profile asks for {provider}",

@@ -1,6 +1,6 @@
 """One ONNX decoder in torch, on the CPU or on CUDA. Imported in engine children only.
 
-It runs the artifact's own graph (torch_graph.py), so it is a second opinion on what the file computes, and what a target with
+It runs the artifact's own graph (graph.py), so it is a second opinion on what the file computes, and what a target with
 torch alone would take. Its times are torch's: quantized weights are float32 there.
 """
 
@@ -20,7 +20,11 @@ PAST = "past_key_values."
 
 
 def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
-    """Raises EnvironmentProblem where torch has no such device, ValueError for a module of a plug-in."""
+    """Open a decoder's graph on the provider's device.
+
+    Raises UsageError for a provider that torch does not run on, EnvironmentProblem where torch finds no such device,
+    ValueError for a module of a plug-in.
+    """
     if provider not in DEVICES:
         raise UsageError(
             f"the engine torch runs on {' or '.join(DEVICES)}, but the profile asks for {provider}",

@@ -129,7 +129,7 @@ class AgentClient:
 
 @dataclass(frozen=True)
 class RemoteBenchmark:
-    """What stands where a Lane stands when the target is elsewhere: the same reference, sent along."""
+    """A latency benchmark on another machine: the agent measures there, against a reference that is sent along."""
 
     client: AgentClient
     reference: Path

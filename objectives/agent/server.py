@@ -3,7 +3,7 @@
     GET    /v1/health               what this machine is and whether it is busy
     HEAD   /v1/artifacts/SHA256     whether a file is here
     PUT    /v1/artifacts/SHA256     take a file (application/octet-stream)
-    POST   /v1/measurements         order a measurement (JSON, agent_order.py); answers with its id
+    POST   /v1/measurements         order a measurement (JSON, order.py); answers with its id
     GET    /v1/measurements/ID      queued, running, done with measurements, or failed with a reason
     DELETE /v1/measurements/ID      cancel it
 
@@ -38,7 +38,7 @@ ARTIFACT, MEASUREMENT = re.compile(r"/v1/artifacts/([0-9a-f]{64})"), re.compile(
 
 
 class Refusal(Exception):
-    """An answer that is none: status, the rule with the value, and what else the client should know."""
+    """A request that is refused: the HTTP status, the rule with the value, and what else the client should know."""
 
     def __init__(self, status: int, problem: str, **more: Any) -> None:
         super().__init__(problem)

@@ -43,7 +43,7 @@ class Answer:
 
 
 class Wire:
-    """Requests to `url` with `token`. Raises UsageError for a URL that is none. Redirects are never followed."""
+    """Requests to `url` with `token`. Raises UsageError for a malformed URL. Redirects are never followed."""
 
     def __init__(self, url: str, token: str, timeouts: Timeouts, sleep: Callable[[float], None] = time.sleep) -> None:
         match = URL.fullmatch(url)

@@ -30,7 +30,7 @@ class EnergyCounter(Protocol):
     settle_s: float
 
     def joules(self) -> float:
-        """Since some moment; never falls."""
+        """Return the joules counted since some moment; they never decrease."""
 
     def close(self) -> None:
         """Let go of what was opened."""

@@ -77,10 +77,10 @@ class BenchmarkSession:
 def run_abba_rounds(
     reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True, turn: Workload = STANDARD
 ) -> BenchmarkSession:
-    """Both children have a model loaded and are warm; `alone`: the machine lock is held. `turn` is the candidate's; the
-    reference always does the standard one.
+    """Time `rounds` rounds of reference, candidate, candidate, reference. Both children are loaded and warm.
 
-    A disturbed visit ends after half of its rounds: it will be repeated.
+    `turn` is the candidate's workload; the reference always does the standard one. `alone`: the machine lock is held.
+    A disturbed visit ends after half of its rounds, because it will be repeated.
     """
     visit, watch = BenchmarkSession(alone=alone), Watch([reference, candidate])
     for number in range(rounds):

@@ -62,7 +62,7 @@ class Node:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Node:
-        """Of a row of `engines.node_times.rows_of`."""
+        """Return the node of a row that `rows_of` in engines/onnxruntime/node_times.py made."""
         shapes = tuple(tuple(shape) for shape in row["inputs"])
         return cls(
             row["name"], row["op"], row["phase"], row["ms"], shapes, tuple(row["output"]), int(row["moved_bytes"])

@@ -44,8 +44,11 @@ class Measuring(LatencyMeasuring):
         self.space.forget_sorted_teacher()
 
     def kept_file(self, candidate: Candidate) -> Path:
-        """Where a candidate's latency is kept: a changed weight value, quantizer or (without a kernel for it) pattern hits, a
-        changed shape, precision, profile, engine version, thread count or machine misses."""
+        """Return the path at which a candidate's latency is kept.
+
+        Candidates share it if they differ only in weight values, quantizer, or a pattern without a kernel. A change of
+        shape, precision, profile, engine version, thread count or machine gives another path.
+        """
         profile = self.space.profile
         layers = tuple(
             Layer(

@@ -48,7 +48,7 @@ class Side:
         return sum(self.provenance(p.key) == "measured" for p in self.view.confirmed)
 
     def provenance(self, key: str) -> str:
-        """Of a candidate's latency: "measured", "predicted", "disturbed"; "infeasible" or "unknown" where it has none."""
+        """Return the provenance of a candidate's latency, "infeasible" or "unknown" if it has none."""
         point = next((p for p in self.view.confirmed if p.key == key), None)
         if point is None:
             return "infeasible" if key in self.infeasible else "unknown"
@@ -79,7 +79,7 @@ class Comparison:
         return next(p for p in self.view.confirmed if p.key == key)
 
     def origin(self, regret: Regret, a: str, b: str) -> Cell:
-        """Of a cell: "measured" only if A's choice and what B would take itself were both measured on B."""
+        """Provenance of a cell: "measured" only if both A's choice and B's own choice were measured on B."""
         used = {"unknown" if k is None else self.side(b).provenance(k) for k in (regret.choices[a], regret.choices[b])}
         return "measured" if used == {"measured"} else "predicted"
 

@@ -326,7 +326,7 @@ def _checked(store: Store) -> Store:
 
 @contextmanager
 def reading(store: Store) -> Iterator[None]:
-    """What keeps a study from being read as EnvironmentProblem: its disk, its file, or rows that something else has written."""
+    """Raise EnvironmentProblem if the study cannot be read: for its disk, its file, or rows that it has not written."""
     try:
         with told(store.folder, "the study database"):
             yield

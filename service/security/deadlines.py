@@ -1,9 +1,9 @@
 """uvicorn with deadlines: it has none for a connection that sends nothing, one byte a second, or reads no answer.
 
 `Timed` is uvicorn's h11 protocol and tells `Connections` (common/connections.py) what its client owes: the header of a
-request, or reading what was sent. `TimedServer` ends the overdue ones at uvicorn's own tick, ten times a second. The body has
-its deadline in security.py. Both stand on uvicorn's `cycle`, `on_response_complete` and `on_tick`; tests/common/test_connections.py
-would see them go.
+request, or reading what was sent. `TimedServer` ends the overdue ones at uvicorn's own tick, ten times a second. The
+body has its deadline in guard.py. Both rely on uvicorn's `cycle`, `on_response_complete` and `on_tick`;
+tests/common/test_connections.py fails if uvicorn drops them.
 """
 
 from __future__ import annotations
