@@ -108,7 +108,7 @@ def token_matches(header: str | None, token: str) -> bool:
 
 
 def plain_address(address: str) -> str:
-    """An address without its zone, and an IPv4 address that a socket of IPv6 shows as one of its own as IPv4."""
+    """Return the address without its zone; an IPv4 address mapped into IPv6 (`::ffff:…`) is returned as IPv4."""
     address = address.partition("%")[0]
     with contextlib.suppress(ValueError):
         mapped = ipaddress.IPv6Address(address).ipv4_mapped
@@ -122,7 +122,7 @@ def in_url(host: str) -> str:
 
 
 def url_to_open(host: str, port: int) -> str:
-    """Where a server that listens on `host` is found from this machine: "every address" is none that a client can name."""
+    """Return the URL at which this machine reaches a server that listens on `host`; loopback if it is every address."""
     return f"http://{in_url({'0.0.0.0': '127.0.0.1', '': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"
 
 

@@ -60,5 +60,6 @@ def _readable_sha256(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -29,14 +29,20 @@ class ParetuneError(Exception):
 
 
 class UsageError(ParetuneError):
+    """The user must change the command or a file (exit code 2)."""
+
     exit_code = 2
 
 
 class NothingFeasible(ParetuneError):
+    """The limits exclude every candidate, or none could be confirmed (exit code 4)."""
+
     exit_code = 4
 
 
 class EnvironmentProblem(ParetuneError):
+    """The user must mend the disk, the memory, a package or the machine (exit code 5)."""
+
     exit_code = 5
 
 

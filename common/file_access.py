@@ -35,7 +35,7 @@ MACHINE: Final[Mapping[int, str]] = {
 
 
 def unreadable(path: Path, error: OSError, what: str = "") -> ParetuneError:
-    """What to tell the user of a file or folder that the system does not let be read; `what` it is, such as "the study's database".
+    """Return the error to raise for a file or folder that cannot be read; `what` names it, as "the study's database".
 
     A UsageError where the path or its permissions are to be changed, an EnvironmentProblem where the machine is.
     """
@@ -53,7 +53,7 @@ def unreadable(path: Path, error: OSError, what: str = "") -> ParetuneError:
 
 
 def unwritable(path: Path, error: OSError, remedy: str, what: str = "") -> EnvironmentProblem:
-    """What to tell the user of a file or folder that cannot be written; `remedy` where the system's reason suggests no other."""
+    """Return the error to raise for a file or folder that cannot be written. `remedy` is always part of the advice."""
     named = f"{what} {_told(path)}" if what else _told(path)
     if error.errno in (errno.EACCES, errno.EPERM):
         problem, mend = _permission(path, "written")
@@ -64,7 +64,7 @@ def unwritable(path: Path, error: OSError, remedy: str, what: str = "") -> Envir
 
 
 def path_problem(error: OSError) -> ParetuneError | None:
-    """What to tell of an error that nobody expected and that names its path and cause; None where it may well be our own mistake."""
+    """Return what to raise for an unexpected error that a path or the machine explains; None if it may be a bug."""
     if "usable temporary" in str(error):
         return EnvironmentProblem(
             error.strerror or str(error), "make /tmp writable, or name a folder that is with TMPDIR"

@@ -103,7 +103,7 @@ REMEDIES = {
 
 
 def disk_problem(error: OSError) -> DiskProblem | None:
-    """What to tell the user of a disk that takes nothing; None for other errors."""
+    """Return the error to raise if `error` is for want of disk or file handles, or a failing disk; None for others."""
     if error.errno not in REMEDIES:
         return None
     rule, remedy = REMEDIES[error.errno]

@@ -52,6 +52,7 @@ def package_version(name: str) -> str:
 
 
 def detect_local() -> Machine:
+    """Read the facts of this machine. Where /proc/cpuinfo is missing, `isa` is empty and the CPU's name is Python's."""
     text = _read("/proc/cpuinfo")
     fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}

@@ -35,6 +35,7 @@ def widens_each_call(profile: Profile, kernel: Kernel) -> bool:
 
 
 def is_onnxruntime_cpu(profile: Profile) -> bool:
+    """Whether the target runs ONNX Runtime's CPU kernels."""
     return profile.engine == "onnxruntime" and profile.execution_provider == CPU_PROVIDER
 
 

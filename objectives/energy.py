@@ -20,9 +20,9 @@ NEEDED = {ENERGY: "power_watts", COST: "price_usd_per_hour"}
 
 
 def throughput(decode: Measurement, batch: int = 1) -> Measurement:
-    """Tokens per second of `batch` streams that decode together, from the milliseconds of one step (interval turned round).
+    """Return the tokens per second of `batch` streams that decode together; `decode` is the milliseconds of one step.
 
-    An interval that reaches a hundredth of its value or below says nothing about how fast it can be: it ends there.
+    The interval is that of the time, inverted; its lower end counts as a hundredth of the value at least.
     """
     shortest = max(decode.low, decode.value / 100)
     value, low, high = (1e3 * batch / ms for ms in (decode.value, decode.high, shortest))

@@ -30,6 +30,7 @@ class MetricNames:
 
     @property
     def is_decoder(self) -> bool:
+        """Whether these are the names of a decoder, not of a plug-in's module."""
         return self.latencies[0][0] != FORWARD
 
     @property
@@ -44,6 +45,7 @@ class MetricNames:
 
     @property
     def latency(self) -> str:
+        """Name of the latency that is an objective."""
         return self.latencies[0][0]
 
     def objectives(self) -> tuple[str, ...]:
@@ -51,6 +53,7 @@ class MetricNames:
         return self.quality, self.latency, "compressed_bytes"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the names as a study's meta keeps them; `of` reads them back."""
         return asdict(self)
 
     @classmethod

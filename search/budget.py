@@ -41,7 +41,9 @@ class Budget:
         return f"{self.elapsed_s:.0f} s were used of a budget of {self.total_s:.0f} s" if over > OVER_S else ""
 
     def charge(self, stage: Stage, seconds: float) -> None:
+        """Add `seconds` to what a stage has used."""
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     def used(self, *stages: Stage) -> float:
+        """Return the seconds that these stages have used together."""
         return sum(self.stages.get(stage, 0.0) for stage in stages)

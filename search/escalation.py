@@ -60,10 +60,12 @@ class QatContext:
         return cls(objectives, estimate, tuple(confirmed[i] for i in non_dominated(confirmed)), **rest)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the context as a dictionary; `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QatContext:
+        """Return the context of a parsed JSON object, whose lists become tuples."""
         vectors = {"estimate": tuple(data["estimate"]), "front": tuple(tuple(v) for v in data["front"])}
         return cls(**{**data, **vectors, "objectives": tuple(data["objectives"])})
 

@@ -240,11 +240,13 @@ class Spec(BaseModel):
 
     @property
     def choices(self) -> PrecisionChoices:
+        """The precisions, group sizes and quantizers in the form that the space takes."""
         sizes = tuple(PER_CHANNEL if size == "channel" else size for size in self.group_sizes)
         return PrecisionChoices(self.precisions, sizes, self.quantizers)
 
     @property
     def budget_s(self) -> float:
+        """The budget in seconds."""
         return seconds(self.budget)
 
     @property
@@ -253,7 +255,7 @@ class Spec(BaseModel):
         return 4 * self.finalists
 
     def digest(self) -> str:
-        """12 hex digits; two searches with the same settings have the same. No further targets count as before there were any."""
+        """Return 12 hex digits, the same for the same settings; without further targets, as in versions before them."""
         settings = self.model_dump(mode="json")
         for old, new in RENAMED.items():  # studies are found again by the digest of their first name
             settings[old] = settings.pop(new)

@@ -25,12 +25,14 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
+        """Return the task as JSON; `from_json` reads it back."""
         data = asdict(self)
         data["candidate"] = None if self.candidate is None else json.loads(self.candidate.to_json())
         return json.dumps(data)
 
     @classmethod
     def from_json(cls, text: str) -> Task:
+        """Return the task that `to_json` wrote."""
         data = json.loads(text)
         candidate = data.pop("candidate")
         return cls(candidate=None if candidate is None else candidate_from_dict(candidate), **data)
@@ -50,12 +52,14 @@ class Outcome:
     artifact: tuple[str, str] | None = None
 
     def to_json(self) -> str:
+        """Return the outcome as JSON; `from_json` reads it back."""
         data = asdict(self)
         data["scores"] = None if self.scores is None else self.scores.__dict__
         return json.dumps(data)
 
     @classmethod
     def from_json(cls, text: str) -> Outcome:
+        """Return the outcome that `to_json` wrote."""
         data = json.loads(text)
         data["measurements"] = {name: Measurement.from_dict(m) for name, m in data["measurements"].items()}
         data["scores"] = None if data["scores"] is None else Scores.from_dict(data["scores"])

@@ -39,6 +39,7 @@ class Json(JSONResponse):
     """An answer that can always be sent: a study may hold an infinite perplexity, or the name of a file that is no Unicode."""
 
     def render(self, content: Any) -> bytes:
+        """Return `content` as JSON in UTF-8; what neither can hold is replaced as `sendable` does."""
         try:
             return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         except ValueError:  # UnicodeEncodeError is one

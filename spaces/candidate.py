@@ -47,10 +47,12 @@ class Shape:
 
     @property
     def heads_per_group(self) -> int:
+        """Number of query heads that share one KV head."""
         return self.heads // self.kv_heads
 
     @property
     def ffn_matrices(self) -> int:
+        """Number of matrices in an FFN: 3 with a gate, 2 without."""
         return 3 if self.gated else 2
 
     @property
@@ -85,6 +87,7 @@ class Format:
 
     @property
     def name(self) -> str:
+        """The weights' type: fp32, fp16, bf16, int8, int4 or int2."""
         return self.half if self.bits == 16 else "fp32" if self.bits == 32 else f"int{self.bits}"
 
     @property
@@ -99,6 +102,7 @@ class Format:
 
     @property
     def is_integer(self) -> bool:
+        """Whether weights are stored as integer codes."""
         return self.bits < 16
 
     @property
@@ -247,6 +251,7 @@ class Candidate:
 
     @property
     def is_quantized(self) -> bool:
+        """Whether any matrix is in another format than fp32; 16-bit floats count too."""
         return any(f.bits != 32 for f in (*self._matmul_formats, self.embedding_format))
 
     @property
@@ -261,6 +266,7 @@ class Candidate:
 
     @property
     def uses_dynamic_activations(self) -> bool:
+        """Whether any matrix product takes the scale of its activations from the tensor itself."""
         return any(f.activation == "dynamic" for f in self._matmul_formats)
 
     @property
@@ -269,18 +275,24 @@ class Candidate:
 
     @property
     def is_sparse(self) -> bool:
+        """Whether any layer has a pattern of zeros."""
         return any(layer.pattern.kind != "none" for layer in self.layers)
 
     def to_json(self) -> str:
-        """What came later goes without saying at its default, so candidates of versions that knew nothing else keep their keys."""
+        """Return the candidate as canonical JSON.
+
+        Settings that later versions added are left out at their default, so that older candidates keep their keys.
+        """
         return json.dumps(asdict(self, dict_factory=_without_defaults), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Candidate:
+        """Return the candidate that `to_json` wrote."""
         return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Candidate:
+        """Return the candidate of the parsed JSON that `to_json` wrote."""
         layers = tuple(
             Layer(
                 d["ffn"],

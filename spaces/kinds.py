@@ -21,6 +21,7 @@ def candidate_from_dict(data: dict[str, Any]) -> AnyCandidate:
 
 
 def candidate_from_json(text: str) -> AnyCandidate:
+    """Return the candidate, of either kind, that `to_json` wrote."""
     return candidate_from_dict(json.loads(text))
 
 

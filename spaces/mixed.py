@@ -58,10 +58,12 @@ class Sensitivity:
         return name, self.formats[j], named[name][j]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the table as a dictionary; `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Return the table of a parsed JSON object. Raises KeyError or ValueError if it is none."""
         return cls(
             tuple(Format(**f) for f in data["formats"]),
             tuple(map(tuple, data["attention"])),
@@ -75,7 +77,7 @@ class Sensitivity:
 def mix(candidate: Candidate, table: Sensitivity, shape: Shape, hidden: int, effective_bits: float) -> Candidate:
     """The `candidate` with the formats of least summed loss within `effective_bits`; those it had do not matter.
 
-    `hidden` is the student's own. With fewer bits than the cheapest formats take, the cheapest.
+    `hidden` is the student's own. If even the cheapest formats take more bits, those are chosen.
     """
     widths = tuple((layer.ffn, layer.kv_groups) for layer in candidate.layers)
     table = replace(table, formats=tuple(_repaired(f, hidden) for f in table.formats))
@@ -88,7 +90,7 @@ def mix(candidate: Candidate, table: Sensitivity, shape: Shape, hidden: int, eff
 
 
 def mean_bits(candidate: Candidate, shape: Shape, hidden: int) -> float:
-    """Stored bits of all matrices with their scales, per weight; a tied table that is stored twice counts twice as bits only."""
+    """Stored bits per weight, with scales. A tied table that is stored twice counts twice in bits, once in weights."""
     attention, ffn = zip(*(_layer_matrices(shape, hidden, x.ffn, x.kv_groups) for x in candidate.layers), strict=True)
     table = [(shape.vocab, hidden)]
     bits = sum(stored_bits(x.attention_format, m) for x, m in zip(candidate.layers, attention, strict=True))

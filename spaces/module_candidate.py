@@ -47,6 +47,7 @@ class SliceAxis:
     shares: tuple[tuple[float, ...], ...] = ()
 
     def share(self, choice: int, group: int) -> float:
+        """Return the fraction of the group's MACs that is left at `choice`; 1 where the shares are not known."""
         return self.shares[self.choices.index(choice)][group] if self.shares else 1.0
 
 
@@ -104,10 +105,12 @@ class ModuleCandidate:
 
     @property
     def is_quantized(self) -> bool:
+        """Whether any group of matrices is in another format than fp32."""
         return any(g.format.bits != 32 for g in self.groups)
 
     @property
     def is_sparse(self) -> bool:
+        """Whether any group of matrices has a pattern of zeros."""
         return any(g.pattern.kind != "none" for g in self.groups)
 
     def is_full_size(self, shape: ModuleShape) -> bool:
@@ -130,6 +133,7 @@ class ModuleCandidate:
         return math.prod(axis.share(dict(self.widths)[axis.name], group) for axis in shape.axes)
 
     def to_json(self) -> str:
+        """Return the candidate as JSON with sorted keys; settings at their default are left out."""
         data = {
             "kind": KIND,
             "groups": {

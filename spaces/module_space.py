@@ -29,7 +29,7 @@ class ModuleSpace:
 
     @classmethod
     def of(cls, shape: ModuleShape, kernels: tuple[str, ...]) -> ModuleSpace:
-        """What the profile's `kernels` name; weights only, so the activations they name do not matter."""
+        """Return the space of the weight precisions that `kernels` name. Activations stay float, whatever they name."""
         names = {kernel.split("/")[0] for kernel in kernels} | {"fp32"}
         return cls(shape, tuple(b for b in BITS if ("fp32" if b == 32 else f"int{b}") in names))
 

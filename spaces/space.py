@@ -58,9 +58,10 @@ Distribution = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Space:
-    """All layer-uniform candidates of a teacher's `shape` that those of `kernels` (`int4/int8` …) in `choices` execute.
+    """All layer-uniform candidates of a teacher's `shape`, in the precisions of `choices` that `kernels` execute.
 
-    With `mixed`, those also that `sensitivity` assigns a format per layer; nothing can be decoded into one before it is known.
+    A kernel is named like `int4/int8`. With `mixed`, candidates whose layers differ in format belong to the space too;
+    `sensitivity` assigns the formats, so it must be known before one is decoded.
     `min_depth`, `min_ffn`, `min_kv_groups` bound the student from below; a teacher that cannot be retrained gets mild cuts.
     `min_hidden` bounds the residual stream, 0 leaves it alone. With `given` the teacher came with masks that can be kept.
     `extra_ffn` are widths beside the usual ones.
@@ -165,6 +166,7 @@ class Space:
 
     @property
     def scores(self) -> tuple[Score, ...]:
+        """The scores that may rank weights for pruning; SparseGPT is one of them where `has_second_order`."""
         return SCORES if self.has_second_order else tuple(s for s in SCORES if s != "sparsegpt")
 
     @property
@@ -367,7 +369,7 @@ class Space:
         return found
 
     def size(self) -> int:
-        """Number of distinct candidates, counted over canonical ones; mixed ones at most so, before the table is known."""
+        """Number of distinct (canonical) candidates; of mixed ones an upper bound until `sensitivity` is known."""
         ratios = len(self.scores) * len(RATIOS)
         patterns = 1 + len(self.scores) + (len(PATTERNS) - 2) * ratios + int(self.given)
         sizes = (

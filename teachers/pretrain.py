@@ -64,6 +64,7 @@ def held_out_nll(model: Any, tokens: torch.Tensor, windows: int) -> float:
 
 
 def make_model() -> Any:
+    """Return the untrained Llama; its residual projections are scaled by 1/sqrt(12)."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
@@ -87,6 +88,7 @@ def make_model() -> Any:
 
 
 def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
+    """Return Muon for the layers' matrices, and AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     norms = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [
@@ -100,6 +102,7 @@ def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
 
 
 def train_tokenizer(out: Path, paths: list[Path]) -> ByteLevelBPETokenizer:
+    """Train a byte-level BPE tokenizer of VOCAB tokens on the files `paths`, and write it to bpe.json in `out`."""
     target = out / "bpe.json"
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train([str(p) for p in paths], vocab_size=VOCAB, special_tokens=["<|end|>"])
@@ -108,11 +111,13 @@ def train_tokenizer(out: Path, paths: list[Path]) -> ByteLevelBPETokenizer:
 
 
 def encode(tokenizer: ByteLevelBPETokenizer, paths: list[Path]) -> torch.Tensor:
+    """Return the token ids (int64) of all files, one after the other, each ended by token 0."""
     ids = [np.array([*tokenizer.encode(p.read_text("utf8", "ignore")).ids, 0]) for p in paths]
     return torch.from_numpy(np.concatenate(ids).astype(np.int64))
 
 
 def main() -> None:
+    """Read the command line and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=2900.0, help="length of the schedule in seconds of training")

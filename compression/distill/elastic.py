@@ -106,13 +106,16 @@ class ElasticTrainer:
 
     @property
     def done(self) -> bool:
+        """Whether training has used all of the recipe's seconds."""
         return self.elapsed >= self.recipe.seconds
 
     @property
     def tokens(self) -> int:
+        """Number of tokens trained on so far, over all runs."""
         return self.step_count * self.recipe.batch * self.recipe.context
 
     def network(self, depth: int) -> Network:
+        """Return the network of `depth` layers; it is built once and kept."""
         if depth not in self.networks:
             self.networks[depth] = Network(self.config, self.shape, depth)
         return self.networks[depth]

@@ -24,6 +24,7 @@ class Optimizers:
         self.parameters = list(parameters.values())
 
     def step(self, scale: float) -> None:
+        """Clip the gradients to a total norm of 1, step at `scale` times the peak rates, and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, rates in zip(self.pair, self.peak, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -57,10 +57,15 @@ class RecoveryRecipe:
 
     @property
     def steps(self) -> int:
+        """Number of training steps that `tokens` allow, at least 1."""
         return max(1, self.tokens // (self.batch * self.context))
 
     def uses_qat(self, candidate: Candidate) -> bool:
-        """Whether training may see the rounding: with 4-bit layers, whose error a few steps can move, unless they are calibrated."""
+        """Whether training may see the rounding.
+
+        "auto" allows it with layers of fewer than 8 bits, whose error a few steps can move; "always" with any quantized
+        matrix. A candidate with codes from calibration text never is.
+        """
         if candidate.needs_calibration:
             return False
         if self.qat == "auto":
@@ -87,10 +92,10 @@ def recover(
     """Distil the candidate's `weights` (masked, unquantized) from the teacher of `depth` layers; masked entries stay zero.
 
     `kept` are the teacher's layers of the student (for hidden-state matching; all if left out), `cache` keeps the teacher's
-    labels. `decide(weights)` is asked once, after `ptq_share` of the steps, whether the rest sees the rounding; without it a
-    candidate that may be trained so always is. Returns the new weights and {"tokens", "seconds", "loss", "qat"}; `stop()` ends
-    early between two steps. Warns (NothingChanged) if there are masks and none drops a weight; raises ValueError if one names no
-    weight, or where hidden states cannot be matched.
+    labels. `decide(weights)` is asked once, after `ptq_share` of the steps, whether the rest sees the rounding; without
+    it all steps do, if the candidate may be trained so. Returns the new weights and {"tokens", "seconds", "loss",
+    "qat"}; `stop()` ends early between two steps. Warns (NothingChanged) if there are masks and none drops a weight;
+    raises ValueError if one names no weight, or where hidden states cannot be matched.
     """
     if unknown := sorted(masks.keys() - weights.keys()):
         raise ValueError(f"every mask must belong to a weight of the student, but it has no {', '.join(unknown)}")

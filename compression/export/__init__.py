@@ -1,1 +1,1 @@
-"""From a student in torch to the folder that ships. `checksums` alone is light; the rest needs torch and onnx."""
+"""From a student in torch to the folder that ships. It needs torch and onnx."""

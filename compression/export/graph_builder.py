@@ -57,11 +57,13 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> str:
+        """Append a node and return the name of its first output, `<name>/output` unless `outputs` are given."""
         outputs = outputs or [f"{name}/output"]
         self.nodes.append(helper.make_node(op, inputs, outputs, name, domain=domain, **attributes))
         return outputs[0]
 
     def constant(self, name: str, value: Array | torch.Tensor) -> str:
+        """Add an initializer unless there is one of that name, and return the name. bfloat16 stays bfloat16."""
         is_bf16 = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16  # numpy has none
         if isinstance(value, torch.Tensor):
             array = (value.view(torch.int16) if is_bf16 else value).detach().contiguous().numpy()
@@ -206,6 +208,7 @@ class GraphBuilder:
         stream: str,
         outputs: list[str] | None = None,
     ) -> str:
+        """stream @ W.T by ONNX Runtime's MatMulNBits; W has the `size` [N, K], `inputs` are its codes and scales."""
         return self.node(
             "MatMulNBits",
             [stream, *inputs],
@@ -247,6 +250,10 @@ class GraphBuilder:
         return self.node("Reshape", [normed, all_heads], f"{name}/join")
 
     def attention(self, i: int, qkv: list[str], layer: Layer, shape: Shape) -> str:
+        """Append layer `i`'s GroupQueryAttention with its KV cache.
+
+        Returns the output [batch, sequence, heads * head_dim]. Positions are rotary unless the shape has learned ones.
+        """
         path, rotary = f"/model/layers.{i}/attn/gqa", not shape.positions
         inputs = [
             *qkv,
@@ -303,6 +310,7 @@ class GraphBuilder:
         return stream
 
     def head(self, form: Format, normed: str) -> None:
+        """Append the product with the head's table; it writes the output `logits` [batch, sequence, vocab]."""
         if not form.is_integer:
             self.node("MatMul", [normed, *self.head_inputs], "/lm_head", ["logits"])
         elif self.head_inputs:
@@ -311,6 +319,7 @@ class GraphBuilder:
             self.integer_product(self.head_codes, form, "/lm_head", "lm_head", normed, ["logits"])
 
     def finish(self, candidate: Candidate, shape: Shape) -> onnx.ModelProto:
+        """Declare the inputs, outputs and opsets that `build_model` documents, and return the model."""
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
             helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),

@@ -80,6 +80,7 @@ class ModuleGraph:
 
 
 def input_names(batch: Batch) -> list[str]:
+    """Return the names of the graph's inputs for this batch: `input0`, `input1`, and so on."""
     return [f"input{i}" for i in range(len(batch.inputs))]
 
 

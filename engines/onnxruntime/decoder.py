@@ -66,6 +66,7 @@ class Decoder(EngineDecoder):
         self.vocab = int(self.session.get_outputs()[0].shape[2])
 
     def logits(self, ids: Ids) -> Logits:
+        """Return the logits [batch, length, vocab] of `ids` [batch, length], computed in one run with empty caches."""
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         for name, (heads, size) in self.caches:
             feeds[name] = np.zeros((ids.shape[0], heads, 0, size), np.float32)
@@ -73,6 +74,7 @@ class Decoder(EngineDecoder):
         return found
 
     def begin(self, batch: int, length: int) -> Shared:
+        """Return a generation with an empty KV cache for `batch` rows of up to `length` tokens."""
         return Shared(self, batch, length)
 
 
@@ -90,6 +92,7 @@ class Shared:
             self.binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
 
     def step(self, ids: Ids) -> float:
+        """Run `ids` [batch, length] after everything run before; return the milliseconds that the session took."""
         batch, length = ids.shape
         self.done += length
         if length not in self.outputs:
@@ -105,5 +108,6 @@ class Shared:
         return (time.perf_counter() - start) * 1e3
 
     def logits(self) -> Logits:
+        """Return a copy of the logits [batch, length, vocab] of the last step."""
         found: Logits = self.last.numpy().copy()
         return found

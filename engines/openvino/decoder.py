@@ -29,7 +29,10 @@ UNWRITTEN = np.float32(-3e38)  # no logit
 
 
 def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
-    """Raises EnvironmentProblem for anything but the CPU, ValueError for a module of a plug-in."""
+    """Open a decoder's graph on the CPU.
+
+    Raises EnvironmentProblem for any other provider, ValueError for a module of a plug-in.
+    """
     if provider != CPU:
         raise EnvironmentProblem(
             f"the engine openvino is run on the CPU only, but the profile asks for {provider}",
@@ -39,6 +42,8 @@ def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
 
 
 class Decoder(EngineDecoder):
+    """A decoder compiled for the CPU. Raises ValueError for a graph without the input `input_ids`."""
+
     def __init__(self, path: str, threads: int) -> None:
         core = ov.Core()
         core.add_extension(ConversionExtension("GatherBlockQuantized", "com.microsoft", _gather_quantized))
@@ -53,11 +58,13 @@ class Decoder(EngineDecoder):
         self.request = self.compiled.create_infer_request()
 
     def logits(self, ids: Ids) -> Logits:
+        """Return the logits [batch, length, vocab] of `ids` [batch, length]. It empties the KV cache first."""
         run = self.begin(*ids.shape)
         run.step(ids)
         return run.logits()
 
     def begin(self, batch: int, length: int) -> Stateful:
+        """Empty the KV cache and return a generation for `batch` rows of up to `length` tokens."""
         self.request.reset_state()
         return Stateful(self.request, np.ones((batch, length), np.int64))
 
@@ -69,6 +76,10 @@ class Stateful:
         self.request, self.mask, self.done = request, mask, 0
 
     def step(self, ids: Ids) -> float:
+        """Run `ids` [batch, length] after everything run before; return the milliseconds that the engine took.
+
+        Raises RuntimeError if OpenVINO returns without an answer.
+        """
         self.done += ids.shape[1]
         self.request.set_tensor("input_ids", ov.Tensor(np.ascontiguousarray(ids)))
         self.request.set_tensor(MASK, ov.Tensor(np.ascontiguousarray(self.mask[:, : self.done])))
@@ -80,6 +91,7 @@ class Stateful:
         return elapsed
 
     def logits(self) -> Logits:
+        """Return a copy of the logits [batch, length, vocab] of the last step."""
         return np.array(self.request.get_tensor("logits").data, np.float32)
 
     def _mark(self) -> None:

@@ -37,7 +37,7 @@ class EngineChild:
     `memory_bytes` limits what the child may allocate (Linux, RLIMIT_DATA: weights and buffers, not the code of libraries nor mapped
     files), so that a model too large for the target fails here and not by the kernel's choice of a process to kill.
     Raises Infeasible with the engine's own words when it refuses, crashes, hangs or runs out of memory; EnvironmentProblem if the
-    engine or its execution provider is not installed, with what to install; UsageError for names that are none.
+    engine or its execution provider is not installed, with what to install; UsageError for unknown names.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class EngineChild:
 
     @property
     def pid(self) -> int:
+        """Process id of the child."""
         return self._process.pid
 
     def ask(self, timeout_s: float = 300.0, **request: Any) -> dict[str, Any]:

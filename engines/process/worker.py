@@ -47,6 +47,10 @@ class Server:
         self.model: EngineDecoder | Forward | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer one request of the module's protocol with JSON-able data.
+
+        Raises ValueError for an unknown request, and for one that needs a model before any is loaded.
+        """
         action = request["do"]
         if action == "memory":
             return {"peak_bytes": peak_bytes()}
@@ -91,6 +95,7 @@ def _answer(decoder: EngineDecoder, action: str, request: dict[str, Any]) -> dic
 
 
 def main() -> None:
+    """Answer requests, one a line, until standard input ends. Errors become answers; the child dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the parent
     server, answers = Server(*sys.argv[1:2]), os.fdopen(os.dup(1), "w", buffering=1)

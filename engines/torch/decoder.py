@@ -1,6 +1,6 @@
 """One ONNX decoder in torch, on the CPU or on CUDA. Imported in engine children only.
 
-It runs the artifact's own graph (torch_graph.py), so it is a second opinion on what the file computes, and what a target with
+It runs the artifact's own graph (graph.py), so it is a second opinion on what the file computes, and what a target with
 torch alone would take. Its times are torch's: quantized weights are float32 there.
 """
 
@@ -20,7 +20,11 @@ PAST = "past_key_values."
 
 
 def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
-    """Raises EnvironmentProblem where torch has no such device, ValueError for a module of a plug-in."""
+    """Open a decoder's graph on the provider's device.
+
+    Raises UsageError for a provider that torch does not run on, EnvironmentProblem where torch finds no such device,
+    ValueError for a module of a plug-in.
+    """
     if provider not in DEVICES:
         raise UsageError(
             f"the engine torch runs on {' or '.join(DEVICES)}, but the profile asks for {provider}",
@@ -35,6 +39,8 @@ def open_model(path: str, threads: int, provider: str = CPU) -> Decoder:
 
 
 class Decoder(EngineDecoder):
+    """A decoder whose graph torch runs on one device. Raises ValueError for a graph without the input `input_ids`."""
+
     def __init__(self, path: str, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
@@ -47,11 +53,13 @@ class Decoder(EngineDecoder):
         self.vocab = self.graph.outputs["logits"][2]
 
     def logits(self, ids: Ids) -> Logits:
+        """Return the logits [batch, length, vocab] of `ids` [batch, length], from one run with an empty cache."""
         run = self.begin(*ids.shape)
         run.step(ids)
         return run.logits()
 
     def begin(self, batch: int, length: int) -> InPlace:
+        """Return a generation with an empty KV cache for `batch` rows of up to `length` tokens."""
         return InPlace(self, batch, length)
 
 
@@ -68,6 +76,7 @@ class InPlace:
 
     @torch.inference_mode()
     def step(self, ids: Ids) -> float:
+        """Run `ids` [batch, length] after everything run before; return its milliseconds, CUDA kernels included."""
         self.done += ids.shape[1]
         feeds = {"input_ids": torch.from_numpy(ids), "attention_mask": self.mask[:, : self.done], **self.caches}
         self._wait()
@@ -77,6 +86,7 @@ class InPlace:
         return (time.perf_counter() - start) * 1e3
 
     def logits(self) -> Logits:
+        """Return a copy of the logits [batch, length, vocab] of the last step, on the CPU."""
         return np.array(self.last.cpu().numpy())
 
     def _wait(self) -> None:

@@ -36,6 +36,7 @@ def _rounded(x: Tensor, block: int) -> Tensor:
 
 
 def quantize_linear(_: Attributes, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """round(x / scale) + zero, clamped to the range of `zero`'s integer type and returned in that type."""
     limits = torch.iinfo(zero.dtype)
     return (torch.round(x / scale) + zero).clamp_(limits.min, limits.max).to(zero.dtype)
 

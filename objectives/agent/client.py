@@ -129,7 +129,7 @@ class AgentClient:
 
 @dataclass(frozen=True)
 class RemoteBenchmark:
-    """What stands where a Lane stands when the target is elsewhere: the same reference, sent along."""
+    """A latency benchmark on another machine: the agent measures there, against a reference that is sent along."""
 
     client: AgentClient
     reference: Path
@@ -144,9 +144,14 @@ class RemoteBenchmark:
         yield self
 
     def measure(self, model: Path, within: float | None = None) -> LatencyResult:
+        """Let the agent measure `model` over several visits, and load time and memory.
+
+        `within` is the half-width of the 95 % intervals to reach, as a fraction. Raises as `AgentClient.measure`.
+        """
         return self.client.measure(model, self.reference, replace(self._order("full"), within=within))
 
     def quick(self, model: Path, _pair: Any) -> LatencyResult:
+        """Let the agent measure `model` in one visit, with a pair of its own. Raises as `AgentClient.measure`."""
         return self.client.measure(model, self.reference, self._order("one"))
 
     def _order(self, visits: str) -> Order:

@@ -104,6 +104,7 @@ def _limit(words: str) -> str:
 
 
 def main() -> None:
+    """Answer the one request on standard input; end without an answer if the agent has died."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the agent
     request = json.loads(sys.stdin.read())

@@ -55,6 +55,7 @@ class Job:
     cancelled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what the agent tells of the job: id, state, and once it has ended the measurements or the error."""
         return {"id": self.id, "state": self.state, **self.answer}
 
 
@@ -98,6 +99,7 @@ class Jobs:
             return job
 
     def get(self, name: str) -> Job | None:
+        """Return the job with the id `name`; None if there is none or it has been forgotten."""
         with self._changed:
             return self._jobs.get(name)
 

@@ -3,7 +3,7 @@
     GET    /v1/health               what this machine is and whether it is busy
     HEAD   /v1/artifacts/SHA256     whether a file is here
     PUT    /v1/artifacts/SHA256     take a file (application/octet-stream)
-    POST   /v1/measurements         order a measurement (JSON, agent_order.py); answers with its id
+    POST   /v1/measurements         order a measurement (JSON, order.py); answers with its id
     GET    /v1/measurements/ID      queued, running, done with measurements, or failed with a reason
     DELETE /v1/measurements/ID      cancel it
 
@@ -38,7 +38,7 @@ ARTIFACT, MEASUREMENT = re.compile(r"/v1/artifacts/([0-9a-f]{64})"), re.compile(
 
 
 class Refusal(Exception):
-    """An answer that is none: status, the rule with the value, and what else the client should know."""
+    """A request that is refused: the HTTP status, the rule with the value, and what else the client should know."""
 
     def __init__(self, status: int, problem: str, **more: Any) -> None:
         super().__init__(problem)
@@ -57,6 +57,7 @@ class Agent:
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def health(self) -> dict[str, Any]:
+        """Return the body of /v1/health: instance, load, size limits in bytes, and `facts`."""
         busy, queued = self.jobs.counts()
         limits = {"max_artifact_bytes": self.store.max_bytes, "max_json_bytes": MOST_JSON}
         return {
@@ -83,6 +84,7 @@ class AgentServer(ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def place_of(self, request: Any) -> Connection:
+        """Return the place that a connection holds. Raises KeyError once it has ended."""
         return self._places[request]
 
     def service_actions(self) -> None:
@@ -90,6 +92,7 @@ class AgentServer(ThreadingHTTPServer):
         self.connections.close_overdue()
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a new connection a place and a thread; close it where no place is free."""
         place = self.connections.enter(client_address[0], lambda: _shut_down(request))
         if place is None:
             self.shutdown_request(request)
@@ -125,10 +128,12 @@ class Handler(BaseHTTPRequestHandler):
     error_message_format, error_content_type = '{"error": "this is no request that an agent takes"}', "application/json"
 
     def setup(self) -> None:
+        """Open the connection's streams and look up its place, which holds its deadlines."""
         super().setup()
         self.place = self.server.place_of(self.request)
 
     def handle_one_request(self) -> None:
+        """Serve one request, then give the client IDLE_S seconds to send the next one."""
         super().handle_one_request()
         self.place.wait(IDLE_S)
 
@@ -139,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
         return understood
 
     def do_GET(self) -> None:
+        """Answer a request; HEAD, PUT, POST and DELETE come here too."""
         self._answer()
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET

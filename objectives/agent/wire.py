@@ -36,12 +36,14 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Answer:
+    """An agent's answer: `status` is HTTP's, `told` the JSON object in the body, empty without one."""
+
     status: int
     told: dict[str, Any]
 
 
 class Wire:
-    """Requests to `url` with `token`. Raises UsageError for a URL that is none. Redirects are never followed."""
+    """Requests to `url` with `token`. Raises UsageError for a malformed URL. Redirects are never followed."""
 
     def __init__(self, url: str, token: str, timeouts: Timeouts, sleep: Callable[[float], None] = time.sleep) -> None:
         match = URL.fullmatch(url)

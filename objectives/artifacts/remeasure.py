@@ -63,6 +63,7 @@ class Remeasured:
     others: dict[str, Measurement]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data: what was found now, and beside it what the study said."""
         return {
             "artifact": str(self.artifact),
             "profile": self.profile,
@@ -83,6 +84,7 @@ class Remeasured:
         }
 
     def lines(self) -> list[str]:
+        """Return lines for people: latencies against the study's, then what else was measured."""
         found = []
         for a in self.agreements:
             text = f"{a.name}: {a.now.value:.4f} [{a.now.low:.4f} … {a.now.high:.4f}] {a.now.unit} ({a.now.provenance})"

@@ -25,6 +25,7 @@ class Swept:
     rows: tuple[SweepRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data; `measured` says whether no row was disturbed."""
         return {
             "artifact": str(self.artifact),
             "profile": self.profile,

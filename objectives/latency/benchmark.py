@@ -70,6 +70,7 @@ class LatencyResult:
 
     @property
     def half_width(self) -> float:
+        """Half-width of the wider latency's 95 % interval, as a fraction of its value; 0 without latencies."""
         found = [self.measurements[name] for name in LATENCIES if name in self.measurements]
         return max((half_width(m.low, m.value, m.high) for m in found), default=0.0)
 

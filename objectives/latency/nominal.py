@@ -11,7 +11,7 @@ from paretune.objectives.latency.benchmark import Nominal
 
 
 def kept_in(path: Path) -> Callable[[Nominal | None], Nominal | None]:
-    """The `nominal` of a Lane: reads `path`, or given values, writes them first."""
+    """Return the `nominal` of a LatencyBenchmark, a function that reads `path`; given figures it writes them first."""
 
     def nominal(value: Nominal | None) -> Nominal | None:
         if value is not None:

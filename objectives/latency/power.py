@@ -30,7 +30,7 @@ class EnergyCounter(Protocol):
     settle_s: float
 
     def joules(self) -> float:
-        """Since some moment; never falls."""
+        """Return the joules counted since some moment; they never decrease."""
 
     def close(self) -> None:
         """Let go of what was opened."""
@@ -49,6 +49,7 @@ class Rapl:
         self._total = 0
 
     def joules(self) -> float:
+        """Return the joules of all packages since the counter was opened."""
         for i, zone in enumerate(self._zones):
             now = _microjoules(zone / "energy_uj")
             step = now - self._last[i]
@@ -70,9 +71,11 @@ class Nvml:
         self._nvml, self._handle = nvml, handle
 
     def joules(self) -> float:
+        """Return the joules of the board since its driver was loaded."""
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
 
     def close(self) -> None:
+        """Shut NVML down. Errors are ignored."""
         with contextlib.suppress(Exception):  # it may have gone with its driver
             self._nvml.nvmlShutdown()
 
@@ -106,6 +109,7 @@ class NvidiaSmi:
         return self._first.wait(timeout_s) and self._watts is not None
 
     def close(self) -> None:
+        """End nvidia-smi and the thread that reads from it."""
         self._process.kill()
         self._process.wait()
         self._thread.join(2)

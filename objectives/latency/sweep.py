@@ -31,6 +31,7 @@ class SweepPoint:
 
     @property
     def turn(self) -> Workload:
+        """The workload that times this point: 2 new tokens for TTFT, NEW_TOKENS for decode."""
         return Workload(self.length, 2 if self.phase == "ttft" else NEW_TOKENS, self.batch)
 
 
@@ -45,6 +46,7 @@ class SweepRow:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the row as a dictionary, its measurements too."""
         return asdict(self)
 
 

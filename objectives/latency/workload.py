@@ -77,10 +77,10 @@ class BenchmarkSession:
 def run_abba_rounds(
     reference: EngineChild, candidate: EngineChild, rounds: int = ROUNDS, alone: bool = True, turn: Workload = STANDARD
 ) -> BenchmarkSession:
-    """Both children have a model loaded and are warm; `alone`: the machine lock is held. `turn` is the candidate's; the
-    reference always does the standard one.
+    """Time `rounds` rounds of reference, candidate, candidate, reference. Both children are loaded and warm.
 
-    A disturbed visit ends after half of its rounds: it will be repeated.
+    `turn` is the candidate's workload; the reference always does the standard one. `alone`: the machine lock is held.
+    A disturbed visit ends after half of its rounds, because it will be repeated.
     """
     visit, watch = BenchmarkSession(alone=alone), Watch([reference, candidate])
     for number in range(rounds):
@@ -131,6 +131,7 @@ class Watch:
         self.waited = self._waited_seconds()
 
     def foreign_cores(self) -> float:
+        """Return how many cores others took on average since the watch was made, at least 0."""
         elapsed = max(1e-3, time.monotonic() - self.start)
         taken = busy_seconds(self.cpus) - self.busy - (self._own_seconds() - self.own)
         return max(0.0, taken, self._waited_seconds() - self.waited) / elapsed

@@ -35,15 +35,24 @@ class Devices(Protocol):
     """What is read of a profile: equal devices, `memory_bytes` each, and the link between any two of them."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The profile's name."""
+
     @property
-    def memory_bytes(self) -> int: ...
+    def memory_bytes(self) -> int:
+        """Memory of one device, in bytes."""
+
     @property
-    def devices(self) -> int: ...
+    def devices(self) -> int:
+        """Number of devices, at least 1."""
+
     @property
-    def link_alpha_us(self) -> float | None: ...
+    def link_alpha_us(self) -> float | None:
+        """Latency of one message between two devices, in microseconds; None if it is unknown."""
+
     @property
-    def link_gb_per_s(self) -> float | None: ...
+    def link_gb_per_s(self) -> float | None:
+        """Bandwidth between two devices, in 10^9 bytes per second; None if it is unknown."""
 
 
 def all_reduce_ms(message_bytes: float, degree: int, profile: Devices) -> float:

@@ -36,6 +36,7 @@ class Step:
 
     @property
     def rows(self) -> int:
+        """Number of new tokens in all sequences together."""
         return self.tokens * self.batch
 
 
@@ -60,6 +61,7 @@ class FusedOp:
 
     @property
     def bytes(self) -> float:
+        """All bytes that the op moves: weights, KV cache and activations."""
         return self.weight_bytes + self.cache_bytes + self.other_bytes
 
     @property
@@ -93,10 +95,10 @@ class Milliseconds:
 
 
 def seconds_per_byte(profile: Profile, step_bytes: float) -> tuple[float, float, float]:
-    """Of reading, at the low, likely and high efficiency, in a step that reads `step_bytes` in all.
+    """Return the seconds to read a byte at the low, likely and high efficiency; the step reads `step_bytes` in all.
 
-    If the profile states a cache, that is where they come from if they fit it, and from memory if they are twice as many; in
-    between the share of the cache falls evenly. At the low efficiency all comes from memory.
+    If the profile states a cache, a step that fits into it reads from there, and one of twice its size or more from
+    memory; in between the share of the cache falls linearly. At the low efficiency everything comes from memory.
     """
     assert profile.bandwidth_gb_per_s is not None
     memory = 1 / (profile.bandwidth_gb_per_s * 1e9)

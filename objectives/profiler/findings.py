@@ -48,10 +48,11 @@ def kept_findings(cache: Path, digest: str, profile: Profile) -> Findings | None
 
 
 def profiled_candidates(space: AnySpace, findings: Findings | None) -> list[AnyCandidate]:
-    """First candidates by what a profile found: full-size ones whose costliest groups are in few bits, one group more each, and
-    ones of fewer layers whose costliest group is; these first where a dropped layer saves more than any group.
+    """Return the candidates to explore first, by what a profile found; none without findings.
 
-    Which layer goes is not a candidate's to say: the elastic student drops the least important first.
+    At full size, one candidate has the costliest matrix group in few bits, the next one the two costliest, and so on.
+    With fewer layers, each candidate has the costliest group in few bits; these come first if a dropped layer saves
+    more than any group. A candidate does not choose its layers: the elastic student drops the least important first.
     """
     if findings is None or not isinstance(space, Space) or not findings.groups:
         return []

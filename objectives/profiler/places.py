@@ -46,6 +46,7 @@ class Place:
         return f"{self.what} {self.change}" if self.change == NARROWED else f"{self.what} to {self.change}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the place as a dictionary."""
         return asdict(self)
 
 
@@ -82,6 +83,7 @@ class Findings:
         return f"quantized first: {groups}{layer}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the findings as a dictionary; `from_dict` reads them back."""
         return asdict(self)
 
     @classmethod

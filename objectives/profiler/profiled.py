@@ -62,6 +62,7 @@ class Profiled:
 
     @cached_property
     def findings(self) -> Findings:
+        """What a search starts from, out of all `options`."""
         return findings_of(self.options)
 
     def plain_ms(self, phase: str) -> float:
@@ -74,6 +75,7 @@ class Profiled:
         return max(0.0, self.plain_ms(phase) - sum(c.ms for c in self.costs if c.phase == phase))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data, with the totals of each phase in every view."""
         return {
             "subject": asdict(self.subject),
             "settings": self.settings,

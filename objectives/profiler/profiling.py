@@ -62,7 +62,7 @@ class Node:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Node:
-        """Of a row of `engines.node_times.rows_of`."""
+        """Return the node of a row that `rows_of` in engines/onnxruntime/node_times.py made."""
         shapes = tuple(tuple(shape) for shape in row["inputs"])
         return cls(
             row["name"], row["op"], row["phase"], row["ms"], shapes, tuple(row["output"]), int(row["moved_bytes"])
@@ -143,10 +143,12 @@ class Total:
 
     @property
     def gflop_per_s(self) -> float:
+        """10^9 operations per second that the ops reached; 0 if they took no time."""
         return self.flops / self.ms / 1e6 if self.ms else 0.0
 
     @property
     def gb_per_s(self) -> float:
+        """10^9 bytes per second that the ops moved; 0 if they took no time."""
         return self.bytes / self.ms / 1e6 if self.ms else 0.0
 
     @property
@@ -155,6 +157,7 @@ class Total:
         return self.roof_ms / self.ms if self.ms else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the rates that follow from them as a dictionary."""
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         derived = ("intensity", "gflop_per_s", "gb_per_s", "efficiency")
         return own | {name: getattr(self, name) for name in derived}
@@ -245,10 +248,12 @@ def _total(name: str, costs: Sequence[OpCost], roof: Roof, whole: float) -> Tota
 
 
 def by_op(cost: OpCost) -> str:
+    """Return the op's type."""
     return cost.op
 
 
 def by_group(cost: OpCost) -> str:
+    """Return the op's matrix group."""
     return cost.group
 
 

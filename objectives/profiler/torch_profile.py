@@ -49,6 +49,7 @@ class TorchPhase:
     parts: tuple[tuple[str, float], ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the phase as a dictionary."""
         return asdict(self)
 
 

@@ -39,6 +39,7 @@ class Scores:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
+        """Return the scores of a parsed JSON object, whose lists become tuples."""
         return cls(**{key: tuple(value) for key, value in data.items()})
 
 

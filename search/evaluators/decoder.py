@@ -1,4 +1,4 @@
-"""The five kinds of work, done for real: measuring for the fit, the elastic student, rung 0, recovery, confirmation."""
+"""All kinds of work, done for real: latency fit, elastic student, sensitivity table, rung 0, recovery, confirmation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Evaluator:
         self._trainer: ElasticTrainer | None = None
 
     def run(self, task: Task) -> Outcome:
-        """Do `work`; multi-step kinds (fit, elastic) return an outcome that is not done and want to be called again."""
+        """Do the task. "fit" and "elastic" work in slices: call again with the same task until the outcome is done."""
         try:
             if task.kind == "elastic":
                 return self._elastic(task)

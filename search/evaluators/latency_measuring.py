@@ -36,7 +36,8 @@ class Host(Protocol):
     lock: MachineLock
 
     @property
-    def space(self) -> AnySpace: ...
+    def space(self) -> AnySpace:
+        """The study's space, whose `shape` predictions need."""
 
 
 class LatencyMeasuring(ABC):
@@ -68,7 +69,7 @@ class LatencyMeasuring(ABC):
         return STANDARD
 
     def fitted(self) -> None:  # noqa: B027 (nothing to let go of is usual)
-        """The measuring for the fit has ended: let go of what only `build` needs."""
+        """Free what only `build` needs; called once the measuring for the fit has ended."""
 
     def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
         """The lane's measurements as this kind of model calls them."""

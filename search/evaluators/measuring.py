@@ -27,6 +27,7 @@ class Measuring(LatencyMeasuring):
 
     @property
     def turn(self) -> Workload:
+        """The standard workload, or one that fits a shorter context. Raises UsageError below 8 tokens."""
         return workload_within(self.space.teacher.context)
 
     def build(self, candidate: Candidate, model: Path) -> None:
@@ -39,11 +40,15 @@ class Measuring(LatencyMeasuring):
         save_model(graph, model)
 
     def fitted(self) -> None:
+        """Free the sorted copy of the teacher's weights."""
         self.space.forget_sorted_teacher()
 
     def kept_file(self, candidate: Candidate) -> Path:
-        """Where a candidate's latency is kept: a changed weight value, quantizer or (without a kernel for it) pattern hits, a
-        changed shape, precision, profile, engine version, thread count or machine misses."""
+        """Return the path at which a candidate's latency is kept.
+
+        Candidates share it if they differ only in weight values, quantizer, or a pattern without a kernel. A change of
+        shape, precision, profile, engine version, thread count or machine gives another path.
+        """
         profile = self.space.profile
         layers = tuple(
             Layer(

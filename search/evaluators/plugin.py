@@ -43,7 +43,7 @@ class PluginEvaluator:
         self.measuring = PluginMeasuring(self.space)
 
     def run(self, task: Task) -> Outcome:
-        """Do `work`; "fit" returns outcomes that are not done and wants to be called again."""
+        """Do the task. "fit" works in slices: call again with the same task until the outcome is done."""
         try:
             if task.kind == "elastic":
                 return self._speed()

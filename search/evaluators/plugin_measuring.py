@@ -25,15 +25,20 @@ class PluginMeasuring(LatencyMeasuring):
         self.space = space
 
     def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
+        """Return the benchmark's measurements under a module's names: forward instead of decode."""
         return forward_measurements(measurements)
 
     def build(self, candidate: ModuleCandidate, model: Path) -> None:
+        """Write the module's graph with the candidate's masks and formats."""
         weights, _ = self.space.sparsify(candidate)
         save_model(self.space.graph(candidate).fill(weights, self.space.forms(candidate)), model)
 
     def kept_file(self, candidate: ModuleCandidate) -> Path:
-        """Where a candidate's latency is kept: other weight values and (without a kernel for them) patterns hit, other widths,
-        formats, profiles, engines, machines miss."""
+        """Return the path at which a candidate's latency is kept.
+
+        Candidates share it if they differ only in weight values, or patterns without a kernel. A change of widths,
+        formats, profile, engine or machine gives another path.
+        """
         groups = tuple(replace(g, pattern=timed_pattern(g.pattern, self.space.profile)) for g in candidate.groups)
         return self._folder() / f"{ModuleCandidate(groups, candidate.widths).key}.json"
 

@@ -57,10 +57,12 @@ class PluginWorkspace:
 
     @cached_property
     def teacher(self) -> PluginTeacher:
+        """The study's plug-in. Raises UsageError if it cannot be found or imported."""
         return PluginTeacher(find_plugin(self.spec.teacher, self._plugin_folder))
 
     @cached_property
     def space(self) -> ModuleSpace:
+        """The space of the plug-in's module, limited to what the profile has kernels for."""
         return ModuleSpace.of(shape_of_module(self.teacher.plugin, self.teacher.module), self.profile.weight_formats)
 
     @cached_property
@@ -74,6 +76,7 @@ class PluginWorkspace:
         return self.batches("calibration")[0]
 
     def batches(self, split: Split) -> list[Batch]:
+        """Return all batches of a split; they are kept after the first call."""
         if split not in self._batches:
             self._batches[split] = list(self.teacher.plugin.batches(split))
         return self._batches[split]
@@ -97,9 +100,11 @@ class PluginWorkspace:
         return self._modules[candidate.structure_key]
 
     def forwarding(self, candidate: ModuleCandidate) -> Forwarding:
+        """Return the candidate's module, called as the plug-in says. Raises Infeasible if it cannot be sliced."""
         return Forwarding(self.teacher.plugin, self.module(candidate))
 
     def matrices(self, candidate: ModuleCandidate) -> dict[str, Matrix]:
+        """Return the matrices of the candidate's module by name. Raises Infeasible if it cannot be sliced."""
         return matrices_of(self.module(candidate))
 
     def forms(self, candidate: ModuleCandidate) -> dict[str, Format]:

@@ -29,7 +29,7 @@ class Recovering:
         self.space, self._score = space, score
 
     def run(self, candidate: Candidate, task: Task) -> Outcome:
-        """Distil, compare with before, keep the better weights on disk. `work.options` has "tokens" and "stakes"."""
+        """Distil, compare with before, keep the better weights on disk. Options: "tokens", and "stakes" if known."""
         before, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
         recipe, choice = self._recipe(task.options["tokens"]), _Choice(self, candidate, task.options.get("stakes"))
         deadline = time.monotonic() + task.seconds_left

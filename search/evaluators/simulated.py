@@ -71,7 +71,7 @@ class SimulatedEvaluator:
         self.log = folder / "simulated.log"
 
     def run(self, task: Task) -> Outcome:
-        """The outcome of `work`; appended to simulated.log, so that a test can count what was done."""
+        """Return the task's outcome. The task is noted in simulated.log, so that a test can count what was done."""
         if self.clock is not None:
             self.clock.now += SECONDS[task.kind]
         time.sleep(float(os.environ.get(SLEEP, "0")))

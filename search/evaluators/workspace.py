@@ -87,10 +87,12 @@ class Workspace:
 
     @cached_property
     def teacher(self) -> Teacher:
+        """The study's teacher, checked again; converted weights are kept in the home's cache. Raises UsageError."""
         return load_teacher(self.spec.teacher).kept_in(self.cache)
 
     @cached_property
     def space(self) -> Space:
+        """The space that spec and profile allow, with the sizes of the spec's `student_configs`."""
         given = self.spec.keep_zeros or self.teacher.has_masks
         space = Space.of(
             self.teacher.shape,
@@ -105,14 +107,17 @@ class Workspace:
 
     @cached_property
     def corpus_fingerprint(self) -> str:
+        """Fingerprint of the text, 16 hex digits. Raises UsageError if it has changed since the study began."""
         return self._corpus.fingerprint()
 
     @cached_property
     def tokens(self) -> dict[Split, TokenSplit]:
+        """Token ids of all four splits. Raises UsageError if the text has changed or a split is too small."""
         return token_splits(self.teacher, self._corpus, self.cache)
 
     @cached_property
     def search_windows(self) -> Windows:
+        """The windows that rung 0 scores: about `search_tokens` targets and 2 % more."""
         return self.tokens["search"].windows(self.window, self.spec.search_tokens + self.spec.search_tokens // 50)
 
     @cached_property
@@ -129,9 +134,11 @@ class Workspace:
 
     @cached_property
     def teacher_weights(self) -> dict[str, torch.Tensor]:
+        """The teacher's weights as float32. Do not write into them."""
         return self.teacher.weights()
 
     def network(self, depth: int) -> Network:
+        """Return the network of `depth` layers; it is built once and kept."""
         if depth not in self._networks:
             self._networks[depth] = Network(self.teacher.config, self.teacher.shape, depth)
         return self._networks[depth]
@@ -142,6 +149,7 @@ class Workspace:
 
     @cached_property
     def elastic_recipe(self) -> ElasticRecipe:
+        """The elastic student's recipe: its share of the budget in seconds, and a batch that fits into memory."""
         seconds = round(self.spec.budget_s * self.spec.shares.elastic, 1)
         return ElasticRecipe(
             seconds, context=self.window, batch=self.batch_within_memory(ElasticRecipe.batch), seed=self.spec.seed
@@ -149,10 +157,12 @@ class Workspace:
 
     @cached_property
     def elastic_file(self) -> Path:
+        """Where the elastic student is kept, named by everything it depends on."""
         key = elastic_key(self.teacher, self.corpus_fingerprint, self.space, self.elastic_recipe)
         return self.cache / "elastic" / f"{self.teacher.name}-{key}.safetensors"
 
     def elastic_trainer(self) -> ElasticTrainer:
+        """Return a trainer of the elastic student, which goes on from its file if there is one."""
         return ElasticTrainer(
             self.teacher,
             self.space,
@@ -165,6 +175,7 @@ class Workspace:
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
+        """Token ids [windows, length] of about CALIBRATION_TOKENS tokens of calibration text."""
         return torch.from_numpy(self.tokens["calibration"].calibration(self.window, CALIBRATION_TOKENS))
 
     @cached_property
@@ -181,6 +192,7 @@ class Workspace:
 
     @cached_property
     def sorted_teacher(self) -> tuple[dict[str, torch.Tensor], Importance]:
+        """The teacher's weights sorted by importance, and that order: the elastic student's if kept, else a new one."""
         order = self._kept_order()
         if order is None:
             order = importance(

@@ -84,7 +84,7 @@ def run_study(
 
 @contextlib.contextmanager
 def time_kept(store: Store, budget: Budget, every_s: float = BEAT_S) -> Iterator[None]:
-    """The time used is written every `every_s` seconds, whatever runs: a killed search has used it, too."""
+    """Write the time used to the store every `every_s` seconds, so that a killed search's time counts as well."""
     over = threading.Event()
 
     def keep() -> None:

@@ -21,13 +21,13 @@ WORDS = ("TOKEN", "SECRET", "NOTIFY")
 
 
 def is_secret(name: str) -> bool:
-    """Whether an environment variable of ours is none of Ray's business."""
+    """Whether this environment variable is one of our secrets, which Ray must not see."""
     return name.startswith(OURS) and name != TOKEN_FILE and any(word in name for word in WORDS)
 
 
 @contextmanager
 def hidden(environment: MutableMapping[str, str], place: str | None = None) -> Iterator[Path | None]:
-    """Without our secrets until the end of the block; gives the folder with the agent's token, None where there is none."""
+    """Take our secrets out of `environment` for the block; yields the folder of the agent's token, None without one."""
     taken = {name: environment.pop(name) for name in list(environment) if is_secret(name)}
     folder = None
     try:

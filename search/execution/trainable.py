@@ -32,6 +32,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
     """Runs `Evaluator.run`; the evaluator lives as long as the process."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        """Send all output to the study's worker.log, make the evaluator, and take the first task."""
         log = (Path(os.environ[FOLDER]) / "worker.log").open("a", buffering=1, encoding="utf-8", errors="replace")
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
@@ -39,10 +40,15 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         self._work = Task.from_json(config["work"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next task. Always True, so that Tune keeps the process."""
         self._work = Task.from_json(new_config["work"])
         return True
 
     def step(self) -> dict[str, Any]:
+        """Run the task once and return its outcome as JSON.
+
+        An exception becomes an outcome. After the task's `timeout_s` a watchdog ends the process.
+        """
         task = self._work
         faulthandler.dump_traceback_later(task.timeout_s, exit=True)
         try:
@@ -66,6 +72,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         """Nothing to load."""
 
     def cleanup(self) -> None:
+        """Close the evaluator."""
         self._evaluator.close()
 
 

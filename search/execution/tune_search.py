@@ -68,6 +68,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         return {"work": task.to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass a report of unfinished work on to the director; finished work comes to `on_trial_complete`."""
         outcome = Outcome.from_json(result[OUTCOME])
         if outcome.done or trial_id not in self._work:
             return
@@ -77,6 +78,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self.director.progressed(task, outcome, now - since)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Give the outcome to the director, or report the task as lost; tell Optuna the value of a rung-0 proposal."""
         if trial_id not in self._work:
             return
         task, since = self._work.pop(trial_id)
@@ -99,6 +101,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         Path(checkpoint_path).write_text("{}", encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
+        """Raises RuntimeError: a search is resumed from its store."""
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")
 
     def _propose(self, trial_id: str) -> Task | None:
@@ -183,6 +186,7 @@ class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]
         return False
 
     def stop_all(self) -> bool:
+        """Apply what the study's folder orders. True once the search is interrupted or GRACE_S over its budget."""
         budget = self.director.budget
         if budget.elapsed_s - self._looked > LOOK_EVERY_S:
             self._looked = budget.elapsed_s

@@ -56,6 +56,7 @@ class Calibration:
         return self.prior_error if np.isnan(self.median_error) else self.median_error
 
     def to_dict(self) -> dict[str, float]:
+        """Return the number of pairs and the median errors; each name ends in the error's unit, nats or fraction."""
         unit = "fraction" if isinstance(self.shape, ModuleShape) else "nats"
         return {
             "pairs": self.pairs,

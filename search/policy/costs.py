@@ -29,7 +29,10 @@ class Costs:
         return max(15.0, (1 - shares.elastic - shares.explore - shares.confirm) * self.budget.total_s)
 
     def recovery_tokens(self) -> int:
-        """The same for every finalist of a study: what their share of the budget allows, by the speed of the elastic training."""
+        """Return the tokens of one recovery, from the confirm share of the budget and the elastic training's speed.
+
+        They are kept in the study, so that every finalist gets the same number.
+        """
         tokens = self.store.meta("recovery_tokens")
         if tokens is None:
             elastic = self.store.meta("elastic", {})
@@ -52,7 +55,10 @@ class Costs:
         return 1.15 * (self.typical_seconds("recovered", guess) + self.confirmation_s())
 
     def typical_seconds(self, fidelity: Fidelity, guess: float) -> float:
-        """Median of the last few; the first baseline also opens the lane and loads everything, and is no guide."""
+        """Return the median seconds of the last five evaluations at this fidelity; `guess` before there are any.
+
+        It is a median, so that the first baseline, which also loads everything, counts for little.
+        """
         seconds = [e.seconds for e in self.ledger.complete(fidelity)]
         return statistics.median(seconds[-5:]) if seconds else guess
 
@@ -65,7 +71,7 @@ class Costs:
         return self.typical_seconds("confirmed", self.scale * CONFIRM_GUESS_S)
 
     def timeout_s(self, kind: Kind) -> float:
-        """After how long a worker gives itself up: within the budget, whatever it does."""
+        """Return the seconds after which a worker ends itself: its kind's limit, or the end of the budget."""
         left = self.budget.left_s
         most = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0, "sensitivity": 300.0}.get(
             kind, left + 60.0

@@ -28,7 +28,7 @@ FIRST_WAVE = 40
 
 @dataclass(frozen=True)
 class Decision:
-    """`work` is due, a proposal is wanted ("propose"), something must finish first ("wait"), or all is "done"."""
+    """`kind`: do the `task` ("work"), make a proposal ("propose"), let something finish ("wait"), or end ("done")."""
 
     kind: Literal["work", "propose", "wait", "done"]
     task: Task | None = None
@@ -110,7 +110,7 @@ class Planning:
         return self.task("recover", self.ledger.rows[finalist].candidate, options)
 
     def unconfirmed(self) -> Decision | None:
-        """The confirmation of a candidate that is recovered, or the end if there is no time for it; None if there is none."""
+        """Return the confirmation of a recovered candidate, the end if time is too short; None if none is recovered."""
         for (key, fidelity), e in self.ledger.latest.items():
             if fidelity == "recovered" and e.status == "complete" and self.ledger.is_open(key, "confirmed"):
                 if self.budget.left_s < self.costs.confirmation_s():

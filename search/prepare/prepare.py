@@ -142,6 +142,7 @@ def _has_given_masks(spec: Spec, teacher: Teacher) -> bool:
 
 
 def check_home(home: Path) -> None:
+    """Create the home, mark it as ours, and try to write into it. Raises EnvironmentProblem if that fails."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         probe = home / f".probe-{os.getpid()}"

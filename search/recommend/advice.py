@@ -79,7 +79,7 @@ class Advice:
 
     @property
     def provenance(self) -> str:
-        """Of what the choice (or the nearest point) is judged by: "measured", "predicted", or "mixed"."""
+        """Provenance of what the choice (or nearest point) is judged by, such as "measured"; "mixed" if it differs."""
         point = self.chosen or self.nearest
         if point is None:
             return "measured"

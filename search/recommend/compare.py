@@ -31,6 +31,7 @@ class Side:
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """What a reader must know about this target; empty for the searched profile."""
         return () if self.target is None else self.target.notes
 
     @property
@@ -47,7 +48,7 @@ class Side:
         return sum(self.provenance(p.key) == "measured" for p in self.view.confirmed)
 
     def provenance(self, key: str) -> str:
-        """Of a candidate's latency: "measured", "predicted", "disturbed"; "infeasible" or "unknown" where it has none."""
+        """Return the provenance of a candidate's latency, "infeasible" or "unknown" if it has none."""
         point = next((p for p in self.view.confirmed if p.key == key), None)
         if point is None:
             return "infeasible" if key in self.infeasible else "unknown"
@@ -70,6 +71,7 @@ class Comparison:
     regrets: tuple[Regret, ...]
 
     def side(self, name: str) -> Side:
+        """Return the target of that name. Raises StopIteration if there is none."""
         return next(s for s in self.sides if s.name == name)
 
     def point(self, key: str) -> Point:
@@ -77,7 +79,7 @@ class Comparison:
         return next(p for p in self.view.confirmed if p.key == key)
 
     def origin(self, regret: Regret, a: str, b: str) -> Cell:
-        """Of a cell: "measured" only if A's choice and what B would take itself were both measured on B."""
+        """Provenance of a cell: "measured" only if both A's choice and B's own choice were measured on B."""
         used = {"unknown" if k is None else self.side(b).provenance(k) for k in (regret.choices[a], regret.choices[b])}
         return "measured" if used == {"measured"} else "predicted"
 

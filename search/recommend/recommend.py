@@ -65,6 +65,7 @@ class Recommendation:
     considered: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the recommendation as JSON-able data."""
         return {
             "chosen": point_dict(self.chosen),
             "why": list(self.why),

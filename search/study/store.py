@@ -82,6 +82,7 @@ class Store:
         return _checked(cls(folder, open_engine(folder, "ro"), None))
 
     def close(self) -> None:
+        """Close the database and let another process write to the study."""
         self._engine.dispose()
         if self._lock is not None:
             self._lock.close()
@@ -92,6 +93,7 @@ class Store:
         return (self.folder / "study.db").is_file()
 
     def meta(self, name: str, default: Any = None) -> Any:
+        """Return the value of one of the study's settings, `default` if it is not set."""
         with self._engine.connect() as connection:
             row = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.name == name)).first()
         return default if row is None else loads(row[0])
@@ -103,6 +105,7 @@ class Store:
             return {row.name: loads(row.value) for row in connection.execute(query)}
 
     def set_meta(self, **values: Any) -> None:
+        """Write or replace settings of the study in one transaction. Values must be JSON-able."""
         rows = [{"name": name, "value": json.dumps(value)} for name, value in values.items()]
         with self._engine.begin() as connection:
             connection.execute(sa.insert(meta_table).prefix_with("OR REPLACE"), rows)
@@ -272,6 +275,7 @@ class Store:
         return None if row is None else self.folder / row[0]
 
     def event(self, kind: str, text: str, **data: Any) -> None:
+        """Append an event to the study's log with the present time. `data` must be JSON-able."""
         with self._engine.begin() as connection:
             connection.execute(
                 sa.insert(event_table).values(at=now(), kind=kind, text=clean(text), data=json.dumps(data))
@@ -294,6 +298,7 @@ class Store:
             ]
 
     def outbox_done(self, identity: int) -> None:
+        """Mark the outbox row with this id as published."""
         with self._engine.begin() as connection:
             connection.execute(sa.update(outbox_table).where(outbox_table.c.id == identity).values(done=1))
 
@@ -321,7 +326,7 @@ def _checked(store: Store) -> Store:
 
 @contextmanager
 def reading(store: Store) -> Iterator[None]:
-    """What keeps a study from being read as EnvironmentProblem: its disk, its file, or rows that something else has written."""
+    """Raise EnvironmentProblem if the study cannot be read: for its disk, its file, or rows that it has not written."""
     try:
         with told(store.folder, "the study database"):
             yield

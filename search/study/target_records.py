@@ -21,9 +21,11 @@ DECODE = "decode_ms_per_token"  # the latency of decoders; plug-ins have no furt
 class Meta(Protocol):
     """The part of a store that is needed here."""
 
-    def meta(self, name: str, default: Any = None) -> Any: ...
+    def meta(self, name: str, default: Any = None) -> Any:
+        """Return the value of one of the study's settings, `default` if it is not set."""
 
-    def set_meta(self, **values: Any) -> None: ...
+    def set_meta(self, **values: Any) -> None:
+        """Write or replace settings of the study in one transaction."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class TargetRow:
         return DECODE in self.measurements and self.measurements[DECODE].provenance == "measured"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON-able data; `from_dict` reads it back."""
         return {"measurements": {n: m.to_dict() for n, m in self.measurements.items()}, "infeasible": self.infeasible}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TargetRow:
+        """Return the row of a parsed JSON object. Raises KeyError if a part is missing."""
         return cls({n: Measurement.from_dict(m) for n, m in data["measurements"].items()}, data["infeasible"])
 
 
@@ -64,6 +68,7 @@ class Target:
 
     @property
     def measured(self) -> int:
+        """Number of candidates whose latency was measured here."""
         return sum(row.is_measured for row in self.rows.values())
 
     @property
@@ -72,10 +77,12 @@ class Target:
         return {key: row.infeasible for key, row in self.rows.items() if row.infeasible}
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the target with all its rows as JSON-able data; `from_dict` reads it back."""
         return {**asdict(self), "rows": {key: row.to_dict() for key, row in self.rows.items()}}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Target:
+        """Return the target of a parsed JSON object. Raises KeyError if a part is missing."""
         rows = {key: TargetRow.from_dict(row) for key, row in data["rows"].items()}
         return cls(
             data["name"], data["profile"], rows, tuple(data["notes"]), data["seconds"], data["at"], data["machine"]

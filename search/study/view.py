@@ -64,6 +64,7 @@ class Point:
 
     @property
     def description(self) -> str:
+        """One line for people about the candidate's sizes, pattern and formats."""
         return self.candidate.describe()
 
     @property
@@ -123,6 +124,7 @@ class StudyView:
 
     @property
     def baselines(self) -> tuple[Point, ...]:
+        """The confirmed baselines: the unmodified teacher in several precisions."""
         return tuple(p for p in self.confirmed if p.source == "baseline")
 
     @property

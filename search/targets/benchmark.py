@@ -50,6 +50,7 @@ class TargetBenchmark:
         self._profile, self._visits = profile, Measuring(cast(Any, host))
 
     def kept(self, candidate: AnyCandidate) -> TargetRow | None:
+        """Return what an earlier visit found; None if there was none, or its file is damaged."""
         path = self._visits.kept_file(cast(Any, candidate))
         found = read_kept(path)
         try:
@@ -61,6 +62,10 @@ class TargetBenchmark:
             return None
 
     def measure(self, candidate: AnyCandidate, artifact: Path) -> TargetRow | None:
+        """Measure the artifact; None if something disturbed it.
+
+        Raises Infeasible if the engine refuses the model, EnvironmentProblem if the artifact or the engine is missing.
+        """
         model = (artifact / MODEL).resolve()
         if not model.is_file():
             raise EnvironmentProblem(

@@ -26,6 +26,7 @@ class Streams:
 
     @property
     def is_full(self) -> bool:
+        """Whether MOST_STREAMS streams are open."""
         return self.open >= MOST_STREAMS
 
     def require_room(self) -> None:
@@ -35,7 +36,7 @@ class Streams:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """While a stream is sent: one whose client went away before it began is never counted."""
+        """Count a stream as open for the block. Enter it when sending begins: the client may leave before that."""
         self.open += 1
         try:
             yield

@@ -64,6 +64,7 @@ class JobModel(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> JobModel:
+        """Return the model of a job in the queue."""
         return cls(**job.to_dict())
 
 

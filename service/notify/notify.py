@@ -5,8 +5,8 @@
               the checked one (MLflow's first fix of CVE-2026-2393 checked the name once and connected by it again: rebinding, redirects
               and CVE-2026-64849 followed); the body is signed with the secret
 
-What is sent comes from a small process beside the search (notify_watch.py), so that neither a slow receiver nor a killed search
-matters to the other.
+A small process beside the search (watch.py) sends the event, so that a slow receiver does not hold up the search, and a
+search that is killed is still told of.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Notify(BaseModel):
 
     @property
     def is_on(self) -> bool:
+        """Whether a command or a webhook is set."""
         return self.command is not None or self.url is not None
 
 

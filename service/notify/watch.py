@@ -81,6 +81,7 @@ def watched(notify: Notify, study: str, folder: Path) -> Iterator[Watch]:
 
 
 def main() -> None:
+    """Wait for the search to end, tell the receivers how it ended, and write the problems to notify.json."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     first, *rest = sys.stdin.buffer.read().splitlines() or [b""]
     if not first:

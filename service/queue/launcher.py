@@ -14,6 +14,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> None:
+    """Ask the kernel for a SIGINT when the parent dies, then become the search.
+
+    Raises SystemExit for a wrong command line, and with 130 if the parent has died already.
+    """
     parent, separator, *rest = arguments
     if separator != "--":
         raise SystemExit("launcher PARENT -- ARGUMENT…")

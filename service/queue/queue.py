@@ -78,6 +78,7 @@ class Queue:
         )
 
     def close(self) -> None:
+        """Close the database and let another process have the queue."""
         self._engine.dispose()
         self._held.close()
 
@@ -135,6 +136,7 @@ class Queue:
         return jobs
 
     def job(self, study: str) -> Job | None:
+        """Return the job of a study with its place in the queue; None if there is none."""
         if problem_of(study):
             return None
         with self._reading() as connection:
@@ -212,6 +214,7 @@ class Queue:
         return "" if problem is None else str(problem)
 
     def spec_file(self, study: str) -> Path:
+        """Return the path of the settings with which the study's search is started."""
         return self.folder / "specs" / f"{study}.yaml"
 
     def _ask(self, study: str, verb: Verb) -> Job:

@@ -54,6 +54,7 @@ class Running:
     end: Ended | None = None
 
     def close(self) -> None:
+        """Close the file in memory, if it is still open."""
         if self.told is not None:
             os.close(self.told)
             self.told = None
@@ -124,9 +125,11 @@ class Supervisor:
         return Condition("held", self.hold.reason) if self.hold.reason else Condition()
 
     def log_of(self, study: str) -> SearchLog:
+        """Return the log of the study's search."""
         return SearchLog(self.log_file(study))
 
     def log_file(self, study: str) -> Path:
+        """Return the path of the log of the study's search."""
         return self.queue.folder / "logs" / f"{study}.log"
 
     def _work(self) -> None:

@@ -1,9 +1,9 @@
 """uvicorn with deadlines: it has none for a connection that sends nothing, one byte a second, or reads no answer.
 
 `Timed` is uvicorn's h11 protocol and tells `Connections` (common/connections.py) what its client owes: the header of a
-request, or reading what was sent. `TimedServer` ends the overdue ones at uvicorn's own tick, ten times a second. The body has
-its deadline in security.py. Both stand on uvicorn's `cycle`, `on_response_complete` and `on_tick`; tests/common/test_connections.py
-would see them go.
+request, or reading what was sent. `TimedServer` ends the overdue ones at uvicorn's own tick, ten times a second. The
+body has its deadline in guard.py. Both rely on uvicorn's `cycle`, `on_response_complete` and `on_tick`;
+tests/common/test_connections.py fails if uvicorn drops them.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class TimedServer(uvicorn.Server):
         self.places = places
 
     async def on_tick(self, counter: int) -> bool:
+        """Close overdue connections; return whether uvicorn must end the server."""
         self.places.close_overdue()
         return await super().on_tick(counter)
 
@@ -67,6 +68,7 @@ class Timed(H11Protocol):
     place: Connection | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a place for the connection; where none is free, answer 503 and close it."""
         super().connection_made(transport)
         self.place = self.places.enter(str((self.client or ("", 0))[0]), transport.abort)
         if self.place is None:
@@ -74,26 +76,31 @@ class Timed(H11Protocol):
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
         super().connection_lost(exc)
         if self.place is not None:
             self.place.leave()
 
     def data_received(self, data: bytes) -> None:
+        """Read what arrived; a request that is complete ends the client's deadline."""
         if self.place is not None:
             super().data_received(data)
             self._look()
 
     def on_response_complete(self) -> None:
+        """Give the client IDLE_S seconds for its next request, unless that has arrived already."""
         super().on_response_complete()
         if self.place is not None and (self.cycle is None or self.cycle.response_complete):
             self.place.wait(IDLE_S)
 
     def pause_writing(self) -> None:
+        """Give the client READ_S seconds to read what was sent."""
         super().pause_writing()
         if self.place is not None:
             self.place.wait(READ_S)
 
     def resume_writing(self) -> None:
+        """End the deadline for reading if the answer is not yet complete."""
         super().resume_writing()
         self._look()
 

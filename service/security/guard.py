@@ -87,15 +87,19 @@ class Visitors(Protocol):
     """Who may come in: holders of the token, and of a session."""
 
     @property
-    def token(self) -> str: ...
+    def token(self) -> str:
+        """The token that programs send as `Authorization: Bearer`."""
 
     @property
-    def allowed_hosts(self) -> frozenset[str]: ...
+    def allowed_hosts(self) -> frozenset[str]:
+        """Further host names that clients may call the service by."""
 
     @property
-    def sessions(self) -> Sessions: ...
+    def sessions(self) -> Sessions:
+        """The sessions of browsers that have logged in."""
 
-    def is_proxy(self, address: str) -> bool: ...
+    def is_proxy(self, address: str) -> bool:
+        """Whether the address is that of a trusted proxy."""
 
 
 class Guard:
@@ -206,12 +210,14 @@ class Headers:
         self._found = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
 
     def single(self, name: str) -> str | None:
+        """Return the header's value, None without one. Raises Refused (400) if it comes more than once."""
         found = self.all(name)
         if len(found) > 1:
             raise Refused(400, f"{name} must come once, but came {len(found)} times")
         return found[0] if found else None
 
     def all(self, name: str) -> list[str]:
+        """Return all values of a header in their order; `name` is in lower case."""
         return [value for key, value in self._found if key == name]
 
 

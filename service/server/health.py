@@ -32,6 +32,7 @@ def problem_of(port: int, name: str = "localhost") -> str:
 
 
 def main() -> int:
+    """Print what is wrong, if anything, and return the exit status."""
     problem = problem_of(int(sys.argv[1]) if len(sys.argv) > 1 else 8765)
     if problem:
         print(problem, file=sys.stderr)

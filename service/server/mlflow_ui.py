@@ -34,6 +34,7 @@ class Visitors:
     sessions: Sessions = field(default_factory=Sessions)
 
     def is_proxy(self, address: str) -> bool:
+        """Always False: there is no proxy on the loopback."""
         return False
 
 

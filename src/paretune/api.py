@@ -97,6 +97,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
+        """The study's folder in its home."""
         return self.home / "studies" / self.name
 
     @property
@@ -133,8 +134,10 @@ class Study:
         return _table(view.confirmed if kind == "confirmed" else view.rung0)
 
     def targets(self, loss: float | None = None) -> pandas.DataFrame:
-        """The regret matrix at a loss limit (a fraction; None: the one that reports show): fractions of more time, the row's choice
-        run on the column. Empty for a study with one profile."""
+        """The regret matrix at a loss limit (a fraction; None: the one that reports show); empty for a single profile.
+
+        An entry is the fraction by which the row's choice is slower on the column's target than that target's own.
+        """
         import pandas as pd
 
         from paretune.search.recommend.compare import compare
@@ -226,14 +229,17 @@ class Recommended:
 
     @property
     def key(self) -> str:
+        """Key of the recommended candidate, 16 hex digits."""
         return self._point.key
 
     @property
     def name(self) -> str:
+        """Short name of the recommended candidate, as tables show it."""
         return self._point.name
 
     @property
     def why(self) -> tuple[str, ...]:
+        """The reasons for the recommendation, a phrase each."""
         return self.advice.why
 
     @property

@@ -121,16 +121,19 @@ class Family:
 
     @property
     def architecture(self) -> str:
+        """Name of the transformers class of the whole model, as `architectures` in config.json lists it."""
         return f"{self.classes}{'LMHeadModel' if self.gpt2 else 'ForCausalLM'}"
 
     @property
     def config_class(self) -> Any:
+        """The transformers class of the config; transformers is imported when this is asked for."""
         import transformers
 
         return getattr(transformers, f"{self.classes}Config")
 
     @property
     def model_class(self) -> Any:
+        """The transformers class of the whole model; transformers is imported when this is asked for."""
         import transformers
 
         return getattr(transformers, self.architecture)

@@ -47,6 +47,7 @@ class Stored:
                 yield numbers[begin : begin + CHUNK]
 
     def is_finite(self) -> bool:
+        """Whether the tensor holds neither NaN nor infinity."""
         if self.dtype == "BF16":
             return not any(bool(((piece & BF16_EXPONENT) == BF16_EXPONENT).any()) for piece in self.chunks())
         return all(bool(np.isfinite(piece).all()) for piece in self.chunks())

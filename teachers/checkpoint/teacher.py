@@ -60,6 +60,7 @@ class Teacher:
 
     @property
     def weight_files(self) -> list[Path]:
+        """The safetensors files of the checkpoint. Raises UsageError if there are none or their index is wrong."""
         return weight_files(self.folder)
 
     @property

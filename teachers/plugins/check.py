@@ -209,6 +209,7 @@ def _check_width(teacher: PluginTeacher, width: Width, full: dict[str, int]) -> 
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by its name."""
     return {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
@@ -232,20 +233,26 @@ class PluginConformance:
 
     @property
     def teacher(self) -> PluginTeacher:
+        """The plug-in as a teacher, loaded anew each time."""
         return PluginTeacher(self.plugin)
 
     def test_the_module_is_sound(self) -> None:
+        """`load` gives a module of finite weights on the CPU, the same every time."""
         check_module(self.teacher)
 
     def test_every_split_has_batches_of_one_shape(self) -> None:
+        """Every split has batches, and all of them the same input shapes."""
         check_batches(self.plugin)
 
     def test_forward_is_deterministic(self) -> None:
+        """Two runs on the same batch give the same finite outputs."""
         check_forward(self.teacher)
 
     def test_qualities_are_finite(self) -> None:
+        """Qualities have proper names, units and directions, and finite values."""
         check_qualities(self.teacher)
 
     def test_slicing_shrinks(self) -> None:
+        """Every choice of a width but the last gives a smaller module with outputs of the same shapes."""
         warnings = [w for w in check_widths(self.teacher) if "changes no shape" in w]
         assert not warnings, "; ".join(warnings)

@@ -111,6 +111,7 @@ class Forwarding(nn.Module):
         self.plugin, self.module = plugin, module
 
     def forward(self, *inputs: torch.Tensor) -> Outputs:
+        """Return the plug-in's outputs for `inputs`, always as a tuple."""
         outputs = self.plugin.forward(self.module, *inputs)
         return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
@@ -140,6 +141,7 @@ class PluginTeacher:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters of the module."""
         return sum(p.numel() for p in self.module.parameters())
 
     @cached_property

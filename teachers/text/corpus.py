@@ -95,6 +95,7 @@ class Corpus:
 
 
 def library_root() -> Path:
+    """Return the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

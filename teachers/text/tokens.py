@@ -85,6 +85,7 @@ class Windows:
 
     @property
     def total_targets(self) -> int:
+        """Number of targets in all windows together."""
         return int(self.targets.sum())
 
 

@@ -68,6 +68,7 @@ def layer_bars(found: Profiled) -> tuple[list[str], dict[str, list[float]]]:
 
 
 def title(found: Profiled) -> str:
+    """Return the title of a profile's pictures: what was profiled where, decode and TTFT, engine and threads."""
     m, s = found.measurements, found.settings
     doubt = " (disturbed)" if m["decode_ms_per_token"].provenance == "disturbed" else ""
     return (

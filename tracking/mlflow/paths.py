@@ -20,6 +20,7 @@ ADDRESSES = (
 
 
 def database_path(home: Path) -> Path:
+    """Return the absolute path of the home's MLflow database, which need not exist."""
     return home.resolve() / "mlflow.db"
 
 

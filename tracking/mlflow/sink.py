@@ -212,6 +212,7 @@ def _require_answer(uri: str) -> None:
 
 
 def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, cut after 300 characters; errors not of ours name their class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     return text[:300] if isinstance(error, ParetuneError) else f"{type(error).__name__}: {text[:300]}"

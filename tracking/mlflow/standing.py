@@ -20,6 +20,7 @@ class Standing:
 
     @classmethod
     def of(cls, view: StudyView) -> Standing:
+        """Return how the study's candidates stand on each of its targets."""
         found = compare(view)
         sides = (Side(named(view.meta.get("profile")), view, None),) if found is None else found.sides
         return cls(sides, (recommended(view), *(side.recommended() for side in sides[1:])))

@@ -172,6 +172,7 @@ def _groups(sizes: set[int]) -> str:
 
 
 def candidate_tags(point: Point) -> dict[str, str]:
+    """Return the tags of a candidate's run, among them the provenance of its latency and its description."""
     latency = measurement(point, point.figures.latency)
     return {
         "kind": "candidate",
@@ -193,7 +194,7 @@ def rounded(value: float) -> float:
 
 
 def study_metrics(view: StudyView, found: Recommendation | None) -> dict[str, float]:
-    """Figures of a study's run: those of the recommended candidate under their usual names, so that studies compare, and counts."""
+    """Figures of a study's run: counts, and those of the recommended candidate under their usual names."""
     counts = {"front_members": len(view.front), "confirmed": len(view.confirmed), "explored": len(view.rung0)}
     return {name: float(n) for name, n in counts.items()} | ({} if found is None else metrics(found.chosen))
 

@@ -42,11 +42,13 @@ def table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def facts(value: Any, otherwise: str) -> str:
+    """Return a mapping as an HTML table of names and values; the text `otherwise` if it has none."""
     rows = [[f"<code>{escape(name)}</code>", escape(text)] for name, text in flat(value)]
     return table(["name", "value"], rows) if rows else f'<p class="quiet">{escape(otherwise)}</p>'
 
 
 def duration(seconds: float) -> str:
+    """Return a time span in words: `4.2 s`, `3 min 05 s`, `2 h 07 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s"

@@ -42,6 +42,7 @@ def _usual_columns(figures: MetricNames) -> tuple[tuple[str, str], ...]:
 
 
 def front_table(view: StudyView, chosen: Recommendation | None) -> str:
+    """Return the report's section on the front's members as HTML; the `chosen` one has a star."""
     if not view.front:
         return section("Front members", '<p class="quiet">None is confirmed yet.</p>')
     star = None if chosen is None else chosen.chosen.key
@@ -57,6 +58,7 @@ def front_table(view: StudyView, chosen: Recommendation | None) -> str:
 
 
 def baseline_table(view: StudyView) -> str:
+    """Return the report's section on the baselines as HTML."""
     rows = _rows(view, view.baselines)
     text = '<p class="quiet">The unchanged teacher, which every student has to beat.</p>'
     return section(
@@ -65,6 +67,7 @@ def baseline_table(view: StudyView) -> str:
 
 
 def disturbed_table(view: StudyView) -> str:
+    """Return the report's section on disturbed candidates as HTML; empty if there are none."""
     rows = _rows(view, [p for p in view.confirmed if is_disturbed(view, p)])
     if not rows:
         return ""

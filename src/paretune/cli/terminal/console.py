@@ -50,6 +50,7 @@ def print_json(data: Any) -> None:
 
 
 def print_text(text: str) -> None:
+    """Write a text and a newline to stdout."""
     sys.stdout.write(text + "\n")
 
 
@@ -59,6 +60,7 @@ def say(*parts: str | tuple[str, str]) -> None:
 
 
 def note(text: str) -> None:
+    """Print a note on stderr."""
     say(("note:", "yellow"), f" {text}")
 
 
