@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.lane import write_models
 from benchmarks.common import HOME, Figure, figure, latest_study
+from benchmarks.lane import write_models
 from paretune.hardware_profiles import MachineLock, Profile
 from paretune.objectives.latency.benchmark import LATENCIES, LatencyResult
 from paretune.objectives.latency.reference import open_local_benchmark
