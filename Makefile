@@ -30,6 +30,7 @@ demo: install
 
 check: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Without a browser the tests of pages skip; in CI they fail.

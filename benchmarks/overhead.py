@@ -18,8 +18,10 @@ import numpy as np
 
 from benchmarks.common import Figure, figure, search_command
 from benchmarks.studies import rung0_gaps
+from paretune.search.study.records import Fidelity
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
+from paretune.search.task import Kind
 
 
 def trial_overhead_ms() -> Iterator[Figure]:
@@ -95,12 +97,13 @@ def fill(store: Store, space: Any, evaluator: Any, task: Any) -> None:
             for n, (k, b) in space.distributions().items()
         }
         store.add_candidate(space.decode(params), "sampler", params)
+    stages: tuple[tuple[Fidelity, Kind], ...] = (("rung0", "rung0"), ("confirmed", "confirm"))
     for row in store.candidates():
-        for fidelity, kind in (("rung0", "rung0"), ("confirmed", "confirm")):
+        for fidelity, kind in stages:
             if fidelity == "rung0" or row.number < 40:
                 outcome = evaluator.run(task(kind, row.candidate))
-                store.start(row.key, fidelity)  # type: ignore[arg-type]
+                store.start(row.key, fidelity)
                 extra = {"estimated_nll": Measurement.exact(2.0, "nats/token")} if fidelity == "rung0" else {}
                 store.finish(
                     row.key, fidelity, "complete", measurements={**outcome.measurements, **extra}, scores=outcome.scores
-                )  # type: ignore[arg-type]
+                )

@@ -100,7 +100,7 @@ def served(*options: str, home: Path | None = None, **environment: str) -> Itera
 
 def get_p95_ms() -> Iterator[Figure]:
     """95th percentile of GET answers at 50 requests a second over two minutes beside a running search; and how many were 5xx."""
-    with served(**SIMULATED) as service:
+    with served(home=None, **SIMULATED) as service:
         service.ask("/v1/studies", {"spec": LONG, "name": "load"})
         service.wait("load", lambda told: told.get("explored", 0) >= 5)
         key = json.loads(service.ask("/v1/studies/load/front")[1])["front"][0]["key"]

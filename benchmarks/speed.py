@@ -20,6 +20,7 @@ from benchmarks.common import Figure, figure
 from paretune.compression.calibration.calibrated import calibrated_codes, sparsegpt_weights
 from paretune.compression.export import graph
 from paretune.compression.export.graph import build_model
+from paretune.compression.export.graph_builder import GraphBuilder
 from paretune.compression.network.student import ATTENTION, FFN, Network, matmul_formats
 from paretune.compression.prune import layer_statistics, mask_for
 from paretune.compression.quantize import quantize
@@ -151,7 +152,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 def filling(kept: onnx.ModelProto) -> type[Any]:
     """A graph writer that makes tensors as ever, but no nodes: those come from `kept`."""
 
-    class Filling(graph.GraphBuilder):
+    class Filling(GraphBuilder):
         def node(
             self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, *_: Any, **__: Any
         ) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.common import Figure, figure, latest_study
 from paretune.search.study.store import Store
 from paretune.search.study.view import StudyView
+from paretune.spaces import Candidate
 
 
 def candidates_per_minute() -> Iterator[Figure]:
@@ -99,21 +100,25 @@ def elastic_rank_agreement() -> Iterator[Figure]:
     )
     shape = load_teacher("stdlib-coder").shape
     assert teacher.scores is not None
-    pairs = [
-        Pair(
-            p.candidate,
-            rung0[p.key].scores.mean_nll - teacher.facts["search_nll"],
-            p.scores.mean_nll - teacher.scores.mean_nll,
-        )  # type: ignore[union-attr]
-        for p in view.confirmed
-        if p.key in rung0
-    ]
+    pairs, candidates = [], []
+    for p in view.confirmed:
+        if p.key in rung0:
+            early = rung0[p.key].scores
+            assert early is not None and p.scores is not None and isinstance(p.candidate, Candidate)
+            pairs.append(
+                Pair(
+                    p.candidate,
+                    early.mean_nll - teacher.facts["search_nll"],
+                    p.scores.mean_nll - teacher.scores.mean_nll,
+                )
+            )
+            candidates.append(p.candidate)
     store.close()
     held_out = [
         Calibration(shape, pairs[:i] + pairs[i + 1 :]).estimate(p.candidate, p.rung0) for i, p in enumerate(pairs)
     ]
     raw, confirmed = [p.rung0 for p in pairs], [p.confirmed for p in pairs]
-    parameters = [-float(features(p.candidate, shape)[2:-1].sum()) for p in pairs]
+    parameters = [-float(features(c, shape)[2:-1].sum()) for c in candidates]
     generator = np.random.default_rng(0)
     taus = []
     for _ in range(1000):
@@ -121,9 +126,8 @@ def elastic_rank_agreement() -> Iterator[Figure]:
         taus.append(kendalltau(np.array(held_out)[pick], np.array(confirmed)[pick]).statistic)
     low, high = np.nanquantile(taus, [0.025, 0.975])
     special = sum(
-        p.candidate.is_sparse
-        or any(f.bits == 4 for f in (p.candidate.layers[0].ffn_format, p.candidate.layers[0].attention_format))
-        for p in pairs
+        c.is_sparse or any(f.bits == 4 for f in (c.layers[0].ffn_format, c.layers[0].attention_format))
+        for c in candidates
     )
     yield figure(
         "elastic_rank_agreement",

@@ -89,11 +89,11 @@ def orderings() -> list[tuple[str, str, str]]:
     """(stage, better, worse) as the literature has it: SparseGPT and Wanda beat magnitude, GPTQ and QAT beat rounding."""
     found = []
     for kind, ratio, scores in masks():
-        name = {score: Pattern(kind, ratio, score).name for score in scores}
-        better = [s for s in ("wanda", "sparsegpt") if s in name]
-        found += [(stage, name[s], name["magnitude"]) for stage in STAGES for s in better]
-        if len(better) == 2:
-            found.append((STAGES[0], name["sparsegpt"], name["wanda"]))
+        names: dict[str, str] = {score: Pattern(kind, ratio, score).name for score in scores}
+        winners = [s for s in ("wanda", "sparsegpt") if s in names]
+        found += [(stage, names[s], names["magnitude"]) for stage in STAGES for s in winners]
+        if len(winners) == 2:
+            found.append((STAGES[0], names["sparsegpt"], names["wanda"]))
     for name in (n for n, form in FORMATS.items() if form.bits <= CALIBRATED_BITS):
         better = [f"{name} {a.upper()}" for a in QUANTIZERS if a != "rtn"]
         found += [(stage, b, f"{name} RTN") for stage in STAGES for b in better]

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "docs")]
-
-import make_models as models  # noqa: E402
+sys.path.append(str(ROOT))
 
 from benchmarks import table  # noqa: E402
 from benchmarks.common import RESULTS  # noqa: E402
+from docs import make_models as models  # noqa: E402
 from paretune.compression.export.graph import build_model, save_model  # noqa: E402
 from paretune.compression.network.student import NO_CODES, Codes, Network, quantized_weights  # noqa: E402
 from paretune.engines.onnxruntime.decoder import Decoder  # noqa: E402
@@ -105,7 +104,7 @@ def formats() -> dict[str, Format]:
 
 def cases() -> dict[str, list[Case]]:
     """Rows by pattern: every precision under it, and every score at float32 and at int4."""
-    found = {}
+    found: dict[str, list[Case]] = {}
     for kind in kinds():
         pattern = Pattern() if kind == "none" else Pattern(kind, RATIO)
         rows = [Case(name, form, pattern) for name, form in formats().items()]
@@ -155,14 +154,14 @@ class Bench:
         weights, _ = self.space.sparsify(candidate, self.toy.weights)
         codes = self.space.codes(candidate, weights)
         shipped = self.engine(candidate, weights, codes, ids)
-        same = self.torch(candidate, weights, codes, ids)
+        same = self.in_torch(candidate, weights, codes, ids)
         return models.Figure(apart(shipped, same), min(apart(shipped, c) for c in self.mistakes(case, weights, ids)))
 
     def mistakes(self, case: Case, weights: models.Weights, ids: np.ndarray) -> Iterator[torch.Tensor]:
         """Logits in torch after each deliberate mistake that the case allows."""
         candidate = case.candidate(self.toy.shape)
         moved, _ = self.space.sparsify(candidate, self.moved(weights))
-        yield self.torch(candidate, moved, self.space.codes(candidate, moved), ids)
+        yield self.in_torch(candidate, moved, self.space.codes(candidate, moved), ids)
         if candidate.is_quantized:
             yield self.plain(candidate, weights, ids)
         if case.rounds_activations:
@@ -171,7 +170,7 @@ class Bench:
         if candidate.is_sparse:
             dense = Case(case.name, case.form, Pattern()).candidate(self.toy.shape)
             codes = self.space.codes(dense, self.toy.weights)
-            yield self.torch(dense, self.toy.weights, codes, ids)
+            yield self.in_torch(dense, self.toy.weights, codes, ids)
 
     def engine(self, candidate: Candidate, weights: models.Weights, codes: Codes, ids: np.ndarray) -> torch.Tensor:
         path = self.toy.folder / "model.onnx"
@@ -181,7 +180,7 @@ class Bench:
         calls = np.split(ids, len(ids)) if candidate.uses_dynamic_activations else [ids]
         return torch.from_numpy(np.concatenate([decoder.logits(part) for part in calls]))
 
-    def torch(
+    def in_torch(
         self, candidate: Candidate, weights: models.Weights, codes: Codes = NO_CODES, ids: Any = None
     ) -> torch.Tensor:
         """The student as the search scores it, in float32."""

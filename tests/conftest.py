@@ -290,7 +290,8 @@ def tiny_tokens(
     from paretune.teachers.text.corpus import user_corpus
     from paretune.teachers.text.tokens import token_splits
 
-    return dict(token_splits(tiny_teacher, user_corpus(tiny_text), tmp_path_factory.mktemp("cache")))
+    splits = token_splits(tiny_teacher, user_corpus(tiny_text), tmp_path_factory.mktemp("cache"))
+    return {str(name): split for name, split in splits.items()}
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from benchmarks.reports.row import Row, Seen
@@ -85,7 +86,7 @@ def _latin(world: World) -> dict[str, str] | None:
     return {"LOCPATH": str(folder), "LC_ALL": LOCALE, "LANG": LOCALE, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-def _runs(home: Path) -> list[object]:
+def _runs(home: Path) -> list[Any]:
     import mlflow
 
     from paretune.tracking.mlflow.paths import database_uri

@@ -107,8 +107,8 @@ class World:
             except subprocess.TimeoutExpired:
                 child.kill()
                 out, err = child.communicate()
-        texts = (stream.decode("utf-8", "replace") for stream in (out, err))
-        return Ended(child.returncode, *texts, time.monotonic() - start)
+        said, problems = (stream.decode("utf-8", "replace") for stream in (out, err))
+        return Ended(child.returncode, said, problems, time.monotonic() - start)
 
     def search(self, teacher: Path, data: Path, *more: object, home: Path | None = None, **how: Any) -> Ended:
         """A search of a minute on `teacher` and `data`."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
 class Batches:
     """Shuffled windows of `context` tokens without replacement, shifted at random after the first epoch."""
 
-    def __init__(self, tokens: Sequence[int] | torch.Tensor, context: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Sequence[int] | npt.NDArray[Any] | torch.Tensor, context: int, batch: int, seed: int
+    ) -> None:
         if len(tokens) < context + 2:
             raise ValueError(f"the text must have more than {context + 1} tokens, but has {len(tokens)}")
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed

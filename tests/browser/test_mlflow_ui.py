@@ -26,6 +26,7 @@ import pytest
 
 from paretune.search.study.store import Store
 from paretune.search.study.view import StudyView, load_view
+from paretune.spaces.candidate import FP32
 from paretune.tracking.mlflow.experiment import CHOICES, COSTS, VIEWS, runs_page
 from paretune.tracking.mlflow.registry import model_name
 from paretune.tracking.mlflow.sink import rebuild
@@ -41,7 +42,7 @@ def make_studies(home: Path) -> None:
     studies.fill(with_everything)
     studies.add_board(with_everything)
     small = studies.new_study(home / "studies" / "earlier")
-    for fmt, decode, megabytes in ((studies.FP32, 0.95, 21.0), (studies.INT4, 0.36, 3.6)):
+    for fmt, decode, megabytes in ((FP32, 0.95, 21.0), (studies.INT4, 0.36, 3.6)):
         studies.confirm(
             small, studies.candidate(fmt=fmt), 2.0 if fmt.bits == 32 else 2.06, decode, megabytes, source="baseline"
         )

@@ -39,7 +39,7 @@ def shards(folder: Path) -> Path:
     """The same in two files with an index."""
     tensors = load_file(folder / SINGLE)
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{number:05}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def run(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["paretune", *map(str, arguments), *(["--home", str(home)] if home else [])])
         try:
             cli.main()
-            code = 0
+            code: str | int = 0
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()
@@ -291,7 +292,7 @@ def test_what_listens_may_not_be_ray(monkeypatch):
         asked.append(timeout)
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(cluster.subprocess, "run", silent)
+    monkeypatch.setattr(subprocess, "run", silent)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -307,7 +308,7 @@ def test_an_address_that_is_none(address):
 
 
 def test_a_program_in_a_folder_with_spaces_is_quoted(monkeypatch, tmp_path):
-    monkeypatch.setattr(command_line.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "my tools" / "paretune")])
     assert shlex.split(command_line.program()) == [str(tmp_path / "my tools" / "paretune")]
 
@@ -318,7 +319,7 @@ def test_the_printed_command_can_be_pasted(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         "paretune.search.recommend.recommend.recommend", lambda *_: SimpleNamespace(chosen=point, why=())
     )
-    view = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s", figures=MetricNames())
+    view: Any = SimpleNamespace(front=(), confirmed=(), folder=tmp_path / "it's mine" / "s", figures=MetricNames())
     cli_search._show_end(view, tmp_path, 0, None)
     line = next(line for line in capsys.readouterr().err.splitlines() if " generate " in line)
     words = shlex.split(line)

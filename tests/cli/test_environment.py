@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ SOCKET = "session_2026-11-28_03-21-34_123456_4194304/sockets/plasma_store"
 
 
 def use_temp(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(surroundings.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(folder))
 
 
 @pytest.mark.parametrize("name", ["x" * 60, "with space", "100%", "é", "[best]", "$HOME"])
@@ -66,7 +67,7 @@ def test_a_home_that_can_be_written_stays(tmp_path: Path) -> None:
 
 
 def test_a_user_without_an_entry_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surroundings.os, "getuid", lambda: 4_000_123)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_123)
     environment = {"HOME": str(tmp_path)}
     prepare_environment(environment, tmp_path)
     assert environment["USER"] == "uid4000123"

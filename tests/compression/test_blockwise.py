@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,9 @@ def test_a_block_alone_gives_what_it_gives_in_the_model(trained: Trained) -> Non
 RECIPE = RecoveryRecipe(tokens=100 * 4 * 64, context=64, batch=4)
 
 
-def by_blocks(trained: Trained, recipe: RecoveryRecipe = RECIPE, masks: Weights | None = None, **options):  # type: ignore[no-untyped-def]
+def by_blocks(
+    trained: Trained, recipe: RecoveryRecipe = RECIPE, masks: Weights | None = None, **options: Any
+) -> tuple[Weights, dict[str, float]]:
     return recover_blocks(
         trained.weights,
         trained.student,
@@ -181,7 +184,8 @@ def narrow(trained: Trained) -> Weights:
 
 def test_another_hidden_width_is_refused_with_rule_value_and_remedy(trained: Trained) -> None:
     said = "same hidden width only, but the student has 32 and the teacher 64; set recovery.hidden_weight to 0"
-    arguments = (trained.weights, narrow(trained), {}, CUT, trained.networks, 3, trained.train)
+    masks: Weights = {}
+    arguments = (trained.weights, narrow(trained), masks, CUT, trained.networks, 3, trained.train)
     with pytest.raises(ValueError, match=said):
         recover(*arguments, replace(RECIPE, hidden_weight=1.0), kept=trained.kept)
     with pytest.raises(ValueError, match="the student has 32 and the teacher 64"):

@@ -50,7 +50,7 @@ INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")
 GIVEN = Pattern("given")
 
 
-def small_module(seed: int = 0) -> torch.nn.Module:
+def small_module(seed: int = 0) -> torch.nn.Sequential:
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
 
@@ -84,7 +84,7 @@ def test_masks_go_out_to_torch_and_come_back(seed: int, amount: float) -> None:
 
 def test_a_second_mask_keeps_the_zeros_of_both_and_our_own_masks_fit() -> None:
     module = small_module()
-    ours = mask_for(module[0].weight, Pattern("2:4", 0.5), None)
+    ours = mask_for(module.get_parameter("0.weight"), Pattern("2:4", 0.5), None)
     put_masks(module, {"0.weight": ours})
     assert torch.equal(take_masks(module)[1]["0.weight"], ours)
     first_row = torch.ones(8, 12, dtype=torch.bool)
@@ -408,4 +408,5 @@ def test_keeping_zeros_of_a_teacher_that_has_none_is_refused(
     tensors[name] = tensors[name] * mask_for(tensors[name], Pattern("unstructured", 0.5), None)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     ready = prepare(Spec.model_validate({"teacher": str(folder), **settings}), tmp_path / "home")
+    assert isinstance(ready.space, Space) and isinstance(ready.teacher, Teacher)
     assert ready.space.given and ready.teacher.masks(zeros=True).keys() == {name}

@@ -28,7 +28,7 @@ from paretune.compression.prune import Importance, importance, layer_statistics,
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.latency.benchmark import LatencyResult
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.prediction.latency_fit import design, features
+from paretune.objectives.prediction.latency_fit import features
 from paretune.search.evaluators.decoder import Evaluator
 from paretune.search.policy.calibration import Calibration, Pair
 from paretune.search.prepare.ready import Ready
@@ -39,6 +39,7 @@ from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.families import axis_sizes, family_of
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 from paretune.teachers.text.tokens import TokenSplit
+from support.decoders import decoder_design
 from support.plans import empty_plan
 
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
@@ -165,7 +166,7 @@ def test_widths_are_nested_and_a_prefix_is_not_the_wide_model_with_zeros(teacher
         assert torch.equal(value, large[name][tuple(slice(0, n) for n in value.shape)]), name
         assert value.untyped_storage().data_ptr() == large[name].untyped_storage().data_ptr(), "a view"
     zeroed = dict(large)
-    axes = {EMBEDDING: (1,), HEAD: (1,), "model.norm.weight": (0,)}
+    axes: dict[str, tuple[int, ...]] = {EMBEDDING: (1,), HEAD: (1,), "model.norm.weight": (0,)}
     for name, kinds in family_of(teacher.shape).layer_tensors.items():
         axes |= {f"model.layers.{i}.{name}": tuple(d for d, a in enumerate(kinds) if a == "hidden") for i in range(2)}
     for name, value in large.items():
@@ -269,7 +270,7 @@ def test_a_narrower_stream_costs_less_by_the_fit_and_counts_as_cut(tiny_teacher:
     weights = {"dense": 2 * 64 * (64 + 32) + 3 * 64 * 128}
     assert full[2] == pytest.approx(3 * weights["dense"] / 1e6)
     space = Space.of(shape, KERNELS, hidden=True)
-    assert {c.width(shape) for c in design(space, 24)} == {32, 64}, "the fit measures narrow students too"
+    assert {c.width(shape) for c in decoder_design(space, 24)} == {32, 64}, "the fit measures narrow students too"
     pairs = [Pair(c, 0.5, 0.5 - gain) for c, gain in ((whole, 0.0), (cut, 0.3)) for _ in range(4)]
     learned = Calibration(shape, pairs)
     assert learned.estimate(cut, 0.5) < learned.estimate(whole, 0.5) - 0.1, "recovery repairs cuts"

@@ -17,7 +17,7 @@ from paretune.compression.export.graph_builder import GraphBuilder, pack
 from paretune.compression.prune import mask_for
 from paretune.compression.quantize import Quantized, fake_quantize, fake_quantize_activations, quantize
 from paretune.spaces import Format, Pattern
-from paretune.spaces.candidate import group_for
+from paretune.spaces.candidate import Activation, Bits, group_for
 
 BITS = (4, 8)
 matrices = (
@@ -122,8 +122,7 @@ def test_rounding_twice_changes_nothing(weight: torch.Tensor, bits: int) -> None
 def test_one_bit_coarser_is_a_larger_error() -> None:
     weight = random_matrix(64, 256)
     errors = [
-        float((fake_quantize(weight, Format(bits, group)) - weight).norm())
-        for bits, group in ((8, 32), (4, 32), (4, 128))
+        float((fake_quantize(weight, form) - weight).norm()) for form in (Format(8, 32), Format(4, 32), Format(4, 128))
     ]
     assert errors[0] < errors[1] / 8
     assert errors[1] < errors[2]
@@ -160,10 +159,10 @@ def test_gradients_pass_straight_through(form: Format) -> None:
         rounded.detach(), fake_quantize(weight.detach(), form), atol=1e-8
     )
     rounded.backward(upstream)
-    assert torch.equal(weight.grad, upstream)
+    assert weight.grad is not None and torch.equal(weight.grad, upstream)
     x = random_matrix(8, 64, 2).requires_grad_()
     fake_quantize_activations(x, 32).backward(upstream)
-    assert torch.equal(x.grad, upstream)
+    assert x.grad is not None and torch.equal(x.grad, upstream)
 
 
 @pytest.mark.parametrize("group", [16, 32, 64])
@@ -228,7 +227,9 @@ def faked(x: torch.Tensor, weight: torch.Tensor, form: Format) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 16, 70])
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize(("bits", "activation"), [(4, "fp32"), (4, "int8"), (8, "int8"), (8, "fp32")])
-def test_the_engine_computes_what_fake_quantization_says(bits: int, activation: str, group: int, rows: int) -> None:
+def test_the_engine_computes_what_fake_quantization_says(
+    bits: Bits, activation: Activation, group: int, rows: int
+) -> None:
     """Bar: a tenth of the effect of what is guarded, and 1e-5 of the output's size. The controls are the effects.
 
     The engine multiplies by a reciprocal, so about one activation in a million that lies on a tie rounds the other way: one
@@ -237,7 +238,7 @@ def test_the_engine_computes_what_fake_quantization_says(bits: int, activation: 
     generator = torch.Generator().manual_seed(bits * 1000 + group + rows)
     x = torch.randn(rows, 256, generator=generator) * torch.rand(rows, 1, generator=generator) * 3
     weight = torch.randn(128, 256, generator=generator) * 0.05
-    form = Format(bits, group, activation)  # type: ignore[arg-type]
+    form = Format(bits, group, activation)
     actual = engine(x, weight, form)
     difference, bar = (actual - faked(x, weight, form)).abs(), 1e-5 * float(actual.abs().max())
     beyond = (difference > bar).any(1)

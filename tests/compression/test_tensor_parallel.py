@@ -208,7 +208,9 @@ def test_score_prints_the_nll_that_one_process_computes(
     from paretune.teachers.text.tokens import token_split
 
     windows = token_split(tiny_teacher, user_corpus(tiny_text), "report", tmp_path / "cache").windows(256, 2000)
-    network, sums, counts = Network(tiny_teacher.config, tiny_teacher.shape, 3), {}, {}
+    network = Network(tiny_teacher.config, tiny_teacher.shape, 3)
+    sums: dict[int, float] = {}
+    counts: dict[int, int] = {}
     with torch.no_grad():
         losses = network.token_losses(tiny_teacher.weights(), torch.from_numpy(windows.ids)).double()
     for row, n, document in zip(losses, windows.targets, windows.cluster, strict=True):

@@ -73,7 +73,8 @@ def kept_rows(folder):
 @pytest.mark.timeout(280)
 def test_sigkill_at_random_moments_loses_nothing(command, tmp_path):
     generator = random.Random(os.environ.get("KILL_SEED", "7"))
-    before, kills, groups = {}, 0, []
+    before: dict[tuple[str, str], str] = {}
+    kills, groups = 0, []
     for _ in range(3):
         process = command()
         deadline = time.monotonic() + 60
@@ -137,6 +138,7 @@ def test_ctrl_c_ends_in_good_order_and_is_resumable(command, tmp_path):
     _, err = process.communicate(timeout=40)
     assert process.returncode == 130, err.decode()[-2000:]
     assert b"the same command goes on" in err
+    assert folder is not None
     store = Store.reader(folder.parent)
     assert store.meta("state") == "interrupted"
     assert (folder.parent / "report.html").exists()

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_the_servers_name_is_checked(hook: Hook, tmp_path: Path, monkeypatch: py
 def test_the_connection_goes_to_the_address_that_was_checked(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     """DNS rebinding: a name that is public when it is checked and loopback when it is used. It is resolved once only."""
     asked = []
-    real = module.socket.getaddrinfo
+    real = socket.getaddrinfo
 
     def resolve(host: str, *more: Any, **options: Any) -> Any:
         if host == "localhost":
@@ -159,7 +160,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(hook: Hook, monkeyp
         assert ipaddress.ip_address(host), "after that, addresses only"
         return real(host, *more, **options)
 
-    monkeypatch.setattr(module.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     post(hook.url, EVENT, None, allow_private=True)
     assert asked == ["localhost"]
 

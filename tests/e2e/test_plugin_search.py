@@ -53,7 +53,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ready, 
 
 
 @pytest.fixture(scope="module")
-def study(prepared: tuple[Ready, Path]) -> Iterator[StudyView]:
+def study(prepared: tuple[Ready, Path]) -> StudyView:
     """A finished search, its lane with fewer visits than usual."""
     ready, home = prepared
     store = create_study(ready, home, "digits", "paretune search")

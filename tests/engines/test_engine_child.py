@@ -135,7 +135,7 @@ def test_nonsense_requests_are_answered(child: EngineChild) -> None:
         ({"do": "dance"}, "no model is loaded"),
     ):
         with pytest.raises(Infeasible, match=words):
-            child.ask(**request)  # type: ignore[arg-type]
+            child.ask(**request)
 
 
 def test_what_a_library_prints_never_gets_between_the_answers(tmp_path: Path) -> None:
@@ -214,7 +214,9 @@ class Scoring:
         child.ask(do="load", path=str(model), threads=1)
 
     def ask(self, **request: Any) -> dict[str, np.ndarray]:
-        files = {name: str(self.folder / f"{name}.npy") for name in ("ids", "targets", "nll", "kl", "agree")}
+        files: dict[str, Any] = {
+            name: str(self.folder / f"{name}.npy") for name in ("ids", "targets", "nll", "kl", "agree")
+        }
         self.child.ask(do="score", **files, **request)
         return {name: np.load(files[name]) for name in ("nll", "kl", "agree") if Path(files[name]).exists()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from paretune.spaces import Candidate, Layer
 from paretune.teachers.checkpoint.teacher import Teacher
 
 SPARE = 32 * 2**20
-LARGE = {"do": "time", "prompt": 128, "tokens": 1, "batch": 256}  # its logits alone are 37 MB
+LARGE: dict[str, Any] = {"do": "time", "prompt": 128, "tokens": 1, "batch": 256}  # its logits alone are 37 MB
 
 
 @pytest.fixture(scope="module")

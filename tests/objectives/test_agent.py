@@ -186,7 +186,7 @@ def files_of(store: ContentStore) -> set[str]:
 )
 def test_access(server: AgentServer, headers: dict[str, str | None], status: int) -> None:
     port = str(server.server_address[1])
-    sent = {name: value and value.replace("{port}", port) for name, value in headers.items()}
+    sent: dict[str, Any] = {name: value and value.replace("{port}", port) for name, value in headers.items()}
     found, told = talk(server, "GET", "/v1/health", **sent)
     assert found == status
     assert ("error" in told) == (status != 200)
@@ -334,7 +334,7 @@ def test_a_file_is_sent_once(server: AgentServer, client: AgentClient, tmp_path:
     model.write_bytes(os.urandom(5000))
     asked: list[str] = []
     once = client.wire._once
-    client.wire._once = lambda method, *rest: (asked.append(method), once(method, *rest))[1]  # type: ignore[method-assign, func-returns-value, assignment]
+    client.wire._once = lambda method, *rest: (asked.append(method), once(method, *rest))[1]  # type: ignore[method-assign, func-returns-value]
     digest = client.upload(model)
     assert client.upload(model) == digest == digest_of(model.read_bytes())
     assert asked == ["HEAD", "PUT", "HEAD"]

@@ -20,6 +20,7 @@ from paretune.hardware_profiles.profile import Profile, detected_profile
 from paretune.objectives.directions import excess, minimized
 from paretune.objectives.energy import energy_and_cost, following, throughput
 from paretune.objectives.latency import measurement_key
+from paretune.objectives.latency.workload import STANDARD
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.metric_names import DECODER, forward_measurements
 from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
@@ -255,7 +256,7 @@ def test_charts_and_labels_know_them(view: StudyView) -> None:
 @pytest.mark.parametrize("name", ["energy_j_per_token", "usd_per_million_tokens"])
 def test_a_figure_that_the_profile_lacks_is_refused_before_work(name: str) -> None:
     bare = profile(power_watts=None, price_usd_per_hour=None)
-    for spec in (Spec(objectives=("nll", name)), Spec(limits={name: 1.0})):  # type: ignore[dict-item]
+    for spec in (Spec(objectives=("nll", name)), Spec(limits={name: 1.0})):
         with pytest.raises(UsageError, match=f"{name} needs (power_watts|price_usd_per_hour)"):
             check_device_specs(spec, bare)
         check_device_specs(spec, profile())
@@ -331,14 +332,14 @@ def test_another_engine_version_misses(tmp_path: Path, monkeypatch: pytest.Monke
 def test_another_prompt_batch_or_length_misses(name: str) -> None:
     target = profile()
     standard = measurement_key.target_key(target, "m")
-    turn = measurement_key.STANDARD
+    turn = STANDARD
     field = {"PROMPT": "prompt", "NEW_TOKENS": "tokens"}[name]
     changed = [dataclasses.replace(turn, **{field: 64}), dataclasses.replace(turn, batch=4)]
     assert len({standard, *(measurement_key.target_key(target, "m", t) for t in changed)}) == 3
 
 
 def test_a_pattern_counts_where_a_kernel_exploits_it(tmp_path: Path) -> None:
-    exploits = {"sparse_patterns": ("2:4",)}
+    exploits: dict[str, Any] = {"sparse_patterns": ("2:4",)}
     dense = kept(tmp_path, of(), **exploits)
     sparse = kept(tmp_path, of(pattern=Pattern("2:4", 0.5, "wanda")), **exploits)
     assert sparse != dense

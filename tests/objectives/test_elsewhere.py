@@ -31,7 +31,6 @@ from paretune.objectives.agent.start import new_token
 from paretune.objectives.agent.wire import AgentGone, Timeouts
 from paretune.objectives.latency.benchmark import LatencyResult
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.prediction.latency_fit import design
 from paretune.objectives.prediction.predict import predict
 from paretune.search.evaluators import latency_measuring as visits
 from paretune.search.evaluators.latency_measuring import LatencyMeasuring
@@ -39,6 +38,7 @@ from paretune.search.evaluators.simulated import SHAPE, decode_ms
 from paretune.search.task import Task
 from paretune.spaces import Candidate, Space
 from paretune.teachers.checkpoint.teacher import Teacher
+from support.decoders import decoder_design
 
 SPACE = Space.of(SHAPE, ("fp32/fp32", "int8/int8", "int4/int8"))
 HASTY = Timeouts(answer=5.0, patience=0.3, job=20.0, poll=0.02)
@@ -100,7 +100,7 @@ def test_a_killed_agent_comes_back_and_the_measurement_is_made(tmp_path: Path, m
     client = AgentClient(f"http://127.0.0.1:{port}", token, Timeouts(answer=20.0, patience=60.0, job=200.0, poll=0.1))
     sent: list[str] = []
     ask = client.wire.ask
-    client.wire.ask = lambda method, path, *a, **k: (sent.append(method), ask(method, path, *a, **k))[1]  # type: ignore[method-assign, func-returns-value, assignment]
+    client.wire.ask = lambda method, path, *a, **k: (sent.append(method), ask(method, path, *a, **k))[1]  # type: ignore[method-assign, func-returns-value]
     results: list[LatencyResult] = []
     benchmark = RemoteBenchmark(client, model, 1)
 
@@ -208,7 +208,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 def fitted(folder: Path, points: int = 30) -> tuple[ByKey, list[Candidate], Task]:
-    designed = design(SPACE, points)
+    designed = decoder_design(SPACE, points)
     task = Task(
         "fit", options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0}, seconds_left=60.0
     )
@@ -233,7 +233,7 @@ def test_fit_and_confirmations_are_measured_at_the_agent(tmp_path: Path, board: 
 def test_a_confirmation_whose_agent_vanished_is_left_predicted_and_marked(tmp_path: Path, board: StandIn) -> None:
     measuring, designed, task = fitted(tmp_path)
     measuring.fit(task)
-    unseen = next(c for c in design(SPACE, 60, seed=5) if c not in designed)
+    unseen = next(c for c in decoder_design(SPACE, 60, seed=5) if c not in designed)
     measuring.build(unseen, tmp_path / "model")
     board.away = True
     for worker in (measuring, ByKey(Host(tmp_path))):  # type: ignore[arg-type]  # one that never reached it, too

@@ -25,7 +25,7 @@ from paretune.objectives.latency import benchmark, energy_pass, power, sweep
 from paretune.objectives.latency import workload as turns
 from paretune.objectives.latency.benchmark import LatencyBenchmark, LatencyResult, Nominal
 from paretune.objectives.latency.sweep import SweepPoint, is_quiet, sweep_points
-from paretune.objectives.latency.workload import Workload
+from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.objectives.measurement import Measurement
 
 NOMINAL = Nominal(2.0, 30.0)
@@ -42,7 +42,8 @@ class FakeChild:
     speed: ClassVar[Callable[[], float]] = staticmethod(itertools.repeat(1.0).__next__)
 
     def __init__(self, threads: int, pinned: bool = False, engine: str = "onnxruntime") -> None:
-        self.pinned, self.engine, self.asked, self.dead = pinned, engine, [], False
+        self.pinned, self.engine, self.dead = pinned, engine, False
+        self.asked: list[dict[str, Any]] = []
         FakeChild.made.append(self)
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class FakeChild:
 @pytest.fixture
 def quiet_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LatencyBenchmark]:
     monkeypatch.setattr(benchmark, "EngineChild", FakeChild)
-    monkeypatch.setattr(benchmark.time, "sleep", lambda _s: None)
+    monkeypatch.setattr(time, "sleep", lambda _s: None)
     monkeypatch.setattr(turns, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
@@ -296,7 +297,9 @@ def test_an_artifact_measured_again_says_why_it_is_not(lane_said: LatencyResult,
     problem = found.problem()
     assert (problem is None) == (words is None) == found.to_dict()["measured"]
     if problem is not None:
-        assert words in problem.problem and problem.exit_code == 5 and "--within" in problem.remedy
+        assert (
+            words is not None and words in problem.problem and problem.exit_code == 5 and "--within" in problem.remedy
+        )
         assert all(a.agrees is None for a in found.agreements), "a disturbed value agrees with nothing"
     else:
         assert all(a.agrees for a in found.agreements)
@@ -433,6 +436,7 @@ def test_nvidia_smi_is_integrated_where_there_is_no_pynvml(
     joules, seconds = counter.joules() - start, time.monotonic() - begun
     counter.close()
     assert joules == pytest.approx(50 * seconds, rel=0.1)
+    assert isinstance(counter, power.NvidiaSmi)
     assert counter._process.returncode is not None, "the program does not outlive its counter"
 
 
@@ -460,7 +464,7 @@ def test_energy_per_token_is_the_slope_without_the_prefill() -> None:
     meter = Meter()
     value, low, high = energy_pass.joules_per_token(SimpleNamespace(ask=meter.run), meter)  # type: ignore[arg-type]
     assert low < 0.5 < high and value == pytest.approx(0.5, rel=0.1)
-    naive = (3 + 0.5 * energy_pass.STANDARD.tokens) / energy_pass.STANDARD.tokens
+    naive = (3 + 0.5 * STANDARD.tokens) / STANDARD.tokens
     assert not low < naive < high, "the prefill is not in it"
 
 

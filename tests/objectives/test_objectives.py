@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,17 +28,12 @@ from paretune.objectives.latency import workload as turns_module
 from paretune.objectives.latency.benchmark import LATENCIES, LatencyBenchmark, Nominal
 from paretune.objectives.latency.intervals import moderated_interval, odd_ones
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.prediction.latency_fit import (
-    MIN_POINTS,
-    LatencyFit,
-    design,
-    features,
-    params_times_bits,
-    terms,
-)
+from paretune.objectives.prediction.latency_fit import MIN_POINTS, LatencyFit, features, params_times_bits, terms
 from paretune.objectives.quality.quality import Scores, paired_difference, quality_measurements, sum_by_document
 from paretune.spaces import Candidate, Format, Layer, Shape, Space
+from paretune.spaces.kinds import AnyCandidate
 from paretune.teachers.checkpoint.teacher import Teacher
+from support.decoders import decoder_design
 
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
 SHAPE = Shape(6, 256, 768, 8, 4, 32, 4096)
@@ -203,9 +199,9 @@ def test_the_fit_learns_that_a_cache_ends() -> None:
     def beyond(candidate: Candidate) -> float:
         return law(candidate) + 0.4 * float(terms(candidate, LARGE)[-1])
 
-    designed = design(Space.of(LARGE, KERNELS), 60)
-    assert 10 < sum(terms(c, LARGE)[-1] > 0 for c in designed) < 50
-    fit = LatencyFit("decode_ms_per_token", "ms/token", LARGE, [(c, beyond(c)) for c in designed])
+    points = decoder_design(Space.of(LARGE, KERNELS), 60)
+    assert 10 < sum(terms(c, LARGE)[-1] > 0 for c in points) < 50
+    fit = LatencyFit("decode_ms_per_token", "ms/token", LARGE, [(c, beyond(c)) for c in points])
     assert fit.error.median < 1e-3 and fit.coefficients[-1] == pytest.approx(0.4, rel=1e-2)
 
 
@@ -215,14 +211,14 @@ def test_weights_stored_in_16_bits_cost_what_fp32_does_and_every_kernel_has_a_te
 
     for half in (Format(16), Format(16, half="bf16")):
         assert counted(half) == counted(Format())
-    every = [Format(8, 0, a) for a in ("int8", "fp32", "dynamic", "static")]  # type: ignore[arg-type]
-    every += [Format(b, 32, a) for b in (2, 4) for a in ("int8", "fp32")]  # type: ignore[arg-type]
+    every = [Format(8, 0, a) for a in ("int8", "fp32", "dynamic", "static")]
+    every += [Format(b, 32, a) for b in (2, 4) for a in ("int8", "fp32")]
     assert len({tuple(counted(form)) for form in (*every, Format())}) == len(every) + 1
 
 
 def test_the_fit_recovers_a_linear_law_and_says_predicted() -> None:
-    fit = LatencyFit("decode_ms_per_token", "ms/token", SHAPE, [(c, law(c)) for c in design(SPACE, 40)])
-    for candidate in design(SPACE, 60, seed=9):
+    fit = LatencyFit("decode_ms_per_token", "ms/token", SHAPE, [(c, law(c)) for c in decoder_design(SPACE, 40)])
+    for candidate in decoder_design(SPACE, 60, seed=9):
         predicted = fit.predict(candidate)
         assert predicted.value == pytest.approx(law(candidate), rel=1e-3)
         assert predicted.provenance == "predicted"
@@ -236,12 +232,14 @@ def test_the_fit_recovers_a_linear_law_and_says_predicted() -> None:
 def test_the_error_is_held_out_and_the_interval_follows_from_it() -> None:
     """With 10 % noise on 30 points a fit judged on its own points would look too good."""
     noise = np.random.default_rng(3)
-    measured = [(c, law(c) * float(noise.lognormal(0, 0.1))) for c in design(SPACE, 30)]
+    measured: list[tuple[AnyCandidate, float]] = [
+        (c, law(c) * float(noise.lognormal(0, 0.1))) for c in decoder_design(SPACE, 30)
+    ]
     fit = LatencyFit("ttft_ms", "ms", SHAPE, measured)
     own = np.median([abs(fit.predict(c).value / v - 1) for c, v in measured])
     assert own < fit.error.median <= fit.error.p95 <= fit.error.worst
     assert 0.03 < fit.error.median < 0.3
-    fresh = design(SPACE, 80, seed=5)[3:]
+    fresh = decoder_design(SPACE, 80, seed=5)[3:]
     inside = sum(p.low <= law(c) <= p.high for c in fresh for p in [fit.predict(c)])
     assert inside >= 0.85 * len(fresh)
     predicted = fit.predict(fresh[0])
@@ -251,17 +249,17 @@ def test_the_error_is_held_out_and_the_interval_follows_from_it() -> None:
 
 def test_a_fit_of_too_few_points_is_refused() -> None:
     with pytest.raises(ValueError, match=f"at least {MIN_POINTS} measurements, but got {MIN_POINTS - 1}"):
-        LatencyFit("x", "ms", SHAPE, [(c, 1.0) for c in design(SPACE, 30)[: MIN_POINTS - 1]])
+        LatencyFit("x", "ms", SHAPE, [(c, 1.0) for c in decoder_design(SPACE, 30)[: MIN_POINTS - 1]])
 
 
 @pytest.mark.parametrize("space", [SPACE, Space.of(SHAPE, ("int8/int8", "int4/int8"))], ids=["cpu", "integers only"])
 def test_the_design_holds_the_baselines_and_every_choice(space: Space) -> None:
-    found = design(space, 36)
+    found = decoder_design(space, 36)
     assert len(found) == len({c.key for c in found}) == 36
     assert found[: len(space.baselines())] == space.baselines()
     assert not any(c.is_sparse for c in found)
-    assert found == design(space, 36)
-    assert found != design(space, 36, seed=1)
+    assert found == decoder_design(space, 36)
+    assert found != decoder_design(space, 36, seed=1)
     depths = Counter(len(c.layers) for c in found)
     assert set(depths) == set(range(space.min_depth, 7))
     assert {c.layers[0].kv_groups for c in found} == set(range(space.min_kv_groups, 5))
@@ -311,7 +309,7 @@ def fake_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setattr(lane_module, "EngineChild", FakeChild)
     monkeypatch.setattr(turns_module, "busy_seconds", lambda _cpus: 0.0)
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
-    monkeypatch.setattr(lane_module.time, "sleep", lambda _s: None)
+    monkeypatch.setattr(time, "sleep", lambda _s: None)
     monkeypatch.setattr(FakeChild, "speed", staticmethod(itertools.repeat(1.0).__next__))
     return lambda kept: LatencyBenchmark(tmp_path / "reference.onnx", 1, "print", MachineLock(tmp_path), kept)
 
@@ -480,7 +478,12 @@ def test_timing_happens_under_the_exclusive_lock(
             held.pop()
 
     monkeypatch.setattr(MachineLock, "exclusive", watched)
-    monkeypatch.setattr(FakeChild, "speed", staticmethod(lambda: seen.append(bool(held)) or 1.0))
+
+    def speed() -> float:
+        seen.append(bool(held))
+        return 1.0
+
+    monkeypatch.setattr(FakeChild, "speed", staticmethod(speed))
     with benchmark.pair() as pair:
         benchmark.quick(Path("x.onnx"), pair)
     assert seen == [False, False] + [True] * 32, "a warm-up each, then eight rounds of four turns under the lock"
@@ -518,7 +521,7 @@ def test_only_what_runs_on_the_lanes_own_cpus_disturbs(
     monkeypatch.setattr(turns_module, "STAT", stat.path)
     monkeypatch.setattr(turns_module, "waited_seconds", lambda _pid: 0.0)
     monkeypatch.setattr(turns_module, "with_siblings", lambda cpus: cpus)
-    monkeypatch.setattr(turns_module.os, "sched_getaffinity", lambda _pid: {3})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3})
     watch = turns_module.Watch([FakeChild(1), FakeChild(1)])  # type: ignore[list-item]
     stat.work(*busy, column=column)
     assert turns_module.BenchmarkSession(foreign_cores=watch.foreign_cores()).quiet == quiet
@@ -547,7 +550,7 @@ def test_waiting_is_read_from_the_kernel() -> None:
     ]
     try:
         before = [turns_module.waited_seconds(p.pid) for p in programs]
-        lane_module.time.sleep(1.0)
+        time.sleep(1.0)
         waited = [turns_module.waited_seconds(p.pid) - b for p, b in zip(programs, before, strict=True)]
     finally:
         for program in programs:
@@ -573,7 +576,7 @@ def test_a_lock_that_others_keep_costs_the_value_its_word_not_the_search(
     def busy(_lock: MachineLock) -> Iterator[None]:
         asked.append(1)
         raise EnvironmentProblem("the machine was busy with other paretune work", "")
-        yield
+        yield  # type: ignore[unreachable]  # what makes it a generator
 
     monkeypatch.setattr(MachineLock, "exclusive", busy)
     result = benchmark.measure(Path("x.onnx"))

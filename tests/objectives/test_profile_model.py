@@ -20,7 +20,7 @@ from paretune.common.checksums import FACTS, MODEL, write_checksums
 from paretune.common.errors import Infeasible, UsageError
 from paretune.compression.export.artifact import describe_artifact, write_artifact
 from paretune.compression.network.student import Network
-from paretune.hardware_profiles import load_profile
+from paretune.hardware_profiles import fingerprint, load_profile
 from paretune.objectives.profiler import findings as findings_module
 from paretune.objectives.profiler import profile_model as module
 from paretune.objectives.profiler.findings import findings_file, keep_findings, kept_findings, profiled_candidates
@@ -40,6 +40,7 @@ from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 from paretune.tracking.charts.profile_picture import profile_picture
 from paretune.tracking.charts.profile_points import layer_bars, roof_lines, roof_points
 from paretune.tracking.report.profile_page import profile_html
+from support.decoders import decoder
 
 PROMPT, TOKENS = 16, 6
 INT4 = Format(4, 32, "int8")
@@ -171,7 +172,7 @@ def test_an_artifacts_weights_have_their_own_bits(artifact: Path, work: ProfileR
     found = profile_model(str(artifact), work)
     assert found.subject.kind == "artifact" and found.torch == {}
     assert {c.op for c in found.costs if c.matrix} == {"MatMulNBits"}
-    shapes = [tuple(w.shape) for w in tiny_teacher.weights().values() if w.ndim == 2]
+    shapes = [(w.shape[0], w.shape[1]) for w in tiny_teacher.weights().values() if w.ndim == 2]
     read = sum(c.weight_bytes(c.form) for c in found.costs if c.phase == "decode")
     assert read == stored_bits(INT4, shapes) / 8
     assert not [place for place in found.options if place.change == "int4"]
@@ -180,10 +181,13 @@ def test_an_artifacts_weights_have_their_own_bits(artifact: Path, work: ProfileR
 
 def test_what_another_engine_measured_is_not_compared(damaged: Path, work: ProfileRequest) -> None:
     then = {"value": 1e-6, "unit": "ms/token", "low": 1e-6, "high": 1e-6, "provenance": "measured"}
-    told = {"profile": work.profile.name, "measurements": {"decode_ms_per_token": {**then, "fingerprint": "older"}}}
+    told: dict[str, Any] = {
+        "profile": work.profile.name,
+        "measurements": {"decode_ms_per_token": {**then, "fingerprint": "older"}},
+    }
     describe_artifact(damaged, told)
     assert any("another version of the engine" in note for note in profile_model(str(damaged), work).notes)
-    told["measurements"]["decode_ms_per_token"]["fingerprint"] = module.fingerprint()
+    told["measurements"]["decode_ms_per_token"]["fingerprint"] = fingerprint()
     describe_artifact(damaged, told)
     assert any("its study said" in note for note in profile_model(str(damaged), work).notes)
 
@@ -278,7 +282,7 @@ def bits(candidate: Any) -> tuple[int, int, int]:
 
 
 def test_first_candidates_quantize_what_pays_most_first(tiny_space: Space) -> None:
-    found = profiled_candidates(tiny_space, FOUND)
+    found = [decoder(c) for c in profiled_candidates(tiny_space, FOUND)]
     assert [(len(c.layers), bits(c)) for c in found[:3]] == [(3, (8, 8, 4)), (3, (8, 4, 4)), (3, (4, 4, 4))]
     assert [(len(c.layers), bits(c)) for c in found[3:]] == [(2, (8, 8, 4))]
     turned = Findings(FOUND.groups[::-1], FOUND.layers)
@@ -287,7 +291,7 @@ def test_first_candidates_quantize_what_pays_most_first(tiny_space: Space) -> No
 
 
 def test_layers_go_first_where_that_pays_more(tiny_space: Space) -> None:
-    found = profiled_candidates(tiny_space, Findings(FOUND.groups, ((1, 9.0),)))
+    found = [decoder(c) for c in profiled_candidates(tiny_space, Findings(FOUND.groups, ((1, 9.0),)))]
     assert [len(c.layers) for c in found] == [2, 3, 3, 3]
     assert profiled_candidates(tiny_space, None) == [] == profiled_candidates(tiny_space, Findings((), ((1, 1.0),)))
 

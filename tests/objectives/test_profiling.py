@@ -214,7 +214,7 @@ def test_what_fewer_bits_save_lies_between_the_same_share_of_the_roof_and_the_ro
     before, after = 64 * 288 * 4 + 1408, 64 * 288 * 9 / 8 + 1408
     difference, share = (before - after) / 10e9 * 1e3, 0.6 * (1 - after / before)
     assert difference < share
-    assert (saved.low, saved.high) == (pytest.approx(difference), pytest.approx(share))
+    assert (saved.low, saved.high) == pytest.approx((difference, share))
     assert saved.provenance == "predicted" and saved.value == pytest.approx((difference + share) / 2)
 
 
@@ -228,9 +228,9 @@ def test_where_arithmetic_binds_fewer_bits_may_save_nothing() -> None:
 def test_a_dropped_layer_saves_what_its_ops_take() -> None:
     layer = 0.02 + 0.2 + 0.1 + 0.1 + 0.5 + 0.05 + 0.5
     saved = place(changes(costs()), "layer 1 dropped").decode_ms
-    assert (saved.low, saved.value, saved.high) == tuple(pytest.approx(layer) for _ in range(3))
+    assert (saved.low, saved.value, saved.high) == pytest.approx((layer, layer, layer))
     slow = place(changes(costs(), slowdown=2.0), "layer 1 dropped").decode_ms
-    assert (slow.low, slow.high) == (pytest.approx(layer / 2), pytest.approx(layer))
+    assert (slow.low, slow.high) == pytest.approx((layer / 2, layer))
 
 
 def test_a_narrower_ffn_saves_a_quarter_of_its_ops() -> None:

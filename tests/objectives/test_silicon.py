@@ -100,7 +100,7 @@ def test_what_comes_from_a_table_says_so(made_up: None, a100: Profile, tmp_path:
 
 
 def test_without_the_package_nothing_changes(a100: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silicon.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert silicon.tables_of(a100) is None
     assert predict(a100, whole(HALF), LLAMA_7B)["decode_ms_per_token"].provenance == "predicted"
 

@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks import joint, memory, run, speed  # noqa: E402
+from paretune.search.execution.processes import descendants  # noqa: E402
 from paretune.search.hypervolume import corner  # noqa: E402
 from paretune.search.spec import Reference  # noqa: E402
+from paretune.search.study.store import Store  # noqa: E402
 from paretune.spaces import Shape  # noqa: E402
 
 SMALL = {"budget": "5m", "fit_points": 30, "max_candidates": 44, "finalists": 1}
@@ -83,7 +85,7 @@ def test_memory_of_a_tree_counts_its_children() -> None:
     with subprocess.Popen([sys.executable, "-c", program, child], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         found = memory.resident(process.pid)
-        (grandchild,) = (pid for pid, _ in memory.descendants(process.pid))
+        (grandchild,) = (pid for pid, _ in descendants(process.pid))
         own = memory.memory_of(process.pid)
         subprocess.run(["kill", str(grandchild)])
         process.kill()
@@ -113,7 +115,7 @@ def test_both_arms_of_a_seed_run_to_their_end(compared: tuple[Path, list[joint.A
         assert list(arm.volumes) == sorted(arm.volumes) and 0 < arm.volume < 1.2
     by_name = {}
     for name in joint.ARMS:
-        store = joint.Store.reader(folder / f"seed0-{name}" / "studies" / name)
+        store = Store.reader(folder / f"seed0-{name}" / "studies" / name)
         by_name[name] = (store.meta("sequential"), {row.source for row in store.candidates()}, store.meta("spec"))
         store.close()
     assert by_name["joint"][0] is None and by_name["sequential"][0]["masks"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +40,7 @@ def found(
 
 def test_seconds_are_the_median_over_all_structures(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 29.0])
-    monkeypatch.setattr(lane.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     asked = []
 
     def latencies(model: Path, within: float) -> LatencyResult:
@@ -120,13 +122,13 @@ def test_beside_a_neighbour_flagged_refused_and_wrong_are_counted() -> None:
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_neighbour_is_busy_and_ends_with_the_block(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
     started = []
-    real = lane.subprocess.Popen
+    real = subprocess.Popen
 
     def recorded(*arguments: Any, **options: Any) -> Any:
         started.append(real(*arguments, **options))
         return started[-1]
 
-    monkeypatch.setattr(lane.subprocess, "Popen", recorded)
+    monkeypatch.setattr(subprocess, "Popen", recorded)
     cpu = max(os.sched_getaffinity(0))
     with lane.neighbour(cpu if pinned else None):
         assert started[0].poll() is None

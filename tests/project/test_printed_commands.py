@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def words_of(node: ast.AST) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(v.value if isinstance(v, ast.Constant) else "NAME" for v in node.values)
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "NAME" for v in node.values)
     return "NAME"
 
 
@@ -184,7 +185,7 @@ def test_a_path_that_looks_like_an_option_stays_a_path(elsewhere: Path) -> None:
 
 
 def test_the_program_is_the_one_that_runs(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_line.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["/somewhere/ipykernel_launcher.py"])
     assert shlex.split(command_line.program()) == [str(Path(sys.executable)), "-m", "paretune"]
 

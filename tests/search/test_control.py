@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from paretune.common.errors import UsageError
+from paretune.common.files import write_atomically
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
@@ -35,7 +36,8 @@ def make_ready(**options):
 
 def simulate(ready, store, home, verb=None, before=None, count=1):
     """Run inline; `verb` is ordered while the `count`-th piece of work of kind `before` runs."""
-    clock, done = VirtualClock(), Counter()
+    clock = VirtualClock()
+    done: Counter[str] = Counter()
     evaluator = SimulatedEvaluator(store.folder, home, clock)
 
     def execute(director, *_):
@@ -114,7 +116,7 @@ def test_a_word_is_forgotten_when_the_search_starts_again(study):
     ready, store, home = study
     simulate(ready, store, home, "pause", "rung0", 2)
     assert control.ordered(store.folder) is None
-    control.write_atomically(store.folder / control.FILE, b'{"verb": "cancel"}')
+    write_atomically(store.folder / control.FILE, b'{"verb": "cancel"}')
     assert simulate(ready, store, home)[0] == 0
 
 
@@ -134,7 +136,8 @@ def _quiet():
 
 def test_where_nothing_runs_only_stop_and_cancel_make_sense(tmp_path):
     ready = make_ready()
-    for verb, state in (("stop", "complete"), ("cancel", "cancelled")):
+    ends: tuple[tuple[control.Verb, str], ...] = (("stop", "complete"), ("cancel", "cancelled"))
+    for verb, state in ends:
         create_study(ready, tmp_path, verb, "paretune search").close()
         folder = tmp_path / "studies" / verb
         with pytest.raises(UsageError, match="only a running search can be paused"):

@@ -31,6 +31,7 @@ from paretune.search.task import Outcome, Task
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.report.report import write_report
+from support.decoders import decoder
 from support.plans import empty_plan
 
 OBJECTIVES = ("nll", "decode_ms_per_token", "compressed_bytes")
@@ -120,8 +121,8 @@ def by_value(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Task,
 
 
 def unquantized_at_its_cost(task: Task) -> tuple[float, ...]:
-    assert task.candidate is not None
-    nll = TEACHER_NLL["report"] + recovered_loss(task.candidate, unrounded(task.candidate))
+    trained = decoder(task.candidate)
+    nll = TEACHER_NLL["report"] + recovered_loss(trained, unrounded(trained))
     estimate = task.options["stakes"]["estimate"]
     return (min(estimate[0], nll), *estimate[1:])
 
@@ -135,12 +136,10 @@ def test_by_value_qat_goes_to_those_that_would_be_on_the_front(
     for task, outcome in by_value[0]:
         if task.kind == "confirm":
             confirmed.append(tuple(outcome.measurements[name].value for name in OBJECTIVES))
-        if task.kind == "recover" and task.candidate is not None and may_escalate(task.candidate):
+        if task.kind == "recover" and may_escalate(trained := decoder(task.candidate)):
             mine = unquantized_at_its_cost(task)
             beaten = any(all(x <= y for x, y in zip(c, mine, strict=True)) and c != mine for c in confirmed)
-            costs = recovered_loss(task.candidate, task.candidate) > recovered_loss(
-                task.candidate, unrounded(task.candidate)
-            )
+            costs = recovered_loss(trained, trained) > recovered_loss(trained, unrounded(trained))
             assert outcome.facts["qat"] is (costs and not beaten), outcome.facts["qat_reason"]
             assert ("dominated by" in outcome.facts["qat_reason"]) is (costs and beaten)
             decided.append(outcome.facts["qat"])
@@ -173,8 +172,8 @@ def test_qat_threshold_is_the_classical_rule(tmp_path: Path) -> None:
     seen, _ = searched(tmp_path, qat_threshold="3%")
     decided = []
     for task, outcome in seen:
-        if task.kind == "recover" and task.candidate is not None and may_escalate(task.candidate):
-            loss = recovered_loss(task.candidate, task.candidate) / TEACHER_NLL["search"]
+        if task.kind == "recover" and may_escalate(trained := decoder(task.candidate)):
+            loss = recovered_loss(trained, trained) / TEACHER_NLL["search"]
             assert outcome.facts["qat"] is (loss > 0.03), outcome.facts["qat_reason"]
             assert "--qat-threshold" in outcome.facts["qat_reason"]
             decided.append(outcome.facts["qat"])
@@ -223,8 +222,8 @@ def test_the_recovery_block_of_a_spec(tmp_path: Path) -> None:
 def test_sizes_of_the_user_are_explored_first_and_are_choices_of_the_sampler(tmp_path: Path) -> None:
     sizes = [{"layers": 5, "ffn": 544, "kv_groups": 3}, {"layers": 3, "ffn": 768, "kv_groups": 4, "hidden": 256}]
     seen, store = searched(tmp_path, student_configs=sizes)
-    first = [w.candidate for w, _ in seen if w.kind == "rung0"][:6]
-    found = [(len(c.layers), c.layers[0].ffn, c.layers[0].kv_groups, c.layers[0].ffn_format.bits) for c in first if c]
+    first = [decoder(w.candidate) for w, _ in seen if w.kind == "rung0"][:6]
+    found = [(len(c.layers), c.layers[0].ffn, c.layers[0].kv_groups, c.layers[0].ffn_format.bits) for c in first]
     assert found == [(5, 544, 3, bits) for bits in (32, 8, 4)] + [(3, 768, 4, bits) for bits in (32, 8, 4)]
     assert [r.source for r in store.candidates()][3:9] == ["seed"] * 6
     space = with_students(

@@ -25,10 +25,9 @@ from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.latency.benchmark import LatencyResult, Nominal
 from paretune.objectives.latency.nominal import _read as _nominal
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.prediction.latency_fit import design
 from paretune.search.evaluators.decoder import Evaluator
 from paretune.search.evaluators.workspace import Workspace
-from paretune.search.policy.director import Director
+from paretune.search.policy.estimates import Estimates
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.samplers.optuna_sampler import distributions, frozen_trial
@@ -36,6 +35,7 @@ from paretune.search.spec import Spec
 from paretune.search.task import Task
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
+from support.decoders import decoder_design
 from support.plans import empty_plan
 
 INT4, GPTQ = Format(4, 32, "fp32"), Format(4, 32, "fp32", "gptq")
@@ -148,7 +148,7 @@ def test_latencies_are_kept_without_regard_to_the_quantizer(study: tuple[Path, P
     file = evaluator.measuring.kept_file
     assert file(whole(GPTQ)) == file(whole(INT4)) == file(whole(GPTQ, Pattern("block", 0.5)))
     assert file(whole(GPTQ)) != file(whole(replace(GPTQ, group_size=64)))
-    designed = design(Workspace(*study).space, 30)
+    designed = decoder_design(Workspace(*study).space, 30)
     assert not any(c.quantizer == "gptq" or c.is_sparse for c in designed)
     assert len({file(c) for c in designed}) == len(designed)
 
@@ -165,7 +165,7 @@ def test_studies_from_before_gptq_can_be_resumed(study: tuple[Path, Path]) -> No
 
     space = Workspace(*study).space
     params = space.encode(space.baselines()[-1])
-    old: Director = Old()  # type: ignore[assignment]
+    old: Estimates = Old()  # type: ignore[assignment]
     assert frozen_trial(old, "k", distributions(space)).params == params
 
 
@@ -216,7 +216,8 @@ def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: 
 def test_a_candidate_that_the_engine_refuses_does_not_end_the_fit(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measuring, pairs, measured = evaluator.measuring, [], []
+    measuring, measured = evaluator.measuring, []
+    pairs: list[int] = []
     designed = [whole(INT4), whole(Format()), whole(Format(8, 32))]
 
     @contextlib.contextmanager
@@ -283,7 +284,8 @@ def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator:
 
 def test_scoring_lets_go_of_the_machine_between_slices(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a text is: all rows once, in order, and the lock free before each of them."""
-    held, rows = [], []
+    held: list[int] = []
+    rows: list[int] = []
 
     @contextlib.contextmanager
     def shared(_lock: MachineLock) -> Iterator[None]:

@@ -23,7 +23,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality.quality import Scores, perplexity, quality_measurements, relative
 from paretune.search.hypervolume import in_teacher_units
 from paretune.search.policy.finalists import perceived
-from paretune.spaces.candidate import Format
+from paretune.spaces.candidate import Bits, Format
 from paretune.teachers.checkpoint.teacher import load_teacher
 
 
@@ -129,7 +129,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-40, 1e-38, 3e38], ids=str)
-def test_weights_of_any_size_round_to_numbers(bits: int, value: float) -> None:
+def test_weights_of_any_size_round_to_numbers(bits: Bits, value: float) -> None:
     weight = torch.full((4, 64), value)
     weight[1] = 0
     found = quantize(weight, Format(bits, 32, "fp32"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,8 @@ cost = st.one_of(st.floats(0.01, 100.0), st.just(INFEASIBLE), st.none())
 
 def slow(costs, losses, limit):
     """(choices, matrix, robust worst) by enumerating everything; None for a cost that is not there."""
-    choices, matrix = {}, {}
+    choices = {}
+    matrix: dict[tuple[str, str], float | None] = {}
     allowed = [k for k in losses if losses[k] <= limit]
     for target, row in costs.items():
         order = sorted((row[k], losses[k], k) for k in allowed if k in row and row[k] != INFEASIBLE)
@@ -133,7 +135,7 @@ def test_what_cannot_run_stays_so():
     assert not rows["a"].measurements and not rows["b"].is_measured
 
 
-class Memory(dict):
+class Memory(dict[str, Any]):
     """A store's meta in memory, through JSON as the real one."""
 
     def meta(self, name, default=None):

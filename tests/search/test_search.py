@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -51,7 +51,7 @@ def simulate(ready, store, home, stop_after=None, evaluator_class=SimulatedEvalu
     """Run a study inline on a virtual clock; `stop_after` pieces of work end it like a kill."""
     clock = VirtualClock()
     evaluator = evaluator_class(store.folder, home, clock)
-    done = Counter()
+    done: Counter[str] = Counter()
 
     def execute(director, *_):
         director.budget.clock = clock
@@ -200,7 +200,7 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path):
 class Noisy(SimulatedEvaluator):
     """The first confirmation of every second candidate falls on a busy moment."""
 
-    mark: ClassVar = {"provenance": "disturbed"}
+    mark: ClassVar[dict[str, Any]] = {"provenance": "disturbed"}
 
     def run(self, task):
         outcome = super().run(task)
@@ -298,7 +298,7 @@ def test_next_finalist_visits_each_stratum_and_prefers_the_front():
 def test_the_next_finalist_is_far_from_what_is_confirmed():
     """Crowding among the unconfirmed alone would take a second one beside a confirmed, as the ends are always lonely."""
     line = [Explored(f"e{i}", "dense/int8", (float(i), 10.0 - i)) for i in range(11)]
-    confirmed = [(0.0, 10.01), (10.01, 0.0)]  # beside both ends
+    confirmed: list[tuple[float, ...]] = [(0.0, 10.01), (10.01, 0.0)]  # beside both ends
     assert next_finalist(line, [], confirmed) == "e5"
     assert next_finalist(line, ["e5"], [*confirmed, (5.01, 5.01)]) in {"e2", "e3", "e7", "e8"}
 
@@ -323,7 +323,7 @@ def test_finalists_are_spread_over_what_people_perceive():
     )
     losses = [0.006, 0.02, 0.06, 0.1, 0.14, 0.18, 0.25]
     line = [Explored(str(x), "dense/int4", (2.0 * (1 + x), 1 / (1 + x))) for x in losses]
-    done = [(2.0, 1.0), (2.0 * 1.25, 1 / 1.25)]
+    done: list[tuple[float, ...]] = [(2.0, 1.0), (2.0 * 1.25, 1 / 1.25)]
 
     def nearest(scale):
         return next_finalist(line, [], done, scale)
@@ -378,7 +378,7 @@ def test_ties_are_paired_by_document(finished):
     assert tied(point, point, "nll") and tied(point, point, "decode_ms_per_token")
     teacher = view.teacher
     worst = max(view.confirmed, key=lambda p: p.measurements["nll"].value)
-    assert not tied(teacher, worst, "nll")
+    assert teacher is not None and not tied(teacher, worst, "nll")
 
 
 def test_a_whole_simulated_search_is_quick(finished):
@@ -474,7 +474,7 @@ def test_the_driver_ends_what_a_stuck_worker_would_keep_alive(tmp_path):
     assert stopper.stop_all()
 
 
-def test_nsga2_really_breeds(tmp_path):
+def test_nsga2_really_breeds(tmp_path, monkeypatch):
     ready = make_ready(sampler="nsga2", budget="400s")
     store = create_study(ready, tmp_path, "s", "x")
     seen = {}
@@ -484,13 +484,8 @@ def test_nsga2_really_breeds(tmp_path):
             super()._tell(trial_id, key)
             seen["study"] = self._ot_study
 
-    import paretune.search.execution.tune_search as module
-
-    original, module.JointSearch = module.JointSearch, Watched
-    try:
-        simulate(ready, store, tmp_path)
-    finally:
-        module.JointSearch = original
+    monkeypatch.setattr("paretune.search.execution.tune_search.JointSearch", Watched)
+    simulate(ready, store, tmp_path)
     generations = {v for t in seen["study"].trials for n, v in t.system_attrs.items() if n.endswith("generation")}
     assert max(generations) >= 2
 
@@ -596,7 +591,9 @@ def test_ctrl_c_is_no_attempt(tmp_path):
     assert store.evaluations() == []
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
     for _ in range(3):
-        director.lost(director.next().task, "the worker died", 1.0)
+        task = director.next().task
+        assert task is not None
+        director.lost(task, "the worker died", 1.0)
     assert [e.status for e in store.evaluations()] == ["lost", "lost", "failed"], "dying is an attempt"
 
 

@@ -75,8 +75,12 @@ def test_a_lane_times_its_own_turn_and_says_so(monkeypatch: pytest.MonkeyPatch, 
         seen.append(turn)
         return BenchmarkSession([1.0, 1.1], [1.0, 1.1], [0.5, 0.5], [5.0, 5.0], [0.5, 0.6])
 
+    def warmed(*given: Any) -> float:
+        seen.append(given[-1])
+        return 1.0
+
     monkeypatch.setattr(lane_module, "run_abba_rounds", turns)
-    monkeypatch.setattr(lane_module, "load_and_warm", lambda *given: seen.append(given[-1]) or 1.0)
+    monkeypatch.setattr(lane_module, "load_and_warm", warmed)
     monkeypatch.setattr(lane_module, "run_workload", lambda _child, turn: seen.append(turn))
     nominal = lane_module.Nominal(0.5, 5.0)
     benchmark = LatencyBenchmark(

@@ -114,6 +114,7 @@ def test_nothing_acknowledged_is_lost_by_sigkill(tmp_path, delay):
     process.start()
     last = receive.recv()
     time.sleep(delay)
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     while receive.poll():

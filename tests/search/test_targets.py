@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,19 +21,19 @@ from paretune.common.errors import EnvironmentProblem, Infeasible, UsageError
 from paretune.common.yaml_file import dump_model
 from paretune.hardware_profiles import fingerprint
 from paretune.hardware_profiles.profile import Profile, detected_profile, load_profile
-from paretune.objectives.measurement import Measurement
+from paretune.objectives.measurement import Measurement, Provenance
 from paretune.objectives.prediction.latency_fit import KERNEL_BITS, weights_per_kernel
 from paretune.search.evaluators.simulated import SHAPE
 from paretune.search.execution import finish_targets as finishing
 from paretune.search.execution import run
 from paretune.search.recommend.answer import answer_on
-from paretune.search.recommend.compare import compare
+from paretune.search.recommend.compare import Comparison, compare
 from paretune.search.recommend.regret import INFEASIBLE
 from paretune.search.spec import Spec
 from paretune.search.study.store import Store
 from paretune.search.study.target_records import TargetRow
 from paretune.search.study.target_view import view_on
-from paretune.search.study.view import load_view, tied
+from paretune.search.study.view import StudyView, load_view, tied
 from paretune.search.targets import profiles as target_profiles
 from paretune.search.targets import targets
 from paretune.search.targets.targets import add_targets
@@ -48,7 +50,7 @@ DECODE = "decode_ms_per_token"
 def write_profile(home, name, **changes):
     """A target that is not at hand, as a YAML file of the home."""
     figures = {"bandwidth_gb_per_s": 20.0, "peak_fp32_tflops": 0.1}
-    known = {k: v for k, v in {"at_hand": False, **figures}.items() if k in Profile.model_fields}
+    known: dict[str, Any] = {k: v for k, v in {"at_hand": False, **figures}.items() if k in Profile.model_fields}
     if "sources" in Profile.model_fields:
         known["sources"] = dict.fromkeys(figures, "made up for a test")
     wanted = {"name": name, "memory_bytes": MEMORY.get(name, 10**9), **known, **changes}
@@ -76,7 +78,7 @@ def predict(profile, candidate, shape, prompt=128, context=128, batch=1):
 @pytest.fixture(autouse=True)
 def small_predictor(monkeypatch):
     module = ModuleType("paretune.objectives.prediction.predict")
-    module.predict = predict
+    vars(module)["predict"] = predict
     monkeypatch.setitem(sys.modules, "paretune.objectives.prediction.predict", module)
     monkeypatch.setattr(housekeeper, "try_drain", lambda *_: None)
 
@@ -89,7 +91,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["paretune", *map(str, arguments), "--home", str(home)])
         try:
             cli.main()
-            code = 0
+            code: str | int = 0
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()
@@ -118,7 +120,7 @@ def searched(tmp_path_factory):
         write_profile(home, name)
     (home / "spec.yaml").write_text(SPEC)
     module = ModuleType("paretune.objectives.prediction.predict")
-    module.predict = predict
+    vars(module)["predict"] = predict
     wanted = [f"--profile={name}" for name in ("local-cpu", "board", "server", "small")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARETUNE_EVALUATOR", "paretune.search.evaluators.simulated:SimulatedEvaluator")
@@ -267,7 +269,7 @@ def test_a_target_on_which_nothing_runs_is_kept_and_shown(home, call):
         "a target that nothing serves must not decide for the others"
     )
     assert "nothing" in report_html(view_of(home))
-    targets_figure(compare(view_of(home))).to_json()
+    targets_figure(compared(view_of(home))).to_json()
 
 
 @pytest.mark.parametrize("command", [("search", "--profile", "local-cpu"), ("targets", "s"), ("recommend", "s")])
@@ -334,7 +336,7 @@ def test_the_report_and_the_picture_tell_measured_from_predicted(searched):
     view = view_of(searched)
     page = report_html(view)
     assert page.count('id="targets"') == 1 and "Regret within 3% loss" in page and page.count("<h2>Targets</h2>") == 1
-    figure = targets_figure(compare(view))
+    figure = targets_figure(compared(view))
     bars = {t.name: t for t in figure.data if t.type == "bar"}
     assert bars["regret, measured"].marker.pattern.shape == "" and bars["regret, predicted"].marker.pattern.shape == "/"
     assert set(bars["regret, measured"].x) == {0} and set(bars["regret, predicted"].x) == {1, 2, 3}
@@ -442,6 +444,12 @@ def test_a_disturbed_visit_leaves_the_prediction(at_hand):
     assert {m.provenance for r in board.rows.values() for m in r.measurements.values()} == {"measured", "predicted"}
 
 
+def compared(view: StudyView) -> Comparison:
+    found = compare(view)
+    assert found is not None
+    return found
+
+
 class AllBut:
     """Contains every key but some."""
 
@@ -459,7 +467,7 @@ def test_what_the_engine_refuses_cannot_run_there(at_hand):
     view, board = at_hand(refused)
     assert board.infeasible and set(board.infeasible) <= refused.refused
     assert set(board.infeasible.values()) == {"the engine refused op X"}
-    side = compare(view).side("board")
+    side = compared(view).side("board")
     assert all(side.costs[k] == INFEASIBLE for k in board.infeasible)
 
 
@@ -530,26 +538,24 @@ def test_an_objective_needs_its_figure_of_every_target(searched, call, tmp_path)
 
 def test_a_cell_of_which_one_side_is_unknown_is_not_measured(searched):
 
-    comparison = compare(view_of(searched))
+    comparison = compared(view_of(searched))
     known = next(p.key for p in comparison.view.front)
-    regret = SimpleNamespace(choices={"local-cpu": known, "board": None})
+    regret: Any = SimpleNamespace(choices={"local-cpu": known, "board": None})
     assert comparison.origin(regret, "board", "local-cpu") == "predicted"
     regret.choices["board"] = known
     assert comparison.origin(regret, "board", "local-cpu") == "measured"
 
 
 def test_an_engine_that_is_not_installed_leaves_predictions():
-    class Away:
-        at_hand, agent, engine = True, None, "openvino-of-another-world"
-
-    assert target_profiles.missing_engine(Away) == Away.engine and not target_profiles.can_measure(Away)
-    Away.engine = "torch"
-    assert target_profiles.can_measure(Away) and target_profiles.reserved_share([Away] * 9) == 0.2
-    Away.agent = "http://board:7411"
-    assert not target_profiles.can_measure(Away), "the lane of a further target is this machine's"
-    Away.agent = None
-    Away.at_hand = False
-    assert not target_profiles.can_measure(Away) and target_profiles.reserved_share([Away]) == 0.0
+    away: Any = SimpleNamespace(at_hand=True, agent=None, engine="openvino-of-another-world")
+    assert target_profiles.missing_engine(away) == away.engine and not target_profiles.can_measure(away)
+    away.engine = "torch"
+    assert target_profiles.can_measure(away) and target_profiles.reserved_share([away] * 9) == 0.2
+    away.agent = "http://board:7411"
+    assert not target_profiles.can_measure(away), "the lane of a further target is this machine's"
+    away.agent = None
+    away.at_hand = False
+    assert not target_profiles.can_measure(away) and target_profiles.reserved_share([away]) == 0.0
 
 
 def test_predictions_tie_only_where_the_priors_do_not_decide(searched):
@@ -560,7 +566,9 @@ def test_predictions_tie_only_where_the_priors_do_not_decide(searched):
     close = sorted(there.confirmed, key=lambda p: p.measurements[DECODE].value)[:2]
     assert close[0].measurements[DECODE].overlaps(close[1].measurements[DECODE])
     assert not tied(slow, fast, DECODE)
-    assert close[0].measurements[DECODE].value == close[1].measurements[DECODE].value or not tied(*close, DECODE)
+    assert close[0].measurements[DECODE].value == close[1].measurements[DECODE].value or not tied(
+        close[0], close[1], DECODE
+    )
     assert tied(fast, fast, DECODE)
 
 
@@ -586,7 +594,7 @@ class OneVisit:
         from paretune.objectives.latency.benchmark import LatencyResult
 
         values = {DECODE: 0.5, "ttft_ms": 4.0, "peak_memory_bytes": 3e7}
-        kind = "measured" if self.stable else "disturbed"
+        kind: Provenance = "measured" if self.stable else "disturbed"
         return LatencyResult({n: Measurement(v, "x", v, v, kind, 9, "f") for n, v in values.items()}, self.stable)
 
 
@@ -600,7 +608,8 @@ def test_visits_are_kept_per_threads_and_only_if_quiet(searched, tmp_path):
 
     def benchmark(threads, stable=True):
         found = TargetBenchmark(tmp_path, tmp_path, profile.model_copy(update={"threads": threads}), teacher)
-        found._visits._lane = OneVisit(stable)
+        lane: Any = OneVisit(stable)
+        found._visits._lane = lane
         return found
 
     with pytest.raises(EnvironmentProblem, match="is gone"):
@@ -628,12 +637,14 @@ def test_one_missing_artifact_costs_that_candidate_only(tmp_path, monkeypatch):
         return TargetRow({})
 
     points = [SimpleNamespace(key=key, name=f"name {key}") for key in ("a", "b", "c")]
-    view = SimpleNamespace(confirmed=points)
-    job = SimpleNamespace(measured={}, predicted={}, notes=[], seconds=0.0, target=lambda: None)
+    store: Any = None
+    lane: Any = None
+    view: Any = SimpleNamespace(confirmed=points)
+    job: Any = SimpleNamespace(measured={}, predicted={}, notes=[], seconds=0.0, target=lambda: None)
     monkeypatch.setattr(module, "_visit", visit)
     monkeypatch.setattr(module, "_wanted", lambda *_: iter(["a", "b", "c"]))
     monkeypatch.setattr(module, "keep_targets", lambda *_: None)
-    assert module._visits(None, view, job, None, module.time.monotonic() + 1000) == 0
+    assert module._visits(store, view, job, lane, time.monotonic() + 1000) == 0
     assert seen == ["a", "b", "c"] and set(job.measured) == {"b", "c"}
     assert job.notes == ["name a is left predicted: name a has no artifact"]
 
@@ -643,4 +654,4 @@ def test_one_missing_artifact_costs_that_candidate_only(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_visit", refuse)
     job.measured.clear()
     with pytest.raises(UsageError, match="the engine is gone"):
-        module._visits(None, view, job, None, module.time.monotonic() + 1000)
+        module._visits(store, view, job, lane, time.monotonic() + 1000)

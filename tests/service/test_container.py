@@ -16,7 +16,8 @@ import pytest
 from paretune.cli import app as cli
 from paretune.common.agent_access import allowed_names, host_is_known, host_problem, url_to_open
 from paretune.common.errors import UsageError
-from paretune.service.queue.queue import Conflict, Queue
+from paretune.service.queue.job import Conflict
+from paretune.service.queue.queue import Queue
 from paretune.service.server.serve import bind
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -78,7 +78,7 @@ def test_only_health_and_login_answer_strangers(open_client: TestClient) -> None
     "given", ["", "Bearer", "Bearer ", f"bearer {TOKEN}", f"Bearer {TOKEN}x", TOKEN, f"Bearer {TOKEN[:-1]}", "Bearer ü"]
 )
 def test_a_wrong_token_is_none(open_client: TestClient, given: str) -> None:
-    assert open_client.get("/v1/studies", headers={"Authorization": given.encode("latin-1")}).status_code == 401  # type: ignore[dict-item]
+    assert open_client.get("/v1/studies", headers={b"Authorization": given.encode("latin-1")}).status_code == 401
 
 
 def test_a_login_is_a_cookie_that_scripts_and_other_sites_cannot_use(open_client: TestClient) -> None:
@@ -149,7 +149,7 @@ def test_pages_of_other_sites_are_refused(client: TestClient, headers: dict[str,
 def test_headers_that_decide_come_once(client: TestClient) -> None:
     for name, value in (("host", "127.0.0.1:8765"), ("authorization", KNOWN["Authorization"]), ("origin", BASE)):
         twice = [(name, value), (name, value)]
-        assert client.get("/v1/studies", headers=twice).status_code == 400, name  # type: ignore[arg-type]
+        assert client.get("/v1/studies", headers=twice).status_code == 400, name
 
 
 def test_no_cors_and_the_same_headers_on_every_answer(client: TestClient, open_client: TestClient) -> None:

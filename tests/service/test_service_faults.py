@@ -39,7 +39,7 @@ from paretune.service.state import Service
 
 KEY = "t" * 32
 SPEC = {"budget": "5m"}
-BAD_ROWS = {
+BAD_ROWS: dict[str, dict[str, Any]] = {
     "surrogate": {"settings": '{"field": "\\ud800"}'},
     "no-json": {"settings": "{"},
     "a-list": {"settings": "[]"},
@@ -263,7 +263,8 @@ def test_health_tells_of_a_dead_supervisor_and_of_none(
     supervisor.start()
     assert wait(lambda: client.get("/v1/health").status_code == 200)
     alive, supervisor._thread = supervisor._thread, threading.Thread()
-    supervisor._thread.start(), supervisor._thread.join()  # one that has ended
+    supervisor._thread.start()
+    supervisor._thread.join()  # one that has ended
     answer = client.get("/v1/health")
     assert (answer.status_code, answer.json()["status"]) == (
         503,
@@ -471,7 +472,8 @@ def test_a_log_that_is_cut_keeps_the_words(tmp_path: Path) -> None:
     with log.path.open("a") as stream:
         stream.write('{\n "study": null\n}\n')
     assert log.words() == "error: the rule remedy: mend it"
-    log.path.write_text('Traceback\nValueError: x\n{\n "a": 1\n}\n'), log.before.unlink()
+    log.path.write_text('Traceback\nValueError: x\n{\n "a": 1\n}\n')
+    log.before.unlink()
     assert log.words() == "Traceback ValueError: x"
 
 
@@ -559,7 +561,7 @@ def test_no_work_may_outlive_the_budget(home: Path) -> None:
 
     costs = Costs(None, None, SimpleNamespace(parameters=1e9), Budget(90.0, 60.0), None)  # type: ignore[arg-type]
     for kind in ("fit", "elastic", "sensitivity", "rung0", "recover", "confirm"):
-        assert 60.0 + costs.timeout_s(kind) < 90.0  # type: ignore[arg-type]
+        assert 60.0 + costs.timeout_s(kind) < 90.0
 
 
 def test_the_signal_of_a_killed_service_is_one(tmp_path: Path) -> None:

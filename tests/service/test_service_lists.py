@@ -70,7 +70,7 @@ def test_a_summary_by_queries_is_that_of_the_whole_study(home: Path) -> None:
     row = writer.candidates()[0]
     for how in ("failed", "lost", "infeasible"):
         writer.start(row.key, "recovered")
-        assert writer.finish(row.key, "recovered", how, reason="x")  # type: ignore[arg-type]
+        assert writer.finish(row.key, "recovered", how, reason="x")
     writer.start(row.key, "rung0")
     assert writer.finish(row.key, "rung0", "failed", reason="again, after it was complete")
     writer.close()
@@ -117,7 +117,12 @@ def test_only_the_stores_of_a_part_are_opened(
     copies(home, 60)
     opened: list[Path] = []
     reader = Store.reader
-    monkeypatch.setattr(Store, "reader", lambda folder: opened.append(folder) or reader(folder))
+
+    def watched(folder: Path) -> Store:
+        opened.append(folder)
+        return reader(folder)
+
+    monkeypatch.setattr(Store, "reader", watched)
     monkeypatch.setattr("paretune.service.data.load_view", lambda _: pytest.fail("no list needs a whole study"))
     assert len(client.get("/v1/studies?limit=10&offset=5").json()) == 10 and len(opened) == 10
     client.get("/v1/studies?limit=10&offset=5")

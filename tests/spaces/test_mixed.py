@@ -45,6 +45,7 @@ from paretune.spaces.mixed import Sensitivity, mean_bits, mix
 from paretune.spaces.precision import PrecisionChoices
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
 from paretune.teachers.text.tokens import TokenSplit
+from support.decoders import decoder
 from support.plans import empty_plan
 
 KERNELS = ("fp32/fp32", "int8/int8", "int4/int8", "int4/fp32")
@@ -330,9 +331,10 @@ def networks_of(teacher: Teacher) -> Callable[[int], Network]:
 
 def alone(plain: Candidate, group: str, layer: int, form: Format) -> Candidate:
     """`plain` with one matrix group rounded."""
+    change: dict[str, Any] = {group: form}
     if group in ("head_format", "embedding_format"):
-        return replace(plain, **{group: form})
-    layers = [replace(x, **{group: form}) if i == layer else x for i, x in enumerate(plain.layers)]
+        return replace(plain, **change)
+    layers = [replace(x, **change) if i == layer else x for i, x in enumerate(plain.layers)]
     return replace(plain, layers=tuple(layers))
 
 
@@ -495,7 +497,7 @@ def test_the_assignment_beats_its_own_reverse_on_other_text(
     def inverse(row: tuple[float, ...]) -> tuple[float, ...]:
         return 0.1 / row[1], 1 / row[1]
 
-    layers = {n: tuple(map(inverse, getattr(table, n))) for n in ("attention", "ffn")}
+    layers: dict[str, Any] = {n: tuple(map(inverse, getattr(table, n))) for n in ("attention", "ffn")}
     upside_down = replace(table, **layers, head=inverse(table.head), embedding=inverse(table.embedding))
     plain, bits = plain_candidate(shape, 5), 2.5 + level / 4
     ids, targets = other_text(tiny_tokens)
@@ -558,10 +560,10 @@ def test_a_search_measures_the_table_once_and_proposes_and_confirms_mixed_candid
     proposed = [r for r in rows.values() if r.source == "sampler"]
     mixed = [r for r in proposed if r.params["precision_mode"] == "mixed"]
     assert 2 <= len(mixed) < len(proposed)
-    layered = {r.key for r in rows.values() if is_mixed(r.candidate)}
+    layered = {r.key for r in rows.values() if is_mixed(decoder(r.candidate))}
     assert layered and layered <= {k for k, r in rows.items() if r.params["precision_mode"] == "mixed"}
     assert layered & {e.key for e in store.evaluations("confirmed", "complete")}
-    names = {p.name for p in load_view(store).rung0 if is_mixed(p.candidate)}
+    names = {p.name for p in load_view(store).rung0 if is_mixed(decoder(p.candidate))}
     assert any("int4+int8" in name for name in names)
     assert any(e.kind == "sensitivity" and "loses most" in e.text for e in store.events())
 
@@ -592,17 +594,17 @@ def test_a_table_that_cannot_be_had_costs_only_mixed_precision(tmp_path: Path) -
     ready = make_ready(budget="150s")
     store = create_study(ready, tmp_path, "s", "x")
     assert simulate(ready, store, tmp_path, evaluator=TooLarge)["sensitivity"] == 1
-    assert not any(is_mixed(r.candidate) for r in store.candidates())
+    assert not any(is_mixed(decoder(r.candidate)) for r in store.candidates())
     assert any("no mixed precision is searched: takes too long" in e.text for e in store.events())
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
-    assert not director.space.has_mixed, "nor is it asked for again"
+    assert isinstance(director.space, Space) and not director.space.has_mixed, "nor is it asked for again"
 
 
 def test_the_spec_switches_it_off(tmp_path: Path) -> None:
     ready = make_ready(mixed_precision=False, budget="150s")
     store = create_study(ready, tmp_path, "s", "x")
     assert simulate(ready, store, tmp_path)["sensitivity"] == 0
-    assert not any(is_mixed(r.candidate) for r in store.candidates())
+    assert not any(is_mixed(decoder(r.candidate)) for r in store.candidates())
 
 
 def test_a_lost_worker_is_asked_again_but_not_for_ever(tmp_path: Path) -> None:
@@ -611,7 +613,7 @@ def test_a_lost_worker_is_asked_again_but_not_for_ever(tmp_path: Path) -> None:
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
     for searched in (True, True, False):
         director.lost(Task("sensitivity"), "killed", 1.0)
-        assert director.space.has_mixed is searched
+        assert isinstance(director.space, Space) and director.space.has_mixed is searched
     assert director.stop_reason is None
 
 

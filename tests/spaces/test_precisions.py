@@ -35,7 +35,7 @@ from paretune.engines.process.child import EngineChild
 from paretune.hardware_profiles.kernels import ONNXRUNTIME_CPU
 from paretune.search.spec import make_spec
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape, Space
-from paretune.spaces.candidate import DENSE, FP32, block_for, group_for
+from paretune.spaces.candidate import DENSE, FP32, Activation, block_for, group_for
 from paretune.spaces.precision import KERNELS_OF, PrecisionChoices
 from paretune.spaces.space import PATTERNS, RATIOS
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
@@ -61,7 +61,7 @@ def slow_bf16(value: float) -> float:
     """Round a float32 to the nearest with 16 bits less, ties to even, on its integer representation."""
     bits = struct.unpack("I", struct.pack("f", value))[0]
     below = bits & ~0xFFFF
-    candidates = [struct.unpack("f", struct.pack("I", b))[0] for b in (below, below + 0x10000)]
+    candidates = [float(struct.unpack("f", struct.pack("I", b))[0]) for b in (below, below + 0x10000)]
     distances = [abs(value - c) for c in candidates]
     if distances[0] == distances[1]:
         return candidates[0] if (below >> 16) % 2 == 0 else candidates[1]
@@ -163,7 +163,7 @@ def test_static_activations_clip_where_that_loses_least() -> None:
 
     def loss(scale: float) -> float:
         rounded = [min(127, max(-128, round(single(v / single(scale))))) * single(scale) for v in x.flatten().tolist()]
-        return sum((a - b) ** 2 for a, b in zip(rounded, x.flatten().tolist(), strict=True))
+        return float(sum((a - b) ** 2 for a, b in zip(rounded, x.flatten().tolist(), strict=True)))
 
     found = static_scale(x)
     assert found == min((float(x.abs().max()) * c / 127 for c in CLIPPINGS), key=loss)
@@ -187,7 +187,7 @@ def test_gradients_pass_straight_through() -> None:
         x = random_matrix(8, 64, 2).requires_grad_()
         upstream = random_matrix(8, 64, 1)
         rounding(x).backward(upstream)
-        assert torch.equal(x.grad, upstream)
+        assert x.grad is not None and torch.equal(x.grad, upstream)
 
 
 def loss_of(q: Quantized, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -440,8 +440,8 @@ def test_the_shipped_graph_rounds_activations_as_the_searched_student_does(
         return float(((shipped - other).abs().amax(-1) <= bar).float().mean())
 
     def other_activations(form: Format) -> Format:
-        other = {"int8": "fp32", "dynamic": "int8", "static": "dynamic", "fp32": "fp32"}[form.activation]
-        return dataclasses.replace(form, activation=other)
+        other: dict[Activation, Activation] = {"int8": "fp32", "dynamic": "int8", "static": "dynamic", "fp32": "fp32"}
+        return dataclasses.replace(form, activation=other[form.activation])
 
     # The least seen on two of a CPU's paths was 0.875. With four ties expected in 32 sequences, fewer than 0.6 of
     # them agree in 3 of ten million runs.
@@ -605,7 +605,7 @@ SMALL = [
 
 def combinations(space: Space) -> Iterator[dict[str, Any]]:
     """Everything a sampler can propose for dense candidates of full size."""
-    fixed = {"pattern": ["none"], "ratio": [0], "score": ["magnitude"]}
+    fixed: dict[str, list[Any]] = {"pattern": ["none"], "ratio": [0], "score": ["magnitude"]}
     ranges = {
         name: fixed.get(name) or (range(bounds[0], bounds[1] + 1) if kind == "int" else bounds)
         for name, (kind, bounds) in space.distributions().items()

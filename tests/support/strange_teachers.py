@@ -138,6 +138,7 @@ def other_tokenizer(folder: Path, kind: str) -> Path:
     text = [document(i) for i in range(8)]
     special = ["[UNK]", *SPECIAL]
     if kind == "wordlevel":
+        trainer: Any
         made, trainer = Tokenizer(models.WordLevel(unk_token="[UNK]")), trainers.WordLevelTrainer
         made.pre_tokenizer = pre_tokenizers.Whitespace()
     elif kind == "unigram":

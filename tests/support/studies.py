@@ -13,6 +13,7 @@ from paretune.search.study.store import Store
 from paretune.search.study.target_records import Target, TargetRow, keep_targets
 from paretune.search.study.view import load_view
 from paretune.spaces.candidate import FP32, Candidate, Format, Layer, Pattern
+from support.decoders import decoder
 
 INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")
 EVIL = "<script>alert('x')</script>"
@@ -158,7 +159,7 @@ def add_board(store: Store) -> None:
     """A further target: a board on which int8 takes four times as long as here, int4 forty times, and fp32 does not run."""
     rows = {}
     for point in load_view(store).confirmed:
-        bits = point.candidate.head_format.bits
+        bits = decoder(point.candidate).head_format.bits
         if bits == 32:
             rows[point.key] = TargetRow(infeasible="it does not fit the board's memory")
             continue

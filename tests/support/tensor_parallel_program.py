@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def work(folder: Path, rank: int, degree: int) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(folder, rank, degree)
     ids = torch.from_numpy(np.load(folder / "ids.npy"))
-    found = {}
+    found: dict[str, Any] = {}
     for name, path in json.loads((folder / "cases.json").read_text()).items():
         teacher = load_teacher(path)
         shard = read_shard(teacher, rank, degree)

@@ -406,9 +406,9 @@ def test_every_tensor_of_a_family_learns(teacher: Teacher, tmp_path: Path) -> No
     schedule = RecoveryRecipe(tokens=384, context=32, batch=4)
     recovered, facts = recover(weights, weights, {}, candidate, lambda _: network, 3, tokens, schedule)
     assert facts["qat"] == 1.0
-    for name, value in recovered.items():
-        assert torch.isfinite(value).all(), name
-        assert not torch.equal(value, weights[name]), name
+    for name, tensor in recovered.items():
+        assert torch.isfinite(tensor).all(), name
+        assert not torch.equal(tensor, weights[name]), name
     with torch.no_grad():
         exact = network(weights, calibration)
         with torch.autocast("cpu", torch.bfloat16):

@@ -76,6 +76,7 @@ class Net(nn.Module):
 def make_net() -> Net:
     torch.manual_seed(0)
     net = Net()
+    assert net.norm.running_mean is not None and net.norm.running_var is not None
     net.norm.running_mean.normal_()
     net.norm.running_var.uniform_(0.5, 2.0)
     return net
@@ -479,7 +480,8 @@ def test_what_is_no_plugin_is_refused(teacher: str, message: str) -> None:
 
 def changed(**attributes: Any) -> TeacherPlugin:
     """A Toy with something wrong."""
-    return type("Broken", (Toy,), attributes)()
+    kind: type[Toy] = type("Broken", (Toy,), attributes)
+    return kind()
 
 
 class Noisy(nn.Module):
@@ -488,7 +490,8 @@ class Noisy(nn.Module):
         self.linear = nn.Linear(16, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + torch.randn(4)
+        found: torch.Tensor = self.linear(x) + torch.randn(4)
+        return found
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[Any], nn.Module]:

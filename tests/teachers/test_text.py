@@ -75,7 +75,7 @@ def test_a_long_text_file_is_cut_into_blocks_without_loss(
 
 
 def test_a_jsonl_file_gives_one_document_per_line(tmp_path: Path, generated_document: Callable[..., str]) -> None:
-    records = [{"id": i, "text": generated_document(i, 600)} for i in range(15)]
+    records: list[dict[str, Any]] = [{"id": i, "text": generated_document(i, 600)} for i in range(15)]
     corpus = user_corpus(write_lines(tmp_path / "a.jsonl", records), "text")
     assert sorted(texts(corpus)) == sorted(r["text"] for r in records)
 

@@ -184,7 +184,12 @@ def test_what_is_not_compressed_as_its_name_says_is_refused(tmp_path: Path, name
     path = tmp_path / name
     path.write_bytes(b"plain text" * 20)
     assert str(path) in refused(path, None if ".txt" in name else "text").problem
-    whole = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    whole: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "zst": zstandard.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+    }
     path.write_bytes(whole[name.rsplit(".", 1)[1]](bytes(range(256)) * 400)[:-9])
     assert str(path) in refused(path, None if ".txt" in name else "text").problem
 

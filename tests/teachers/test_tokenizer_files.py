@@ -181,7 +181,7 @@ def test_a_crash_of_the_runtimes_parser_is_told_and_survived(
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
     fake.chmod(0o755)
-    monkeypatch.setattr(genai_tokenizer.sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "executable", str(fake))
     genai_tokenizer._tried.cache_clear()
     try:
         assert words in (genai_tokenizer.tokenizer_problem(plain) or "")

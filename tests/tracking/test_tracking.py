@@ -42,6 +42,7 @@ from paretune.tracking.mlflow.texts import candidate_params, run_names, study_pa
 from paretune.tracking.report.page import flat
 from paretune.tracking.report.report import report_html, write_report
 from paretune.tracking.wording import recommended
+from support.decoders import decoder
 from support.studies import CONFIRMED, EVIL, INT4, INT8, add_board, candidate, confirm, fill, new_study, score_rung0
 
 
@@ -245,7 +246,7 @@ def test_drain_records_parent_and_children(recorded: Recorded) -> None:
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["hardware"] == "local-cpu" and run.data.tags["study"] == "night"
         assert run.data.metrics["nll"] == pytest.approx(point.measurements["nll"].value, rel=1e-5)
-        assert run.data.params["layers"] == str(len(point.candidate.layers))
+        assert run.data.params["layers"] == str(len(decoder(point.candidate).layers))
         assert run.info.end_time - run.info.start_time == 40_000
 
 
@@ -576,7 +577,7 @@ def test_measurements_come_in_between_the_steps_of_a_drain(recorded: Recorded) -
     store = new_study(recorded.home / "studies" / "turns")
     for layers in (3, 4):
         confirm(store, candidate(layers, 576, INT4), 3.0 - layers / 10, 0.1 * layers, layers)
-    turns, held = [], []
+    turns, held = [], list[int]()
 
     @contextlib.contextmanager
     def turn() -> Iterator[None]:

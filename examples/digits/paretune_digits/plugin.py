@@ -32,7 +32,8 @@ def digits() -> torch.Tensor:
 
 def squared_error(outputs: Outputs, batch: Batch) -> torch.Tensor:
     """Mean squared error of every image [batch], pixels from 0 to 1."""
-    return (outputs[0] - batch.target).square().flatten(1).mean(1)
+    found: torch.Tensor = (outputs[0] - batch.target).square().flatten(1).mean(1)
+    return found
 
 
 def psnr(outputs: Outputs, batch: Batch) -> torch.Tensor:
@@ -62,7 +63,7 @@ class Digits(TeacherPlugin):
         for name, count in SPLITS.items():
             if name == split:
                 images = digits()[start : start + count]
-                return [Batch((x,), x) for x in images.split(BATCH)]
+                return [Batch((x,), x) for x in torch.split(images, BATCH)]
             start += count
         raise KeyError(split)
 

@@ -17,7 +17,7 @@ def train(epochs: int = 300, beta: float = 0.02, seed: int = 0) -> DigitVAE:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (len(images) // 64 + 1))
     for _ in range(epochs):
-        for batch in images[torch.randperm(len(images))].split(64):
+        for batch in torch.split(images[torch.randperm(len(images))], 64):
             shifted = torch.roll(batch, (int(torch.randint(-1, 2, ())), int(torch.randint(-1, 2, ()))), (2, 3))
             chosen = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.3, shifted, batch)
             mean, log_variance = model.encoder(chosen)

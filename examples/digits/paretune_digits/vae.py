@@ -100,7 +100,8 @@ def _cuts(state: Mapping[str, torch.Tensor], channels: int, hidden: int) -> list
 
 def _largest(weight: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the rows with the largest norms, in their own order."""
-    return weight.flatten(1).norm(dim=1).topk(count).indices.sort().values
+    found: torch.Tensor = weight.flatten(1).norm(dim=1).topk(count).indices.sort().values
+    return found
 
 
 def _positions(channels: torch.Tensor) -> torch.Tensor:
