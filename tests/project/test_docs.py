@@ -222,7 +222,9 @@ def slug(heading: str) -> str:
 @pytest.mark.parametrize("page", LIVING, ids=name)
 def test_files_named_exist(page: Path) -> None:
     """Inline code that looks like a path of the repository is one: a known folder, a slash, a suffix."""
-    folders = "benchmarks|compression|docs|engines|examples|hardware_profiles|objectives|search|spaces|src|teachers|tests|tracking"
+    folders = "|".join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._" and path.name != "mlruns"
+    )
     for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text_of(page)):
         assert (ROOT / path).exists(), f"{name(page)} names {path}"
 
