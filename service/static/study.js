@@ -101,7 +101,7 @@ async function recommend() {
   try { told = await ask(`/v1/studies/${encodeURIComponent(study)}/recommendation?${query}`); } catch (error) { advice.textContent = error.message; return; }
   if (turn !== wanted) return;
   const point = told.chosen ?? told.nearest, title = element("h3");
-  if (!told.feasible) title.append("Nothing keeps these limits; the nearest is ");
+  if (!told.feasible) title.append("No candidate meets these limits; the nearest is ");
   title.append(element("a", { href: `${here}/candidates/${point.key}`, textContent: point.name }), " ", element("code", { textContent: point.key.slice(0, 8) }));
   const items = [...told.why];
   if (told.ties.length) items.push(`tied with it in every objective: ${told.ties.map((key) => key.slice(0, 8)).join(", ")}`);

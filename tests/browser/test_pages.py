@@ -148,7 +148,9 @@ def test_limits_move_the_recommendation_by_keyboard(entered: Callable[..., Any])
     assert page.locator("#front-table tr.chosen").count() == 1
     page.focus("#max_loss")
     page.keyboard.press("Home")
-    page.wait_for_function("() => document.querySelector('#advice').innerText.includes('Nothing keeps these limits')")
+    page.wait_for_function(
+        "() => document.querySelector('#advice').innerText.includes('No candidate meets these limits')"
+    )
     assert "beyond" in page.locator("#advice").inner_text()
     assert found.errors == []
 

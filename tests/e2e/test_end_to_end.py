@@ -131,7 +131,7 @@ def test_the_same_text_and_teacher_are_not_trained_again(night, view):
     spec.write_text(text.replace("max_candidates: 24", "max_candidates: 4"))
     done = paretune("search", spec, "--study", "again", "--json", cwd=night[0])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "taken from an earlier search" in " ".join(done.stderr.split())
+    assert "reused from an earlier search" in " ".join(done.stderr.split())
     assert elastic[0].stat().st_mtime_ns == stamp
 
 

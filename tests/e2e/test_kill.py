@@ -137,7 +137,7 @@ def test_ctrl_c_ends_in_good_order_and_is_resumable(command, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=40)
     assert process.returncode == 130, err.decode()[-2000:]
-    assert b"the same command goes on" in err
+    assert b"continue it with the same command" in err
     assert folder is not None
     store = Store.reader(folder.parent)
     assert store.meta("state") == "interrupted"

@@ -222,7 +222,9 @@ def slug(heading: str) -> str:
 @pytest.mark.parametrize("page", LIVING, ids=name)
 def test_files_named_exist(page: Path) -> None:
     """Inline code that looks like a path of the repository is one: a known folder, a slash, a suffix."""
-    folders = "benchmarks|compression|docs|engines|examples|hardware_profiles|objectives|search|spaces|src|teachers|tests|tracking"
+    folders = "|".join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._" and path.name != "mlruns"
+    )
     for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text_of(page)):
         assert (ROOT / path).exists(), f"{name(page)} names {path}"
 
@@ -247,8 +249,11 @@ def test_pictures_need_a_study_and_a_browser(tmp_path: Path, monkeypatch: pytest
         pass
 
 
-def test_readme_settings_are_valid(tmp_path: Path) -> None:
-    blocks = code_blocks(text_of(ROOT / "README.md"), "yaml")
+SEARCHING = ROOT / "docs" / "searching.md"
+
+
+def test_settings_on_the_page_are_valid(tmp_path: Path) -> None:
+    blocks = code_blocks(text_of(SEARCHING), "yaml")
     assert blocks
     for block in blocks:
         file = tmp_path / "spec.yaml"
@@ -264,8 +269,8 @@ def test_readme_counts_the_space() -> None:
     assert f"{size:,} candidates" in text_of(ROOT / "README.md")
 
 
-def test_readme_lists_the_exit_codes() -> None:
-    table = re.search(r"## Exit codes\n(.*?)\n## ", text_of(ROOT / "README.md"), flags=re.DOTALL)
+def test_exit_codes_are_listed() -> None:
+    table = re.search(r"## Exit codes\n(.*?)\n## ", text_of(SEARCHING), flags=re.DOTALL)
     assert table is not None
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table[1], flags=re.MULTILINE)}
     documented = {int(code) for code in re.findall(r"\b(\d+) [a-z]", (cli.__doc__ or "").partition("Exit codes:")[2])}
@@ -294,6 +299,12 @@ def test_a_wrong_figure_is_noticed(tmp_path: Path) -> None:
     )
     with pytest.raises(AssertionError, match="no benchmark 'b'"):
         wrong_figures("1 <!-- bench: b -->", results)
+
+
+def test_readme_leads_to_every_page() -> None:
+    readme = text_of(ROOT / "README.md")
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert f"](docs/{page.name}" in readme, f"README.md links to no docs/{page.name}"
 
 
 def test_pages_name_nothing_private() -> None:

@@ -115,7 +115,7 @@ def _effort(view: StudyView) -> str:
     tiles = [
         (str(len(view.rung0)), f"scored at rung 0 (estimates){space}"),
         (str(len(view.confirmed)), "confirmed (measured)"),
-        (str(len(view.front)), f"on the front, {len(view.ties)} of them ties"),
+        (str(len(view.front)), f"on the front, {len(view.ties)} of them statistical ties"),
         (str(len(view.failures)), "failed, infeasible or lost"),
     ]
     if spent:
@@ -140,7 +140,7 @@ def _failures(view: StudyView) -> str:
     if not view.failures:
         return section("Failures", '<p class="quiet">None.</p>')
     rows = [[str(count), escape(reason)] for reason, count in failure_counts(view).most_common()]
-    return section("Failures", table(["times", "what and why"], rows))
+    return section("Failures", table(["times", "what failed and why"], rows))
 
 
 def _trust(view: StudyView) -> str:
@@ -153,7 +153,7 @@ def _trust(view: StudyView) -> str:
         '<h3>Calibration of rung 0</h3><p class="quiet">From quality before recovery to the confirmed one.</p>',
         facts(calibration, "too few confirmations yet"),
     ]
-    return section("How far to trust the predictions", "".join(parts))
+    return section("Accuracy of the predictions", "".join(parts))
 
 
 def _events(view: StudyView) -> str:
@@ -187,4 +187,4 @@ def _origin(view: StudyView) -> str:
         command = shlex.join(str(word) for word in command)
     seed = "" if meta.get("seed") is None else f" (seed {escape(str(meta['seed']))})"
     repeat = f"<h3>Reproduce{seed}</h3><pre>{escape(str(command))}</pre>" if command else ""
-    return section("Where it comes from", "".join(blocks) + repeat)
+    return section("Provenance", "".join(blocks) + repeat)

@@ -53,7 +53,7 @@ def front_table(view: StudyView, chosen: Recommendation | None) -> str:
         f"The loss is paired with the teacher {unit} by {unit}, so its interval is much narrower than that of the {quality}."
     )
     if view.ties:
-        note += " ≈ marks a tie: within the intervals of the named member in every objective."
+        note += " ≈ marks a statistical tie with the member named: the difference is within its interval in every objective."
     return section("Front members", _point_table(view, rows) + f'<p class="quiet">{note}</p>')
 
 

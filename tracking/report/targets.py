@@ -27,7 +27,7 @@ def targets_section(view: StudyView) -> str:
     )
     note = (
         '<p class="quiet">Quality is the same everywhere and was taken once. Solid: measured here. Hatched, hollow and '
-        "dotted: predicted from the profile, with the interval of its priors. A cell says how much longer the fastest "
+        "dotted: predicted from the hardware profile, with the interval of its priors. A cell says how much longer the fastest "
         "candidate of its row (within the loss limit) takes on the target of its column than the column's own fastest.</p>"
     )
     matrices = "".join(_matrix(found, regret) for regret in found.regrets)

@@ -16,18 +16,18 @@ from paretune.common.errors import UsageError
 
 def agent(
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback needs a token that exists already.")
+        str, typer.Option(help="Address to listen on; any address but loopback needs an existing token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7411,
-    profile: Annotated[str, typer.Option(help="This machine's profile: a name or a YAML file.")] = "local-cpu",
+    profile: Annotated[str, typer.Option(help="This machine as a target: a name or a YAML file.")] = "local-cpu",
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name that clients call this machine by, beside its address.")
+        list[str] | None, typer.Option(help="Further name that clients use for this machine.")
     ] = None,
-    max_disk: Annotated[str, typer.Option(help="What uploaded files may take, such as 4GB; 1MB at least.")] = "4GB",
+    max_disk: Annotated[str, typer.Option(help="Disk space for uploaded files such as 4GB; at least 1MB.")] = "4GB",
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="What each process of a job may allocate, such as 8GB; two engines run at a time. "
+            help="Memory that each process of a job may allocate such as 8GB; two engines run at a time. "
             "By default 40 % of this machine's memory."
         ),
     ] = None,

@@ -26,7 +26,7 @@ def generate(
     threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 1,
     json: Json = False,
 ) -> None:
-    """Stream text from an artifact through onnxruntime-genai and say how fast."""
+    """Generate text with an artifact through onnxruntime-genai and print the speed."""
     from paretune.engines.onnxruntime.generate import require_text, stream
 
     require_text(prompt)  # before it is echoed
@@ -54,13 +54,13 @@ def generate(
 
 def measure(
     artifact: Annotated[Path, typer.Argument(readable=False, help="Folder of an artifact.")],
-    profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
+    profile: Annotated[str, typer.Option(help="Target: a name or a YAML file.")] = "local-cpu",
     agent: Annotated[
-        str | None, typer.Option(help="URL of a `paretune agent` that measures it on its machine.")
+        str | None, typer.Option(help="URL of a `paretune agent`, which measures on its own machine.")
     ] = None,
     within: Annotated[str, typer.Option(help="Half-width of the 95 % intervals to reach.")] = "3%",
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Several prompt and context lengths and batch sizes instead.")
+        bool, typer.Option("--sweep", help="Measure several prompt and context lengths and batch sizes instead.")
     ] = False,
     prompts: Annotated[str | None, typer.Option(help="Prompt lengths of the sweep such as 32,128.")] = None,
     contexts: Annotated[str | None, typer.Option(help="Context lengths of the sweep's decode such as 128,512.")] = None,
@@ -68,7 +68,7 @@ def measure(
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """Measure an artifact again by the lane and say whether it agrees with its study.
+    """Run the latency benchmark on an artifact again and say whether it agrees with its study.
 
     On a machine too busy for that the values are printed as disturbed, and the exit code is 5.
     """

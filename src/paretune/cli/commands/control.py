@@ -1,4 +1,4 @@
-"""The commands that steer a search from elsewhere: pause, resume, stop, cancel."""
+"""The control commands, for any search: pause, resume, stop, cancel."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def pause(study: Study = None, home: Home = HOME, json: Json = False) -> None:
-    """Let a running search finish what it does, then wait; its budget waits too. `resume` goes on."""
+    """Pause a search after its running task; the budget's clock stops. `resume` continues it."""
     _order("pause", study, home, json)
 
 
 def stop(study: Study = None, home: Home = HOME, json: Json = False) -> None:
-    """Let a search finish what it does, then end it: the study is complete."""
+    """End a search after its running task; the study is then complete."""
     _order("stop", study, home, json)
 
 
 def cancel(study: Study = None, home: Home = HOME, json: Json = False) -> None:
-    """End a search now; what was confirmed stays usable, and it is never resumed."""
+    """End a search now. Confirmed candidates stay usable; the search cannot be resumed."""
     _order("cancel", study, home, json)
 
 
@@ -36,7 +36,7 @@ def resume(
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """Go on with a paused or interrupted search from its stored settings, in this terminal."""
+    """Continue a paused or interrupted search in this terminal, with its stored settings."""
     from paretune.cli.commands.search import run_search
     from paretune.search.prepare.prepare import prepare
     from paretune.search.spec import Spec

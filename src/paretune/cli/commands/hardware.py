@@ -20,7 +20,7 @@ hardware = typer.Typer(no_args_is_help=True, help="Target machines.")
 
 @hardware.command("list")
 def hardware_list(home: Home = HOME, json: Json = False) -> None:
-    """Profiles by name: those this machine can measure, and those it can only predict."""
+    """List all targets: those this machine can measure, and those it can only predict."""
     from paretune.hardware_profiles.profile import all_profiles, profile_names
 
     if json:
@@ -36,7 +36,7 @@ def hardware_list(home: Home = HOME, json: Json = False) -> None:
 def hardware_show(
     name: Annotated[str, typer.Argument(help="Name or YAML file.")] = "local-cpu", home: Home = HOME, json: Json = False
 ) -> None:
-    """A profile as YAML."""
+    """Print a target's hardware profile as YAML."""
     from paretune.hardware_profiles.profile import load_profile
 
     _show(load_profile(name, home.resolve()), json)
@@ -44,7 +44,7 @@ def hardware_show(
 
 @hardware.command("detect")
 def hardware_detect(home: Home = HOME, json: Json = False) -> None:
-    """Detect this machine and write its profile anew."""
+    """Detect this machine and write its hardware profile again."""
     from paretune.hardware_profiles.profile import LOCAL, local_profile
 
     (home.resolve() / "profiles" / f"{LOCAL}.yaml").unlink(missing_ok=True)
@@ -54,12 +54,12 @@ def hardware_detect(home: Home = HOME, json: Json = False) -> None:
 
 @hardware.command("calibrate")
 def hardware_calibrate(
-    seconds: Annotated[float, typer.Option(min=0.1, max=600.0, help="How long to measure, about.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600.0, help="About how long to measure.")] = 3.0,
     profile: Annotated[str, typer.Option(help="A way to use this machine, such as cpu-2-threads.")] = "local-cpu",
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """Measure this machine's bandwidth and peaks and write them into its profile, so that it can be predicted too."""
+    """Measure this machine's bandwidth and peaks and write them into its hardware profile, which predictions need."""
     from paretune.hardware_profiles.calibrate import calibrate, write_peaks
     from paretune.hardware_profiles.profile import load_profile, profile_names
 
@@ -82,9 +82,10 @@ def hardware_calibrate(
 
 @hardware.command("check")
 def hardware_check(
-    file: Annotated[Path, typer.Argument(readable=False, help="A profile's YAML file.")], json: Json = False
+    file: Annotated[Path, typer.Argument(readable=False, help="The YAML file of a hardware profile.")],
+    json: Json = False,
 ) -> None:
-    """Whether a YAML file is a valid profile: keys and their units, figures and their sources. Exit code 2 if not."""
+    """Check that a YAML file is a valid hardware profile: keys, units, figures and their sources. Exit code 2 if not."""
     from paretune.common.yaml_file import load_model
     from paretune.hardware_profiles.profile import Profile
 

@@ -26,7 +26,7 @@ QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 def profile(
     model: Annotated[str, typer.Argument(help="stdlib-coder, a Hugging Face folder, or the folder of an artifact.")],
-    profile: Annotated[str, typer.Option(help="Target machine: a name or a YAML file.")] = "local-cpu",
+    profile: Annotated[str, typer.Option(help="Target: a name or a YAML file.")] = "local-cpu",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prefill.")] = 128,
     tokens: Annotated[int, typer.Option(min=4, help="Decode steps after it.")] = 24,
     out: Annotated[
@@ -35,7 +35,7 @@ def profile(
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """Where a model's time goes, op by op, and where compression would pay; a teacher's searches start from it."""
+    """Show where a model's time goes, op by op, and where compression would pay; later searches of it start there."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from paretune.objectives.profiler.profile_model import ProfileRequest, local_profile_named, profile_model

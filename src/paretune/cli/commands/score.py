@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def score(
     teacher: Annotated[str, typer.Option(help="stdlib-coder or a Hugging Face folder.")] = "stdlib-coder",
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Processes that divide the weights among them; divides KV heads and FFN.")
+        int, typer.Option(min=1, help="Number of processes that share the weights; must divide KV heads and FFN width.")
     ] = 1,
     data: Annotated[
         str | None,
@@ -29,7 +29,9 @@ def score(
     split: Annotated[
         str, typer.Option(help="Part of the text: report (confirmations), search or calibration.")
     ] = "report",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Thin the text evenly to about so many tokens.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Use about this many tokens, taken evenly from the text.")
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds after which the processes are stopped.")] = 3600.0,
     home: Home = HOME,
     json: Json = False,

@@ -65,11 +65,13 @@ def search(
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="Target machine: a name or a YAML file. Repeat it for further ones: they share the search for the first.",
+            help="Target: a name or a YAML file. Repeat it for further targets; the search optimizes for the first.",
             autocompletion=complete_profile,
         ),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Wall-clock time such as 45m or 8h; a promise.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall-clock time such as 45m or 8h; the front is complete when it ends.")
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="tpe, nsga2 or sequential.", autocompletion=complete_words("tpe", "nsga2", "sequential")),
@@ -82,25 +84,25 @@ def search(
             help="Train 4-bit finalists under their rounding (QAT) only where rounding alone loses more, such as 1%.",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None,
     study: Annotated[
         str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it costs, then stop.")] = False,
     address: Annotated[
-        str | None, typer.Option(help="Address of a running Ray cluster; a local one is started if left out.")
+        str | None, typer.Option(help="Address of a running Ray cluster; without it, a local one is started.")
     ] = None,
     notify_command: Annotated[
         str | None,
-        typer.Option(help="Program that is run when the search ends or dies; the event is on its standard input."),
+        typer.Option(help="Program to run when the search ends or dies; it reads the event from standard input."),
     ] = None,
     notify_url: Annotated[
-        str | None, typer.Option(help="https address that is told when the search ends or dies.")
+        str | None, typer.Option(help="https address to notify when the search ends or dies.")
     ] = None,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """Search, or continue an interrupted search: the same command goes on where it stopped."""
+    """Start a search, or continue an interrupted one with the same command."""
     from paretune.search.prepare.prepare import prepare
     from paretune.search.spec import make_spec
     from paretune.service.notify.notify import load_notify
@@ -162,7 +164,7 @@ def run_search(
         (name, "bold"),
         f"{' (continued)' if exists else ''}: {ready.teacher.name}, {ready.teacher.parameters / 1e6:.1f}M parameters, "
         f"{ready.plan.space_size:,} candidates, "
-        f"profile {', '.join(p.name for p in (ready.profile, *ready.targets))}, budget {ready.spec.budget}",
+        f"target{'s' if ready.targets else ''} {', '.join(p.name for p in (ready.profile, *ready.targets))}, budget {ready.spec.budget}",
     )
     for told in store.meta("notes", []):
         note(told)
@@ -249,7 +251,7 @@ def _show_end(view: StudyView, home: Path, code: int, left: str | None) -> None:
         say(
             state
             if state == "cancelled"
-            else f"{state}; the same command goes on, or `{pasted('resume', view.study, home=home)}`"
+            else f"{state}; continue it with the same command, or with `{pasted('resume', view.study, home=home)}`"
         )
     elif code:
         tell_problem(*why_ended(view, code))
@@ -268,8 +270,8 @@ def why_ended(view: StudyView, code: int) -> tuple[str, str]:
     if code == NothingFeasible.exit_code and not remedy:
         counts = [f"{text} ({number} times)" for text, number in failure_counts(view).most_common(MOST_FAILURES_TOLD)]
         reason = f"nothing was confirmed: {'; '.join([reason, *counts])}"
-        remedy = f"see {short(view.folder / 'worker.log')}; the same command goes on, with a larger --budget a new study begins"
-    return reason, remedy or "mend that, then run the same command again: it goes on"
+        remedy = f"see {short(view.folder / 'worker.log')}; the same command continues this study, a larger --budget starts a new one"
+    return reason, remedy or "fix that, then run the same command again to continue"
 
 
 def _out_of_time(view: StudyView) -> str:
@@ -295,8 +297,8 @@ def _show_plan(plan: Plan, json: bool) -> None:
         print_text(f"  {line}")
     print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
     print_text(
-        f"about {plan.expected_candidates} candidates explored; time for {plan.expected_finalists} finalists to be recovered and "
-        f"confirmed, and for more of them, {plan.most_finalists} at most, if they take less"
+        f"about {plan.expected_candidates} candidates explored; time to recover and confirm "
+        f"{plan.expected_finalists} finalists, or up to {plan.most_finalists} if each takes less"
     )
     if "elastic student" in plan.seconds:
         sizes = (

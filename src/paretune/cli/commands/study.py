@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def status(study: Study = None, home: Home = HOME, json: Json = False) -> None:
-    """How a study stands."""
+    """Show the state of a study."""
     with opened_view(study, home) as view:
         data = status_of(view)
         if json:
@@ -46,7 +46,7 @@ def status(study: Study = None, home: Home = HOME, json: Json = False) -> None:
 
 
 def front(study: Study = None, home: Home = HOME, json: Json = False) -> None:
-    """The Pareto front of a study: confirmed candidates only."""
+    """Show the Pareto front of a study; only confirmed candidates can be on it."""
     from paretune.search.recommend.recommend import point_dict, why_empty
 
     with opened_view(study, home) as view:
@@ -76,20 +76,23 @@ def recommend(
         str | None, typer.Option(help="Increase of the NLL (or a plug-in's quality) over the fp32 teacher such as 1%.")
     ] = None,
     min_throughput: Annotated[float | None, typer.Option(help="Tokens per second of one stream, at least.")] = None,
-    max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the profile's power.")] = None,
+    max_energy: Annotated[float | None, typer.Option(help="Joules per token; needs the target's power.")] = None,
     max_cost: Annotated[
-        float | None, typer.Option(help="US dollars per million tokens; needs the profile's price.")
+        float | None, typer.Option(help="US dollars per million tokens; needs the target's price.")
     ] = None,
     goal: Annotated[
         str | None,
         typer.Option(
-            help="balanced, fastest, quality or smallest; without it, what the limits suggest.",
+            help="balanced, fastest, quality or smallest; default: what the limits suggest.",
             autocompletion=complete_words("balanced", "fastest", "quality", "smallest"),
         ),
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="For this target: its costs, kept or predicted on the fly.", autocompletion=complete_profile),
+        typer.Option(
+            help="Recommend for this target, with the study's costs or with predictions.",
+            autocompletion=complete_profile,
+        ),
     ] = None,
     export: Annotated[
         Path | None, typer.Option(help="Write the artifact with HOW_TO_RUN.md into this new folder.")
@@ -97,7 +100,7 @@ def recommend(
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """One candidate for your limits, with reasons, the runner-up's price, and what looser limits would buy."""
+    """Recommend one candidate within your limits, with reasons, the runner-up, and what looser limits would buy."""
     from paretune.search.recommend.advice import advise
     from paretune.search.recommend.export import export_artifact
     from paretune.search.recommend.recommend import Limits
@@ -131,7 +134,7 @@ def _tell(found: Advice, folder: Path, delivered: Path | None) -> None:
         near = f"{found.nearest.name} ({found.nearest.key[:8]})"
         buys = [f"{r.limit} 10 % looser: {r.gain}" for r in found.relaxed if r.key is not None]
         tell_problem(
-            f"no front member keeps all limits; the nearest is {near}: {'; '.join(found.why)}",
+            f"no front member meets all limits; the nearest is {near}: {'; '.join(found.why)}",
             f"relax a limit{''.join(f'; {b}' for b in buys)}",
         )
         return

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 def targets(
     study: Study = None,
     profile: Annotated[
-        list[str] | None, typer.Option(help="A target to add: a name or a YAML file. Repeat it for several.")
+        list[str] | None, typer.Option(help="A target to add: a name or a YAML file. Repeat it to add several.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time to measure on targets that are at hand; 0 predicts only.")
+        float, typer.Option(min=0, help="Seconds to measure on local targets; 0 predicts only.")
     ] = 300.0,
     home: Home = HOME,
     json: Json = False,
 ) -> None:
-    """A study on several targets: a front and a choice for each, and what it costs to take one target's choice on another.
+    """Show a study on several targets: a front and a recommendation for each, and the regret of using it on another.
 
     Quality is not taken again. A target that is at hand is measured on the members of the fronts, others are predicted.
     """

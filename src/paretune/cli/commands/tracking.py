@@ -1,4 +1,4 @@
-"""The commands that show a study elsewhere: the report, MLflow."""
+"""The commands that show a study in a report or in MLflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paretune.cli.terminal.options import HOME, Home, Json, Study, opened_view, 
 
 
 def report(study: Study = None, home: Home = HOME, json: Json = False) -> None:
-    """Write report.html and front.png of a study anew."""
+    """Write report.html and front.png of a study again."""
     from paretune.tracking.report.report import write_report
 
     with opened_view(study, home) as view:
@@ -27,7 +27,7 @@ def ui(
     home: Home = HOME,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 5000,
 ) -> None:
-    """Open the MLflow UI on this home, for looking and comparing: loopback only, by a link that opens once."""
+    """Serve the MLflow UI of this home, read-only and on loopback only, and print a link that opens once."""
     from paretune.service.server.mlflow_ui import serve_ui
 
     raise typer.Exit(serve_ui(home.resolve(), port))

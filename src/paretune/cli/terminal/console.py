@@ -128,7 +128,7 @@ def front_table(view: StudyView, title: str = "") -> FittedTable:
                 tie,
             )
         )
-    caption = "interval: 95 %; = tied with the member named; loss against the fp32 teacher"
+    caption = "95 % intervals; = is a statistical tie with the member named; loss against the fp32 teacher"
     return FittedTable(tuple(columns), tuple(rows), title, caption)
 
 
@@ -201,7 +201,7 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
         loss = "" if data.get("loss") is None else f", KL {data['loss']:.3f}"
         progress.update(f"training the elastic student {data['elapsed_s']:.0f}/{data['seconds']:.0f} s{loss}")
     elif kind == "progress":
-        progress.update(f"measuring for the latency fit, {data.get('missing', 0)} to go")
+        progress.update(f"measuring for the latency fit, {data.get('missing', 0)} left")
     elif kind == "fit":
         error = data.get("decode_ms_per_token") or data.get("forward_ms")
         if error:
@@ -215,13 +215,13 @@ def handle(progress: Progress, kind: str, data: Mapping[str, Any]) -> None:
         progress.say(
             "elastic student "
             + (
-                "taken from an earlier search"
+                "reused from an earlier search"
                 if data.get("kept")
                 else f"trained on {data.get('tokens', 0):,.0f} tokens"
             )
         )
     elif kind == "sensitivity":
-        why = f"not searched: {data['reason']}" if data["reason"] else "opened by what each layer loses in each format"
+        why = f"not searched: {data['reason']}" if data["reason"] else "enabled by the sensitivity table"
         progress.say(f"mixed precision {why}")
     elif kind == "rung0":
         progress.explored += data["status"] == "complete"
