@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the main job (about ten minutes)
 # make test   set up .venv if needed, lint, type-check, test; ORDER=7 for a random order
-# make check  lint and type-check only; make browser Debian's Chromium for the browser tests, if it is not there
+# make check  lint, formatting and type-check only; make browser Debian's Chromium for the browser tests, if it is not there
 # make readers transformers 4.57 in .venv-readers for the tests of what older readers make of an artifact
 # make coverage which lines the tests reach
 # make bench [NAME=…] the benchmarks; make docs the pictures and generated pages
