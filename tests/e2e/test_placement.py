@@ -35,7 +35,7 @@ from paretune.search.evaluators.simulated import SHAPE
 from paretune.search.spec import Spec
 from paretune.search.prepare.studies import create_study
 from paretune.spaces.space import Space
-from paretune.teachers import load_teacher
+from paretune.teachers.checkpoint.teacher import load_teacher
 
 home = Path(sys.argv[1])
 spec = Spec.model_validate({"budget": "300s", "fit_points": 30, "max_candidates": 4, "finalists": 1})

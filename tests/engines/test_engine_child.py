@@ -142,7 +142,7 @@ def test_what_a_library_prints_never_gets_between_the_answers(tmp_path: Path) ->
     """File descriptor 1 of the child is its stderr by the time a model runs."""
     program = textwrap.dedent("""
         import os, sys
-        from paretune.engines import worker
+        from paretune.engines.process import worker
         def answer(self, request):
             os.write(1, b"noise from C\\n")
             print("noise from Python", flush=True)
@@ -161,7 +161,7 @@ def test_the_child_dies_with_its_parent_even_if_it_is_stuck() -> None:
     """Stopped, it cannot notice that its input has ended: only the kernel's parent-death signal ends it."""
     program = textwrap.dedent("""
         import time
-        from paretune.engines import EngineChild
+        from paretune.engines.process.child import EngineChild
         child = EngineChild(1)
         child.ask(do="memory")
         print(child.pid, flush=True)

@@ -153,7 +153,7 @@ def typical(a: Logits, b: Logits) -> float:
 
 
 def test_the_catalog_has_every_engine() -> None:
-    modules = {path.stem for path in (Path(__file__).parents[2] / "engines").glob("*_decoder.py")}
+    modules = {f"{path.parent.name}.decoder" for path in (Path(__file__).parents[2] / "engines").glob("*/decoder.py")}
     assert modules == {engine.module for engine in ENGINES.values()}
 
 

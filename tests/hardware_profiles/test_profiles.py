@@ -138,7 +138,8 @@ def test_bombs_are_refused_at_once(tmp_path: Path, text: str) -> None:
         from pathlib import Path
         resource.setrlimit(resource.RLIMIT_CPU, (15, 15))
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-        from paretune.hardware_profiles import Profile, UsageError
+        from paretune.common.errors import UsageError
+        from paretune.hardware_profiles import Profile
         from paretune.common.yaml_file import load_model
         try:
             load_model(Path(sys.argv[1]), Profile)

@@ -21,7 +21,7 @@ import json, resource, subprocess, sys
 request = json.loads(sys.stdin.read())
 child = "import resource; print(resource.getrlimit(resource.RLIMIT_DATA)[0])"
 inherited = int(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
-from paretune.objectives import agent_job
+from paretune.objectives.agent import job as agent_job
 
 def measure(order, folder, kept):
     kept = bytearray(2_000_000_000)

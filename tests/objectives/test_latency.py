@@ -326,7 +326,7 @@ def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest
     lanes = SimpleNamespace(measure=lambda _model, _within: said)
     monkeypatch.setattr(remeasuring, "check_artifact", lambda _folder: facts)
     monkeypatch.setattr(remeasuring, "load_profile", lambda _name, _home: profile)
-    monkeypatch.setattr("paretune.objectives.agent.remote.lane_at", lambda *_: lanes)
+    monkeypatch.setattr("paretune.objectives.agent.remote.open_benchmark", lambda *_: lanes)
     monkeypatch.setattr(remeasuring, "context_of", lambda _artifact: 2048)
     found = remeasuring.remeasure(Path("a"), "p", Path("home"))
     assert found.others["energy_j_per_token"].value == pytest.approx(0.020), "the lane runs on one of the two devices"

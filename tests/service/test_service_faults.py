@@ -320,7 +320,7 @@ def test_children_get_one_interrupt(queue: Queue, supervised: Callable[..., Supe
 NEEDS_SPACE = """
     import pathlib, sys
     from paretune.common.errors import DiskProblem
-    from paretune.search import ending
+    from paretune.search.execution import ending
     ending.take()
     home = pathlib.Path(sys.argv[2])
     (home / "tries").open("a").write(sys.argv[1] + " ")
