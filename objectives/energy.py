@@ -1,7 +1,7 @@
 """Throughput, energy and cost: what follows from the time of a decode step, and from a target's power and price.
 
 Energy as power times time is a ceiling (the profile's figure is what the device may draw, not what decoding draws), so it
-is always `predicted`; where a counter can be read, the lane measures it instead (power.py). Cost is rent for the time of
+is always `predicted`; where a counter can be read, the latency benchmark measures it instead (power.py). Cost is rent for the time of
 one stream: a server that batches serves more of them.
 """
 
@@ -34,7 +34,7 @@ def energy_and_cost(decode: Measurement, profile: Profile, devices: int = 1) -> 
     """Joules per token and US dollars per million tokens of one stream (batch 1), as far as the profile has power and price.
 
     `decode`: milliseconds per token on that profile. `devices` of them work on it, each with its power and price
-    (the lane runs on one). Energy is
+    (the latency benchmark runs on one). Energy is
     `predicted` even from a measured time; cost is as sure as the time. Of a disturbed time both are disturbed.
     """
     found = {}

@@ -1,4 +1,4 @@
-"""What a study's numbers are called: the quality it minimizes, and the times that its lane takes."""
+"""What a study's numbers are called: the quality it minimizes, and the times that its latency benchmark takes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ DECODER = MetricNames()
 
 
 def forward_measurements(measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:
-    """The lane's measurements of a module under its own names: what the lane calls a decode step was one forward."""
+    """The latency benchmark's measurements of a module under the module's names: a decode step was one forward."""
     return {
         RENAMED.get(name, name): replace(m, unit="ms") if name in RENAMED else m
         for name, m in measurements.items()

@@ -1,4 +1,4 @@
-"""Measuring on another machine, as if its lane were here.
+"""Measuring on another machine, as if its latency benchmark ran here.
 
 An agent may be killed and come back at any time: what was uploaded is still there, the job is not, so the order is placed
 again, up to a cap. One that stays away is `AgentGone`.
@@ -176,7 +176,7 @@ def _refused(answer: Answer, what: str) -> EnvironmentProblem:
 
 
 def _result(told: dict[str, Any], url: str) -> LatencyResult:
-    """A lane's result from the wire. Raises what the lane there raised, or EnvironmentProblem for figures that are none."""
+    """Result of a remote latency benchmark. Raises what was raised there, or EnvironmentProblem for figures that are none."""
     if told["state"] == "failed":
         error = told.get("error") or {}
         problem, remedy = str(error.get("problem", "no reason given")), str(error.get("remedy", ""))

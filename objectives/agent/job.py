@@ -53,7 +53,7 @@ def fingerprint_of(order: Order) -> str:
 
 
 def measure(order: Order, folder: Path, kept: Path) -> LatencyResult:
-    """Run the lane on the files in `folder`; the reference's own figures are kept in the folder `kept`."""
+    """Run the latency benchmark on the files in `folder`; the reference's own figures are kept in the folder `kept`."""
     require_own_files(folder / MODEL, {order.data_name} - {""})
     require_own_files(folder / REFERENCE, set())
     machine = fingerprint_of(order)

@@ -60,7 +60,7 @@ class Job:
 
 
 class Jobs:
-    """`folder` holds what a job works on and what the lane keeps; `command` starts a job process, of whose processes each may
+    """`folder` holds what a job works on and what the latency benchmark keeps; `command` starts a job process, of whose processes each may
     allocate `max_memory_bytes` (Linux)."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A target at another machine: its lane through an agent, and what is said of a candidate when the agent stays away."""
+"""A target at another machine: its latency benchmark through an agent, and what is said of a candidate when the agent stays away."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def connect(url: str, home: Path) -> AgentClient:
 def open_benchmark(
     profile: Profile, home: Path, url: str | None = None, turn: Workload = STANDARD
 ) -> LatencyBenchmark | RemoteBenchmark:
-    """The lane of `profile`: here, or at the agent of `url` or of the profile.
+    """The latency benchmark of `profile`: here, or at the agent of `url` or of the profile.
 
     With a `url` and this machine's own profile the agent's says how many threads are timed. `turn` is what candidates are timed
     with. Raises AgentGone, UsageError.

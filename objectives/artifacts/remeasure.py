@@ -53,7 +53,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Remeasured:
-    """All quantities of one visit to the lane. `lane` is what the lane itself said; `within` the half-width it was asked for."""
+    """All quantities of a session. `benchmark` is what the latency benchmark itself said; `within` the half-width it was asked for."""
 
     artifact: Path
     profile: str
@@ -118,7 +118,7 @@ class Remeasured:
         if benchmark.stable:
             return None
         if benchmark.visits - benchmark.flagged < 2:
-            found = f"{benchmark.flagged} of {benchmark.visits} visits to the lane were disturbed by other work"
+            found = f"{benchmark.flagged} of {benchmark.visits} benchmark sessions were disturbed by other work"
         else:
             widest = f"±{benchmark.half_width:.1%} after {benchmark.visits} visits"
             found = f"the intervals should be ±{self.within:.1%}, but the widest is {widest}"
@@ -131,7 +131,7 @@ class Remeasured:
 def remeasure(
     artifact: Path, profile_name: str, home: Path, within: float = CLOSE, agent: str | None = None
 ) -> Remeasured:
-    """Run the lane on an artifact, in the engine and with the threads of a profile, until the 95 % intervals are `within`.
+    """Run the latency benchmark on an artifact, in the engine and with the threads of a profile, until the 95 % intervals are `within`.
 
     `agent`: URL of the agent that does it; without one, the profile's, or this machine. Raises UsageError if the artifact is
     damaged or nothing measures the profile, Infeasible if the engine refuses it.

@@ -1,4 +1,4 @@
-"""The measuring lane: the candidate and a fixed reference take turns in two child processes under the machine lock.
+"""The latency benchmark: the candidate and a fixed reference take turns in two child processes under the machine lock.
 
 Shared machines drift by tens of per cent within minutes; the ratio of two programs that alternate does not (A-B-B-A turns,
 arXiv 2001.05811). What remains differs from process to process (where its pages lie), so a candidate is visited with several
@@ -59,7 +59,7 @@ class Nominal:
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """What the lane found. `stable` is False when the machine was disturbed in too many attempts, or the interval that was
+    """What the latency benchmark found. `stable` is False when the machine was disturbed in too many attempts, or the interval that was
     asked for was not reached. Of `visits` attempts `flagged` were disturbed. `half_width` is that of the widest latency's
     95 % interval, as a fraction of its value."""
 
@@ -131,7 +131,7 @@ class LatencyBenchmark:
 
     def latencies(self, model: Path, within: float | None = None) -> LatencyResult:
         """Decode (ms/token after 128 tokens, batch 1), TTFT (128 tokens) and throughput over VISITS fresh pairs; after fewer
-        tokens where the lane's turn has fewer.
+        tokens where the latency benchmark's turn has fewer.
 
         With `within` (half-width of the 95 % intervals, a fraction) there are more of them, MOST_VISITS at most, until it is
         reached; where it is not, the result is not stable. Raises Infeasible if the engine refuses the model.
@@ -212,7 +212,7 @@ class LatencyBenchmark:
         return LatencyResult(self._latencies([visit], "measured" if stable else "disturbed"), stable)
 
     def visit(self, pair: Pair, other: Workload | None = None) -> BenchmarkSession:
-        """One visit under the machine lock, with the lane's turn or with `other`.
+        """One visit under the machine lock, with the latency benchmark's turn or with `other`.
 
         If other work of ours keeps the machine, it is made all the same and not called quiet.
         """

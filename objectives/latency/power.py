@@ -1,7 +1,7 @@
 """Counters of energy that a machine offers: RAPL of the CPU packages (Linux powercap), NVML of an NVIDIA GPU.
 
 All of them answer joules since some moment, of which only differences mean something. They count the whole package or board,
-with whatever else runs there; the lane reads them only while it holds the machine.
+with whatever else runs there; the latency benchmark reads them only while it holds the machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lane's fixed reference: the embedded teacher at int4, built once per home, and its nominal times.
+"""The latency benchmark's fixed reference: the embedded teacher at int4, built once per home, and its nominal times.
 
 Not at fp32: 23 MB do not stay in a third-level cache that other machines share, and a reference that wanders by 10 % makes
 every ratio wander. The int4 graph fits (docs/log.md has the figures).
@@ -24,7 +24,7 @@ from paretune.teachers.checkpoint.teacher import EMBEDDED, load_teacher
 def open_local_benchmark(
     cache: Path, profile: Profile, lock: MachineLock, turn: Workload = STANDARD
 ) -> LatencyBenchmark:
-    """The lane of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads.
+    """The latency benchmark of a profile: the candidate in its engine, beside the fixed reference in ONNX Runtime with as many threads.
 
     `turn` is what candidates are timed with.
     """

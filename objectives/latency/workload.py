@@ -57,7 +57,7 @@ def workload_within(context: int) -> Workload:
 class BenchmarkSession:
     """What `rounds` R C C R turns gave: ratios candidate/reference, the reference's own milliseconds, the candidate's steps.
 
-    `foreign_cores`: what others took on the lane's CPUs. `alone`: the machine lock was held.
+    `foreign_cores`: what others took on the latency benchmark's CPUs. `alone`: the machine lock was held.
     """
 
     decode_ratios: list[float] = field(default_factory=list)
@@ -70,7 +70,7 @@ class BenchmarkSession:
 
     @property
     def quiet(self) -> bool:
-        """Whether others took less than a third of a core from the lane meanwhile, and no other work held the machine lock."""
+        """Whether others took less than a third of a core from the latency benchmark meanwhile, and no other work held the machine lock."""
         return self.alone and self.foreign_cores <= MOST_FOREIGN_CORES
 
 

@@ -1,4 +1,4 @@
-"""Visits to the measuring lane that every kind of model shares: one lane per worker, kept latencies, the measuring for the fit."""
+"""The latency benchmark that every kind of model shares: one benchmark per worker, kept latencies, the measuring for the fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENOUGH_QUIET = 10
 
 
 class Host(Protocol):
-    """What a worker's workspace gives to the lane."""
+    """What a worker's workspace gives to the latency benchmark."""
 
     folder: Path
     home: Path
@@ -41,7 +41,7 @@ class Host(Protocol):
 
 
 class LatencyMeasuring(ABC):
-    """One lane per worker; every undisturbed latency is kept under what it depends on."""
+    """One latency benchmark per worker; every undisturbed latency is kept under what it depends on."""
 
     # The measurements that are kept and fitted.
     latency: ClassVar[tuple[str, ...]]
@@ -72,11 +72,11 @@ class LatencyMeasuring(ABC):
         """Free what only `build` needs; called once the measuring for the fit has ended."""
 
     def named(self, measurements: dict[str, Measurement]) -> dict[str, Measurement]:
-        """The lane's measurements as this kind of model calls them."""
+        """The latency benchmark's measurements as this kind of model calls them."""
         return measurements
 
     def benchmark(self) -> LatencyBenchmark | RemoteBenchmark:
-        """The lane of this machine, or of the profile's agent."""
+        """The latency benchmark of this machine, or of the profile's agent."""
         if self._lane is None and self._host.profile.agent is not None:
             self._lane = open_benchmark(self._host.profile, self._host.home, turn=self.turn)
         elif self._lane is None:

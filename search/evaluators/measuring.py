@@ -1,4 +1,4 @@
-"""The worker's way to the lane: measurements for the latency fit and for confirmations, kept for later studies."""
+"""The worker's way to the latency benchmark: measurements for the latency fit and for confirmations, kept for later studies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATENCY = ("decode_ms_per_token", "ttft_ms")
 
 
 class Measuring(LatencyMeasuring):
-    """The lane for students of a decoder."""
+    """The latency benchmark for students of a decoder."""
 
     latency = LATENCY
 

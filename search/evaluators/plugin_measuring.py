@@ -1,4 +1,4 @@
-"""The way of a plug-in's module to the lane: milliseconds per forward at the plug-in's batch shape."""
+"""The way of a plug-in's module to the latency benchmark: milliseconds per forward at the plug-in's batch shape."""
 
 from __future__ import annotations
 

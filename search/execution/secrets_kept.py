@@ -29,7 +29,7 @@ def is_secret(name: str) -> bool:
 def hidden(environment: MutableMapping[str, str], place: str | None = None) -> Iterator[Path | None]:
     """Take our secrets out of `environment` for the block; yields the folder of the agent's token, None without one."""
     taken = {name: environment.pop(name) for name in list(environment) if is_secret(name)}
-    folder = None
+    folder, given = None, environment.get(TOKEN_FILE)
     try:
         if TOKEN in taken:
             folder = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=place))
@@ -37,7 +37,7 @@ def hidden(environment: MutableMapping[str, str], place: str | None = None) -> I
         yield folder
     finally:
         environment.pop(TOKEN_FILE, None)
-        environment.update(taken)
+        environment.update(taken if given is None else taken | {TOKEN_FILE: given})
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,7 +6,6 @@ import os
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from paretune.common.errors import UsageError
 from paretune.common.file_access import unwritable
@@ -27,9 +26,6 @@ from paretune.teachers.plugins.name import is_plugin
 from paretune.teachers.text.corpus import SPLITS, chosen_corpus, library_mismatches
 from paretune.teachers.text.own_output import mark_home
 from paretune.teachers.text.tokens import require_enough_tokens
-
-if TYPE_CHECKING:
-    pass
 
 AFFORDABLE = 0.05
 

@@ -131,7 +131,7 @@ def why_empty(view: StudyView) -> NothingFeasible:
         )
     return NothingFeasible(
         f"the front is empty because all {len(view.confirmed)} confirmed candidates were disturbed while they were measured: "
-        "something else used the CPUs of the measuring lane",
+        "something else used the CPUs of the latency benchmark",
         "end that work, then search again; the elastic student and every undisturbed measurement are kept",
     )
 

@@ -37,7 +37,7 @@ class TargetRow:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the lane took its latency; what the lane does not take stays predicted beside it."""
+        """Whether the latency benchmark took its latency; what the latency benchmark does not take stays predicted beside it."""
         return DECODE in self.measurements and self.measurements[DECODE].provenance == "measured"
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The lane for a further target that is at hand: artifacts that the study confirmed, under that target's engine and threads."""
+"""The latency benchmark for a further target that is at hand: confirmed artifacts, under that target's engine and threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Measurer(Protocol):
 
 @dataclass(frozen=True)
 class _Host:
-    """What the lane needs of a worker's workspace."""
+    """What the latency benchmark needs of a worker's workspace."""
 
     folder: Path
     cache: Path

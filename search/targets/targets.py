@@ -27,7 +27,7 @@ from paretune.spaces.candidate import Candidate, Shape
 from paretune.teachers.checkpoint.teacher import load_teacher
 
 MOST_DISTURBED = 2
-# Of the first visit, which also opens the lane and may learn the reference; later ones take as long as was seen.
+# Of the first visit, which also opens the latency benchmark and may learn the reference; later ones take as long as was seen.
 FIRST_VISIT_S = 15.0
 OpenMeasurer = Callable[[Profile], Measurer]
 

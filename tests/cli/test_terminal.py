@@ -99,6 +99,13 @@ def test_what_the_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPat
     assert raw.getvalue().decode("latin-1") == "1 ? 2 ? é\n"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(89, "89 s"), (100, "2 min"), (5399, "90 min"), (5400, "1 h 30 min"), (28_799, "8 h 0 min")]
+)
+def test_durations_are_rounded_once(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
 @pytest.mark.parametrize("kind", [UsageError, EnvironmentProblem])
 def test_a_fatal_end_says_its_reason_and_then_its_remedy(view: StudyView, kind: Any) -> None:
     outcome = fatal(kind("the disk [home] is full", "free it"))

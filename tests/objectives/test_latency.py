@@ -1,4 +1,4 @@
-"""What the lane does on request: an interval, another engine, a sweep, energy by a counter. No processes, no clock."""
+"""What the latency benchmark does on request: an interval, another engine, a sweep, energy by a counter. No processes, no clock."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def result(half: float, visits: int = 3, flagged: int = 0, stable: bool = True) 
     [
         (result(0.01), None),
         (result(0.01, 4, 1), None),
-        (result(0.30, 4, 4, False), "4 of 4 visits to the lane were disturbed"),
+        (result(0.30, 4, 4, False), "4 of 4 benchmark sessions were disturbed"),
         (result(0.08, 12, 0, False), "should be ±3.0%, but the widest is ±8.0% after 12 visits"),
     ],
 )
@@ -316,7 +316,7 @@ def test_a_target_that_is_not_at_hand_is_not_measured() -> None:
 
 
 def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lane and the artifact are stood in for; the arithmetic and the comparison are real."""
+    """The latency benchmark and the artifact are stood in for; the arithmetic and the comparison are real."""
     profile = SimpleNamespace(name="p", at_hand=True, agent=None, power_watts=20.0, price_usd_per_hour=0.36, devices=2)
     then = Measurement(1.02, "ms/token", 1.01, 1.03, "measured", 24, "m").to_dict()
     facts = {"profile": "p", "measurements": {"decode_ms_per_token": then}}
@@ -329,7 +329,9 @@ def test_measuring_again_adds_energy_and_cost_of_the_profile(monkeypatch: pytest
     monkeypatch.setattr("paretune.objectives.agent.remote.open_benchmark", lambda *_: lanes)
     monkeypatch.setattr(remeasuring, "context_of", lambda _artifact: 2048)
     found = remeasuring.remeasure(Path("a"), "p", Path("home"))
-    assert found.others["energy_j_per_token"].value == pytest.approx(0.020), "the lane runs on one of the two devices"
+    assert found.others["energy_j_per_token"].value == pytest.approx(0.020), (
+        "the latency benchmark runs on one of the two devices"
+    )
     assert found.others["energy_j_per_token"].provenance == "predicted"
     assert found.others["usd_per_million_tokens"].value == pytest.approx(0.1)
     decode, ttft = found.agreements

@@ -524,6 +524,7 @@ def test_a_plug_in_that_is_in_the_queue_is_not_started(queue: Queue, supervised:
 def test_ray_gets_none_of_our_secrets(tmp_path: Path) -> None:
     names = ["PARETUNE_TOKEN", TOKEN, "PARETUNE_NOTIFY_SECRET", "PARETUNE_NOTIFY_URL", "PARETUNE_NOTIFY_COMMAND"]
     environment = dict.fromkeys(names, "s" * 20) | {"PATH": "/bin", "PARETUNE_HOME": "h", "RAY_AUTH_TOKEN": "ray's own"}
+    environment[TOKEN_FILE] = "of the user"
     before = dict(environment)
     with secrets_kept.hidden(environment, str(tmp_path)) as folder:
         assert folder is not None and not set(names) & set(environment) and "s" * 20 not in environment.values()

@@ -138,7 +138,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
 
 
 class Progress:
@@ -188,7 +189,7 @@ class Progress:
         point = view.point(key)
         if point is not None:
             m = point.measurements
-            doubt = " [yellow](disturbed)[/yellow]" if m[latency].provenance == "disturbed" else ""
+            doubt = " (disturbed)" if m[latency].provenance == "disturbed" else ""
             self.say(
                 f"confirmed {point.name}: {m['relative_loss'].value:+.1%} loss, "
                 f"{m[latency].value:.3f} {unit}{doubt}, {m['compressed_bytes'].value / 1e6:.2f} MB"
