@@ -254,7 +254,7 @@ def test_json_is_the_only_thing_on_stdout(run):
 
 def test_dry_run_says_how_many_finalists_there_can_be(run):
     code, out, _ = run("search", "--dry-run")
-    assert code == 0 and "time for 9 finalists" in out and "36 at most" in out
+    assert code == 0 and "time to recover and confirm 9 finalists" in out and "up to 36" in out
     assert json.loads(run("search", "--dry-run", "--json")[1])["most_finalists"] == 36
 
 
