@@ -209,6 +209,7 @@ def kill(service: Served, word: str) -> None:
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(service.process.pid)],
         capture_output=True,
         text=True,
+        encoding="utf-8",
         check=True,
     ).stdout
     found = [int(line.split()[0]) for line in listing.splitlines() if word in line.split()]
@@ -221,7 +222,11 @@ def kill(service: Served, word: str) -> None:
 def small_disk(place: Path) -> Iterator[Path]:
     place.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(place)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
     )
     if done.returncode:
         sys.exit(f"a tmpfs cannot be mounted here: {done.stderr.strip()}; run this benchmark as root")

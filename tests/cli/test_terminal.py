@@ -80,7 +80,7 @@ def test_texts_of_users_are_printed_as_they_are(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(console.talk, "file", stream)
+    monkeypatch.setattr(console.talk, "_file", stream)
     console.say(("study ", "bold"), text)
     console.note(text)
     console.tell_problem(text, text)
@@ -128,7 +128,7 @@ def test_no_bad_end_is_without_reason_and_remedy(
     view: StudyView, code: int, monkeypatch: pytest.MonkeyPatch, simulated_home: Path
 ) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(console.talk, "file", stream)
+    monkeypatch.setattr(console.talk, "_file", stream)
     ended = replace(view, meta={**view.meta, "ended": "the budget has ended", "remedy": None})
     cli_search._show_end(ended, simulated_home, code, None)
     text = stream.getvalue()

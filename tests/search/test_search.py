@@ -276,7 +276,7 @@ def test_nsga2_can_be_chosen(tmp_path):
 @pytest.mark.parametrize("sampler", ["tpe", "sequential"])
 def test_a_tiny_space_is_exhausted_not_repeated(sampler, tmp_path):
     ready = make_ready(sampler=sampler, loss_of_interest=5.0)
-    small = Space(SHAPE, ("fp32/fp32",), 6, 768, 4)
+    small = Space(SHAPE, ("fp32/fp32",), 6, 768, 3)
     ready = Ready(ready.spec, ready.teacher, ready.profile, small, ready.plan)
     store = create_study(ready, tmp_path, "s", "x")
     code, done, _ = simulate(ready, store, tmp_path)
