@@ -29,6 +29,7 @@ import json, sys
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from paretune.hardware_profiles.profile import detected_profile
+from paretune.search.prepare.plan import Plan
 from paretune.search.prepare.ready import Ready
 from paretune.search.execution.run import run_study
 from paretune.search.evaluators.simulated import SHAPE
@@ -41,7 +42,7 @@ home = Path(sys.argv[1])
 spec = Spec.model_validate({"budget": "300s", "fit_points": 30, "max_candidates": 4, "finalists": 1})
 profile = detected_profile().model_copy(update={"name": "board", "cores": 1})
 space = Space.of(SHAPE, profile.weight_formats)
-ready = Ready(spec, load_teacher("stdlib-coder"), profile, space, empty_plan(space, spec))
+ready = Ready(spec, load_teacher("stdlib-coder"), profile, space, Plan("x", 1, "board", space.size(), {}, 300.0, {}, 0, 0, 0, 0, 0, 0, ()))
 small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
 board = cluster.add_node(num_cpus=1, resources={"profile:board": 1}, object_store_memory=80 * 2**20)
