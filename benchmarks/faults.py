@@ -6,6 +6,7 @@ The home lies on a tmpfs of its own, which needs root. Searches are the simulate
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -35,13 +36,15 @@ SUBMIT_EVERY_S = 5.0
 
 @dataclass
 class Answers:
-    """What came back. Wrong ones are kept in words; `accepted` are the searches that the service said it has, in order."""
+    """What came back. Wrong ones are kept in words; `accepted` are the searches that the service said it has, in order;
+    `faults` those that really happened."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
     full: tuple[float, float] = (0.0, 0.0)
     mlflow_away: tuple[float, float] = (0.0, 0.0)
+    faults: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, kind: str, problem: str | None) -> None:
@@ -85,7 +88,7 @@ def service_under_faults() -> Iterator[Figure]:
             if job["state"] != "queued" and job is not running
         ],
         explored=told["explored"],
-        faults=["disk filled and freed", "MLflow killed", "search killed"],
+        faults=found.faults,
     )
 
 
@@ -113,7 +116,7 @@ def under_faults(service: Served) -> Answers:
         asked = time.monotonic()
         try:
             status, body = service.ask(path)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             answers.add(f"{path} {type(error).__name__}", f"{asked - start:.1f} s {path}: {error!r}")
             return
         problem = judge(answers, path, status, body, paths[path], asked)
@@ -144,10 +147,19 @@ def judge(answers: Answers, path: str, status: int, body: bytes, right: bytes | 
     if right is not None and body != right:
         return f"another answer than before: {text[:200]}"
     if path.startswith("/v1/"):
-        return None if json.loads(text) is not None else "null"
+        return _wrong_study(path, json.loads(text))
     if not path.startswith("/mlflow/") and "</html>" not in text:
         return f"half a page: {text[-100:]}"
     return None
+
+
+def _wrong_study(path: str, answer: Any) -> str | None:
+    """What is wrong with a JSON answer: a study of another name, or one that a fault has ended."""
+    if path == "/v1/studies/running" and (
+        answer["study"] != "running" or answer["state"] in ("failed", "cancelled", "complete")
+    ):
+        return f"{answer['study']} is {answer['state']}: {answer.get('job')}"
+    return None if answer is not None else "null"
 
 
 def within(moment: float, window: tuple[float, float]) -> bool:
@@ -183,11 +195,14 @@ def make_faults(service: Served, answers: Answers, start: float) -> None:
     at(FREED)
     ballast.unlink()
     answers.full = (answers.full[0], time.monotonic())
+    answers.faults.append("disk filled and freed")
     at(MLFLOW)
     answers.mlflow_away = (time.monotonic(), time.monotonic() + MLFLOW_STARTS_S)
     kill(service, "paretune.tracking.mlflow.app")
+    answers.faults.append("MLflow killed")
     at(SEARCH)
     kill(service, "running")
+    answers.faults.append("search killed")
 
 
 def fill(disk: Path) -> Path:

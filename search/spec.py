@@ -280,7 +280,9 @@ def renamed(value: Any) -> Any:
             found[new] = found.pop(old)
             if found[new] is not None:
                 warnings.warn(
-                    f"the setting {old} is called {new} now; it was read as that", RenamedSetting, stacklevel=2
+                    f"the setting {old} has been renamed to {new}; the old name still works",
+                    RenamedSetting,
+                    stacklevel=2,
                 )
     return found
 

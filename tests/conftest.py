@@ -116,8 +116,7 @@ def pytest_fixture_setup(
         return (yield)
 
 
-# Files whose tests run searches, services and browsers in processes of their own, or time something: `make test` runs them one
-# after the other, beside the rest.
+# Files whose tests time something or search against the clock: `make test` runs them alone, after all others.
 MACHINE = (
     "test_benchmarks test_control test_elsewhere test_end_to_end test_latency test_objectives test_placement test_plugin_search "
     "test_walk"

@@ -106,7 +106,7 @@ class _Kept:
             code = self._server.wait()
             if self._ending.is_set():
                 return
-            print(f"MLflow ended with {code}; it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
+            print(f"MLflow exited with code {code}; restarting it in {wait_s:g} s", file=sys.stderr, flush=True)
             self._ending.wait(wait_s)
             with self._lock:
                 if self._ending.is_set():
@@ -114,7 +114,7 @@ class _Kept:
                 try:
                     self._server = self._start()
                 except OSError as error:
-                    print(f"MLflow cannot be started: {error.strerror}", file=sys.stderr, flush=True)
+                    print(f"MLflow cannot be restarted: {error.strerror}", file=sys.stderr, flush=True)
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.path.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ class MlflowProxy:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if began:
                 raise
-            words = f"MLflow does not answer ({type(error).__name__}); it is started again if it ended: try again in a few seconds"
+            words = f"MLflow does not answer ({type(error).__name__}). If it has exited, it is restarted: try again in a few seconds"
             await _answer(
                 send, 503, [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"5")], words.encode()
             )

@@ -116,7 +116,9 @@ def test_a_fatal_end_says_its_reason_and_then_its_remedy(view: StudyView, kind: 
     assert told == {"exit_code": kind.exit_code, "reason": "the disk [home] is full", "remedy": "free it"}
 
 
-@pytest.mark.parametrize(("spent", "reason"), [(59.0, "59 of the budget's 60 s are used"), (5.0, "no reason is known")])
+@pytest.mark.parametrize(
+    ("spent", "reason"), [(59.0, "59 of 60 s were used before the first baseline"), (5.0, "no reason is known")]
+)
 def test_a_budget_that_was_too_small_for_the_machine_is_said(view: StudyView, spent: float, reason: str) -> None:
     ended = replace(view, meta={**view.meta, "ended": "", "remedy": "", "spent_s": spent, "budget_s": 60.0})
     told, remedy = cli_search.why_ended(ended, 4)

@@ -273,7 +273,7 @@ def test_without_sizes_the_space_is_as_it_was() -> None:
 
 
 def test_the_old_name_of_the_threshold_is_read_with_a_note() -> None:
-    with pytest.warns(FutureWarning, match="max_loss is called qat_threshold now"):
+    with pytest.warns(FutureWarning, match="max_loss has been renamed to qat_threshold"):
         spec = Spec.model_validate({"max_loss": "1%"})
     assert spec.qat_threshold == 0.01 and "max_loss" not in spec.model_dump()
     with warnings.catch_warnings():

@@ -8,9 +8,8 @@ import sqlite3
 import subprocess
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -24,6 +23,7 @@ from paretune.service.queue.queue import Queue
 from paretune.service.queue.supervisor import Supervisor
 from paretune.service.server.app import create_app
 from paretune.service.state import Service
+from support.waiting import wait
 
 KEY = "t" * 32
 SPEC = {"budget": "5m"}
@@ -81,15 +81,6 @@ def fill(home: Path) -> Path:
                 continue
     assert free_bytes(home) == 0 and disk_lack(home) is not None
     return ballast
-
-
-def wait(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not happen in {seconds} s")
 
 
 def test_what_writes_is_refused_in_words_and_what_reads_goes_on(home: Path, queue: Queue, client: TestClient) -> None:

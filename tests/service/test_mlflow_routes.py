@@ -198,7 +198,7 @@ def test_killed_mlflow_comes_back(shown: tuple[str, str, int], cookie: str) -> N
     while (found := status(f"{base}/mlflow/version", cookie)) != 200:
         assert found == 503 and time.monotonic() < deadline
         time.sleep(0.2)
-    assert "mlflow_app" not in ps("-o", "args=", "-p", str(mlflow))
+    assert "paretune.tracking.mlflow.app" not in ps("-o", "args=", "-p", str(mlflow))
 
 
 def test_the_page_needs_the_link(shown: tuple[str, str, int], cookie: str) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from paretune.service.queue.queue import Queue
 from paretune.service.queue.supervisor import Supervisor
 from paretune.service.server.app import create_app
 from paretune.service.state import Service
+from support.waiting import wait
 
 KEY = "t" * 32
 SPEC = {"budget": "5m"}
@@ -70,15 +70,6 @@ def client(queue: Queue) -> TestClient:
     return TestClient(
         create_app(service), base_url="http://127.0.0.1:8765", headers=headers, raise_server_exceptions=False
     )
-
-
-def wait(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not happen in {seconds} s")
 
 
 def script(text: str) -> Callable[[Job, Path, Path], list[str]]:

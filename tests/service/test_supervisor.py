@@ -16,6 +16,7 @@ from paretune.search.study.database import is_taken
 from paretune.search.study.store import Store
 from paretune.service.queue.queue import Queue
 from paretune.service.queue.supervisor import Supervisor
+from support.waiting import wait
 
 SPEC = {"budget": "5m", "fit_points": 30, "max_candidates": 16, "finalists": 1}
 SIMULATED = {
@@ -30,15 +31,6 @@ def study_state(folder):
 
 def script(text):
     return lambda job, spec, home: ["-c", textwrap.dedent(text), job.study, str(home)]
-
-
-def wait(condition, seconds=60, what="it"):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not happen in {seconds} s")
 
 
 @pytest.fixture

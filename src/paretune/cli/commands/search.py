@@ -275,13 +275,13 @@ def why_ended(view: StudyView, code: int) -> tuple[str, str]:
 
 
 def _out_of_time(view: StudyView) -> str:
-    """Why a search ended that says nothing itself: no time was left for a first measurement, on a slow machine or a busy one."""
+    """The reason for a search that ended without one: on a slow or busy machine no time is left for the first measurement."""
     spent, budget = float(view.meta["spent_s"]), float(view.meta["budget_s"])
     if spent < OUT_OF_TIME * budget:
         return "no reason is known"
     return (
-        f"{spent:.0f} of the budget's {budget:.0f} s are used, and what was left was too little to measure a first baseline: "
-        "the machine is slow, or other work kept it busy"
+        f"{spent:.0f} of {budget:.0f} s were used before the first baseline could be measured: the machine is slow, or busy with "
+        "other work"
     )
 
 
