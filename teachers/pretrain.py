@@ -28,12 +28,14 @@ import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from paretune.hardware_profiles.training_precision import autocast
 from paretune.teachers.checkpoint.training_state import (
     load_tensors,
     optimizer_tensors,
     restore_optimizers,
     save_tensors,
 )
+from paretune.teachers.muon import Muon
 from paretune.teachers.text.batches import Batches
 from paretune.teachers.text.corpus import is_held_out, library_modules
 
@@ -50,12 +52,12 @@ def learning_rate_scale(step: int, progress: float) -> float:
 
 @torch.no_grad()
 def held_out_nll(model: Any, tokens: torch.Tensor, windows: int) -> float:
-    """Mean NLL in nats/token over the first `windows` windows of 256 tokens (255 targets each), bf16 autocast."""
+    """Mean NLL in nats/token over the first `windows` windows of 256 tokens (255 targets each), in the machine's training precision."""
     model.eval()
     total, count = 0.0, 0
     for start in range(0, windows, 25):
         x = torch.stack([tokens[j * CONTEXT : (j + 1) * CONTEXT] for j in range(start, min(windows, start + 25))])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = model(x, use_cache=False).logits
         total += F.cross_entropy(logits[:, :-1].float().flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
         count += x[:, 1:].numel()
@@ -96,7 +98,7 @@ def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
         {"params": norms, "weight_decay": 0.0},
     ]
     return [
-        torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original"),
+        Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original"),
         torch.optim.AdamW(groups, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
     ]
 
@@ -154,7 +156,7 @@ def train(out: Path, seconds: float, stop_after: float, seed: int) -> None:
         print(f"continuing at step {step:,}, {elapsed:.0f} s", flush=True)
 
     def loss_of(x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             hidden = model.model(x, use_cache=False).last_hidden_state[:, :-1]
             logits = F.linear(hidden, model.lm_head.weight)
         return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())

@@ -24,6 +24,7 @@ from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.distill.recover import RecoveryRecipe
 from paretune.compression.network.student import EMBEDDING, Network, matmul_formats
 from paretune.compression.quantize.grid import fake_quantize
+from paretune.hardware_profiles.training_precision import autocast
 from paretune.spaces.candidate import Candidate
 from paretune.teachers.text.batches import Batches
 
@@ -120,7 +121,7 @@ class _Block:
             if stop():
                 break
             chosen = torch.randint(0, windows, (recipe.batch,), generator=generator)
-            with machine(), torch.autocast("cpu", torch.bfloat16):
+            with machine(), autocast():
                 torch.autograd.backward(relative_error(self._forward(self.parameters, x[chosen]), y[chosen]))
                 optimizers.step(decay(step, step / recipe.steps, max(1, min(10, recipe.steps // 6))))
         trained = {n: p.detach() * self.masks[n] if n in self.masks else p.detach() for n, p in self.parameters.items()}
@@ -212,7 +213,7 @@ def _batched(
 ) -> torch.Tensor:
     found = torch.empty_like(x)
     for start in range(0, len(x), batch):
-        with machine(), torch.autocast("cpu", torch.bfloat16):
+        with machine(), autocast():
             found[start : start + batch] = function(x[start : start + batch])
     return found
 

@@ -24,6 +24,7 @@ from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.network.student import Network
 from paretune.compression.prune import Importance, importance, layer_statistics, slice_weights, sort_by_importance
 from paretune.hardware_profiles.detect import package_version
+from paretune.hardware_profiles.training_precision import autocast
 from paretune.spaces.candidate import Candidate, Layer
 from paretune.spaces.space import Space
 from paretune.teachers.checkpoint.teacher import Teacher
@@ -142,7 +143,7 @@ class ElasticTrainer:
         """One batch: two students against the teacher."""
         ids = self.batches.at(self.step_count)
         generator = torch.Generator().manual_seed(self.recipe.seed * 7_919 + self.step_count)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 target = SoftLabels(self.network(self.shape.layers)(self.teacher_weights, ids))
             losses = []

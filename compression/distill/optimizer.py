@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from paretune.teachers.muon import Muon
+
 
 class Optimizers:
     """The pair of optimizers over named parameters; `step(scale)` applies the gradients with the learning rates scaled."""
@@ -15,7 +17,7 @@ class Optimizers:
         tables = [p for name, p in parameters.items() if p.ndim == 2 and ".layers." not in name]
         norms = [p for p in parameters.values() if p.ndim < 2]
         self.pair: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"),
+            Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"),
             torch.optim.AdamW(
                 [{"params": tables}, {"params": norms}], lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
             ),

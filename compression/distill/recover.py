@@ -25,6 +25,7 @@ from paretune.compression.distill.loss import SoftLabels, TopLabels, distillatio
 from paretune.compression.distill.optimizer import Optimizers, decay
 from paretune.compression.network.student import EMBEDDING, Network, quantized_weights
 from paretune.compression.prune import warn_if_idle
+from paretune.hardware_profiles.training_precision import autocast
 from paretune.spaces.candidate import Candidate
 from paretune.teachers.text.batches import Batches
 
@@ -111,7 +112,7 @@ def recover(
             break
         if may and decide is not None and step == min(asked, recipe.steps - 1):
             rounding = decide(run.result())
-        with machine(), torch.autocast("cpu", torch.bfloat16):
+        with machine(), autocast():
             loss = run.step(batches.at(step), step, rounding)
         done += 1
     facts = {

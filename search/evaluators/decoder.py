@@ -20,6 +20,7 @@ from paretune.compression.export.artifact import compressed_bytes, describe_arti
 from paretune.compression.network.student import EMBEDDING, Codes, quantized_weights
 from paretune.engines.batching import even_batches
 from paretune.engines.process.child import EngineChild
+from paretune.hardware_profiles.training_precision import autocast, training_dtype
 from paretune.objectives.energy import following
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality.quality import Scores, quality_measurements, sum_by_document
@@ -120,14 +121,14 @@ class Evaluator:
 
     @torch.no_grad()
     def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes) -> Scores:
-        """NLL on the search split with fake-quant, bf16 matrix products; sums per document. `codes`: `Workspace.codes`."""
+        """NLL on the search split with fake-quant; sums per document. Products are in `training_dtype`; `codes`: `Workspace.codes`."""
         windows, network = self.space.search_windows, self.space.network(len(candidate.layers))
         effective = quantized_weights(weights, candidate, codes)
         for name, value in list(effective.items()):
             if value.ndim == 2 and name not in (EMBEDDING, POSITIONS):
-                effective[name] = value.to(torch.bfloat16)  # in place, so that the two sets never exist side by side
+                effective[name] = value.to(training_dtype())  # in place, so that the two sets never exist side by side
         sums, exact = np.zeros(len(windows.ids)), candidate.uses_dynamic_activations  # whose scale sees the padding
-        with torch.autocast("cpu", torch.bfloat16), network.activations(candidate, codes):
+        with autocast(), network.activations(candidate, codes):
             for chosen, length in even_batches(windows.targets, SCORE_BATCH * self.space.window, exact):
                 loss = network.token_losses(effective, torch.from_numpy(windows.ids[chosen, :length]))
                 valid = torch.arange(length - 1)[None] < torch.from_numpy(windows.targets[chosen])[:, None]
