@@ -41,7 +41,7 @@ class Costs:
             share = (
                 (self.budget.left_s + self.budget.used("explore")) * shares.confirm / (shares.confirm + shares.explore)
             )
-            each = max(2.0, share / self.spec.finalists - self.confirmation_s() - 2 * self.scale * RUNG0_GUESS_S)
+            each = max(2.0, share / self.spec.finalists - self.confirmation_s() - 2 * self.rung0_s())
             step = elastic.get("batch_tokens", 4096)
             tokens = max(4, round(each * rate / step)) * step
             self.store.set_meta(recovery_tokens=tokens)
@@ -51,7 +51,7 @@ class Costs:
         """Seconds to recover and confirm one finalist, with a reserve."""
         elastic = self.store.meta("elastic", {})
         rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
-        guess = self.recovery_tokens() / rate + 2 * self.scale * RUNG0_GUESS_S
+        guess = self.recovery_tokens() / rate + 2 * self.rung0_s()  # it is scored before and after
         return 1.15 * (self.typical_seconds("recovered", guess) + self.confirmation_s())
 
     def typical_seconds(self, fidelity: Fidelity, guess: float) -> float:

@@ -90,7 +90,7 @@ class Planning:
             return self.task("rung0", pending.candidate)
         number, finalist = len(self.ledger.explored_keys()), None
         most = self.spec.max_candidates
-        if left >= cost and number >= min(FIRST_WAVE, most) and (number >= most or self._confirm_is_behind()):
+        if left >= cost and self._first_wave_is_over(number) and (number >= most or self._confirm_is_behind()):
             finalist = self._next_finalist()
         can_explore = number < most and not self.store.meta("exhausted", False)
         if finalist is None and can_explore and left >= cost + self.costs.rung0_s():
@@ -128,6 +128,11 @@ class Planning:
             if latency.provenance == "disturbed" or latency.is_left_predicted:
                 return key
         return None
+
+    def _first_wave_is_over(self, number: int) -> bool:
+        """Whether enough is explored to choose finalists from: FIRST_WAVE candidates, or on a slow machine half of the time for it."""
+        half = self.spec.shares.explore * self.budget.total_s / 2
+        return number >= min(FIRST_WAVE, self.spec.max_candidates) or self.budget.used("explore") >= half
 
     def _confirm_is_behind(self) -> bool:
         """Whether the next confirmation is due by the two stages' shares of the time."""

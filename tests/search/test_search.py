@@ -13,6 +13,7 @@ from paretune.common.errors import EnvironmentProblem, NothingFeasible, UsageErr
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.measurement import LEFT_PREDICTED
 from paretune.search.budget import GRACE_S, Budget
+from paretune.search.evaluators import simulated
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
@@ -282,6 +283,17 @@ def test_a_tiny_space_is_exhausted_not_repeated(sampler, tmp_path):
     code, done, _ = simulate(ready, store, tmp_path)
     assert code == 0 and store.meta("exhausted") is True
     assert done["rung0"] + 1 == small.size(), "every candidate but the confirmed baseline is explored once"
+
+
+def test_a_slow_machine_confirms_finalists_before_it_has_explored_the_first_wave(tmp_path, monkeypatch):
+    """Seconds as a CPU without fast bfloat16 took them, for a demo that ended with its baselines alone."""
+    slow = {"fit": 80.0, "elastic": 137.0, "sensitivity": 18.0, "rung0": 5.0, "recover": 20.0, "confirm": 32.0}
+    monkeypatch.setattr(simulated, "SECONDS", slow)
+    ready = make_ready(budget="540s")
+    store = create_study(ready, tmp_path, "s", "x")
+    code, done, seconds = simulate(ready, store, tmp_path)
+    assert code == 0 and seconds <= 540
+    assert done["rung0"] < 40 and done["confirm"] >= 3 + 2, done
 
 
 def test_next_finalist_visits_each_stratum_and_prefers_the_front():
