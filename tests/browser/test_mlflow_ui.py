@@ -108,7 +108,7 @@ def shown(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         yield Shown(*enter(told_link(process, log)), home, views)
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(240) == 0
 
 
 def free_port() -> int:

@@ -39,7 +39,7 @@ def completions(line: str, cwd: Path) -> list[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     imported = {part.rpartition("|")[2].strip() for part in done.stderr.splitlines()}
@@ -76,7 +76,7 @@ def test_bash_gets_a_script(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0 and "_PARETUNE_COMPLETE" in done.stdout

@@ -228,7 +228,7 @@ def test_an_uploads_body_has_a_deadline(tmp_path: Path, hurried: None) -> None:
         kind = {"Content_Type": "application/octet-stream", "Content_Length": "1000"}
         connection.sendall(head(port, "/v1/artifacts/" + "a" * 64, "PUT", **kind))
         assert seconds_until_closed(connection, b"a") < 8
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while left := list((tmp_path / "files").iterdir()):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
@@ -266,7 +266,7 @@ def test_an_address_that_only_works_is_refused_beyond_its_limit(service_port: in
         stack.callback(RELEASED.set)
         for _ in range(PER_ADDRESS):
             connect(service_port, stack).sendall(head(service_port, "/held"))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while len(HELD) < PER_ADDRESS:
             assert time.monotonic() < deadline
             time.sleep(0.05)

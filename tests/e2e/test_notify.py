@@ -315,7 +315,7 @@ def test_the_end_of_a_search_is_told_once(search: Callable[..., subprocess.Popen
     process = search()
     wait_for(tmp_path / "home" / "studies" / "s" / "simulated.log", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(240) == 130
     (event,) = events(tmp_path)
     assert event["event"] == "ended" and event["state"] == "interrupted" and event["exit_code"] == 130
     assert event["study"] == "s" and event["report"].endswith("report.html")
@@ -326,13 +326,13 @@ def test_the_death_of_a_search_is_told(search: Callable[..., subprocess.Popen[st
     process = search()
     wait_for(tmp_path / "home" / "studies" / "s" / "simulated.log", process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
+    process.wait(240)
     (event,) = events(tmp_path)
     assert event["event"] == "died" and event["state"] == "died"
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not file.exists():
         assert time.monotonic() < deadline and process.poll() is None, process.stderr and process.stderr.read()[-2000:]
         time.sleep(0.1)

@@ -49,7 +49,7 @@ class Service:
 
     def ask(self, path: str, data: Any = None, **headers: str) -> tuple[int, Any]:
         host, _, port = self.address.removeprefix("http://").partition(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection = http.client.HTTPConnection(host, int(port), timeout=240)
         known = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json", **headers}
         body = None if data is None else json.dumps(data)
         connection.request("GET" if data is None else "POST", path, body, known)
@@ -75,7 +75,7 @@ class Service:
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(90)
+        return self.process.wait(240)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_second_service_an_open_host_and_a_taken_port_are_refused(tmp_path: Pa
             [sys.executable, "-m", "paretune", "serve", *options],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             env={name: value for name, value in os.environ.items() if name != "PARETUNE_TOKEN"},
             check=False,
         )

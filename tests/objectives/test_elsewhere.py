@@ -121,7 +121,7 @@ def test_a_killed_agent_comes_back_and_the_measurement_is_made(tmp_path: Path, m
         waiting.join(200)
     finally:
         agent.terminate()
-        assert agent.wait(20) == 0
+        assert agent.wait(240) == 0
     assert client.orders == 2 and sent.count("PUT") == 1, "model and reference are one file here"
     found = results[0].measurements
     assert found.keys() >= {"decode_ms_per_token", "ttft_ms"} and results[0].stable in (True, False)
@@ -137,7 +137,7 @@ def test_an_agent_that_makes_its_token_prints_it_once(tmp_path: Path) -> None:
     for _ in range(2):
         agent = agent_process(tmp_path, free_port())
         agent.send_signal(signal.SIGINT)
-        talked.append(agent.communicate(timeout=20)[1].decode())
+        talked.append(agent.communicate(timeout=120)[1].decode())
         assert agent.returncode == 0
     token = (tmp_path / "agent" / "token").read_text().strip()
     assert token in re.sub(r"\s", "", talked[0]) and token not in re.sub(r"\s", "", talked[1])

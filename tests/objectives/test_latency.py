@@ -510,4 +510,4 @@ def test_this_machine_is_asked_without_harm() -> None:
         "        assert counter.joules() >= first >= 0\n"
         "        counter.close()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)

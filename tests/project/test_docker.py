@@ -22,7 +22,7 @@ def hadolint(file: Path) -> subprocess.CompletedProcess[str]:
     program = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     assert program is not None, "hadolint is in the dev extra"
     return subprocess.run(
-        [program, "--failure-threshold", "style", str(file)], capture_output=True, text=True, timeout=60
+        [program, "--failure-threshold", "style", str(file)], capture_output=True, text=True, timeout=240
     )
 
 

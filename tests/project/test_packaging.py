@@ -77,7 +77,7 @@ def test_the_check_of_loaded_modules_would_see_one() -> None:
 
 
 def test_python_dash_m_shows_help() -> None:
-    done = subprocess.run([sys.executable, "-m", "paretune", "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "paretune", "--help"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0
     assert "search" in done.stdout
 

@@ -198,7 +198,7 @@ def test_the_lines_at_the_end_of_a_search_run(simulated_home: Path, tmp_path: Pa
     line = pasted("status", "nightly", home=home, stored=True).replace("paretune", f"{sys.executable} -m paretune", 1)
     environment = {k: v for k, v in os.environ.items() if k != "PARETUNE_HOME"}
     done = subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+        ["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert "explored" in done.stdout
@@ -208,7 +208,7 @@ def test_the_lines_at_the_end_of_a_search_run(simulated_home: Path, tmp_path: Pa
         text=True,
         cwd=tmp_path,
         env=environment,
-        timeout=60,
+        timeout=240,
     )
     assert empty.returncode == 2
     assert shlex.quote(str(tmp_path / "no [x]")) in empty.stderr and "[x]" in empty.stderr

@@ -50,7 +50,7 @@ def serve(arguments, hosts):
         healthy = subprocess.run([sys.executable, *health[1:]], capture_output=True, text=True)
     finally:
         service.terminate()
-        words = service.communicate(timeout=60)[1]
+        words = service.communicate(timeout=240)[1]
     return {"printed": printed, "link": link, "hosts": found, "health": healthy.returncode,
             "why": healthy.stderr, "words": words}
 

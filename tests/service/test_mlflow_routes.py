@@ -285,6 +285,6 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, 
             time.sleep(0.2)
         yield found[1], found[2], process.pid
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(240) == 0
     finally:
         process.kill()

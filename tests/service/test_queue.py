@@ -124,7 +124,7 @@ def test_what_was_answered_survives_a_kill(tmp_path):
         "q = Queue(Path(sys.argv[1])); print(q.submit({'seed': 7}, 'k')[0].study, flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
     )
     queue = Queue(tmp_path)
     assert [job.study for job in queue.jobs()] == [done.stdout.strip()]

@@ -155,7 +155,7 @@ def test_at_the_services_end_a_search_rests_and_the_next_service_goes_on(made):
     queue.close()
     queue, supervisor = made(environment=SIMULATED)
     supervisor.start()
-    wait(lambda: queue.job(study).state == "complete", 120, "the end")
+    wait(lambda: queue.job(study).state == "complete", what="the end")
     assert [e.text[:8] for e in events(folder) if e.kind == "launch"] == ["launch 1", "launch 2"]
 
 
@@ -205,11 +205,11 @@ def test_a_killed_service_leaves_no_orphan_and_the_next_one_goes_on(made, tmp_pa
         wait(lambda: study_state(folder) == "running" and explored(folder) >= 2, what="exploring")
     finally:
         service.send_signal(signal.SIGKILL)
-        service.wait(10)
+        service.wait(240)
     queue, supervisor = made(environment=SIMULATED)
     assert queue.job(study).state == "running", "as the dead one left it"
     supervisor.start()
-    wait(lambda: queue.job(study).state == "complete", 120, "the end")
+    wait(lambda: queue.job(study).state == "complete", what="the end")
     assert not is_taken(folder)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
-    """The first true value of `condition`. Raises AssertionError if there is none in time."""
+def wait(condition: Callable[[], Any], seconds: float = 300, what: str = "it") -> Any:
+    """The first true value of `condition`, for which a slow and busy machine gets time. Raises AssertionError if there is none."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():
