@@ -102,18 +102,16 @@ def prepare_cache(home: Path, settings: dict[str, Any]) -> None:
     from paretune.search.execution.trainable import make_evaluator
     from paretune.search.prepare.prepare import prepare
     from paretune.search.prepare.studies import create_study
-    from paretune.search.task import Task
+    from paretune.search.tasks.elastic import Elastic
+    from paretune.search.tasks.fit import Fit
 
     ready = prepare(make_spec(None, None, settings), home)
     shutil.rmtree(home / "studies", ignore_errors=True)
     store = create_study(ready, home, "prepared", "make bench")
     evaluator = make_evaluator(store.folder, home)
-    points = [json.loads(c.to_json()) for c in design(ready.space, ready.spec.fit_points, ready.spec.seed)]
+    points = tuple(design(ready.space, ready.spec.fit_points, ready.spec.seed))
     try:
-        for task in (
-            Task("fit", None, 3600.0, options={"design": points, "seconds": 600.0}),
-            Task("elastic", None, 24 * 3600.0),
-        ):
+        for task in (Fit(points, 600.0, seconds_left=3600.0), Elastic(seconds_left=24 * 3600.0)):
             while not (outcome := evaluator.run(task)).done:
                 pass
             if outcome.status != "complete":

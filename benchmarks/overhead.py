@@ -18,10 +18,11 @@ import numpy as np
 
 from benchmarks.common import Figure, figure, search_command
 from benchmarks.studies import rung0_gaps
-from paretune.search.study.records import Fidelity
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
-from paretune.search.task import Kind
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.evaluation import EvaluationTask
+from paretune.search.tasks.explore import Explore
 
 
 def trial_overhead_ms() -> Iterator[Figure]:
@@ -56,7 +57,6 @@ def recommend_ms() -> Iterator[Figure]:
     """`paretune recommend` as a whole process on a study of 1,000 explored candidates."""
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator
-    from paretune.search.task import Task
     from paretune.spaces.space import Space
 
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,7 @@ def recommend_ms() -> Iterator[Figure]:
             json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8"
         )
         evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
-        fill(store, space, evaluator, Task)
+        fill(store, space, evaluator)
         times = []
         for _ in range(7):
             start = time.perf_counter()
@@ -84,7 +84,7 @@ def recommend_ms() -> Iterator[Figure]:
     yield figure("recommend_ms", statistics.median(times[1:]), "ms", min(times[1:]), max(times[1:]), candidates=1000)
 
 
-def fill(store: Store, space: Any, evaluator: Any, task: Any) -> None:
+def fill(store: Store, space: Any, evaluator: Any) -> None:
     """1,000 explored and 40 confirmed candidates."""
     from paretune.objectives.measurement import Measurement
 
@@ -97,13 +97,17 @@ def fill(store: Store, space: Any, evaluator: Any, task: Any) -> None:
             for n, (k, b) in space.distributions().items()
         }
         store.add_candidate(space.decode(params), "sampler", params)
-    stages: tuple[tuple[Fidelity, Kind], ...] = (("rung0", "rung0"), ("confirmed", "confirm"))
+    kinds: tuple[type[EvaluationTask[Any]], ...] = (Explore, Confirm)
     for row in store.candidates():
-        for fidelity, kind in stages:
-            if fidelity == "rung0" or row.number < 40:
-                outcome = evaluator.run(task(kind, row.candidate))
-                store.start(row.key, fidelity)
-                extra = {"estimated_nll": Measurement.exact(2.0, "nats/token")} if fidelity == "rung0" else {}
+        for kind in kinds:
+            if kind is Explore or row.number < 40:
+                found = evaluator.run(kind(row.candidate)).result
+                store.start(row.key, kind.fidelity)
+                extra = {"estimated_nll": Measurement.exact(2.0, "nats/token")} if kind is Explore else {}
                 store.finish(
-                    row.key, fidelity, "complete", measurements={**outcome.measurements, **extra}, scores=outcome.scores
+                    row.key,
+                    kind.fidelity,
+                    "complete",
+                    measurements={**found.measurements, **extra},
+                    scores=found.scores,
                 )

@@ -305,7 +305,6 @@ def large_study(home: Path, count: int) -> None:
     seeds' numbers and keys of their own."""
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator
-    from paretune.search.task import Task
     from paretune.spaces.space import Space
 
     profile = detected_profile()
@@ -322,7 +321,7 @@ def large_study(home: Path, count: int) -> None:
         json.dumps({"spec": {}, "profile": profile.model_dump(mode="json")}), encoding="utf-8"
     )
     evaluator, space = SimulatedEvaluator(store.folder, home), Space.of(SHAPE, profile.weight_formats)
-    fill(store, space, evaluator, Task)
+    fill(store, space, evaluator)
     store.close()
     multiply(home / "studies" / "large" / "study.db", count)
     shutil.rmtree(home / "cache", ignore_errors=True)

@@ -89,7 +89,7 @@ def elastic_rank_agreement() -> Iterator[Figure]:
     from scipy.stats import kendalltau
 
     from paretune.objectives.prediction.latency_fit import features
-    from paretune.search.policy.calibration import Calibration, Pair
+    from paretune.search.estimation.calibration import Calibration, Pair
     from paretune.teachers.checkpoint.teacher import load_teacher
 
     view = latest_study()

@@ -318,8 +318,8 @@ def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluator = SimulatedEvaluator(store.folder, home, clock)
 
     def execute(director: Any, *_: Any) -> None:
-        director.budget.clock = clock
-        director.budget.__post_init__()
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
         run_inline(director, evaluator.run)
 
     assert run_study(store, ready, home, lambda *_: None, None, execute) == 0

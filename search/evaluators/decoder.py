@@ -1,4 +1,4 @@
-"""All kinds of work, done for real: latency fit, elastic student, sensitivity table, rung 0, recovery, confirmation."""
+"""All kinds of tasks for a decoder, done in earnest: latency fit, elastic student, sensitivity table, rung 0, recovery, confirmation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from paretune.common.checksums import CHECKSUMS, MODEL, sha256
-from paretune.common.errors import Infeasible, ParetuneError
+from paretune.common.errors import Infeasible
 from paretune.common.files import write_atomically
 from paretune.compression.distill.elastic import ElasticTrainer
 from paretune.compression.export.artifact import compressed_bytes, describe_artifact, write_artifact
@@ -24,11 +24,19 @@ from paretune.hardware_profiles.training_precision import autocast, training_dty
 from paretune.objectives.energy import following
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality.quality import Scores, quality_measurements, sum_by_document
+from paretune.search.evaluators.evaluator import Evaluator
 from paretune.search.evaluators.measuring import Measuring
 from paretune.search.evaluators.recovering import Recovering, sparsity_of
 from paretune.search.evaluators.workspace import Workspace
-from paretune.search.task import Outcome, Task, fatal
-from paretune.spaces.candidate import Candidate, Format
+from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.elastic import Elastic, ElasticResult
+from paretune.search.tasks.evaluation import EvaluationResult, EvaluationTask
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.fit import Fit, FitResult
+from paretune.search.tasks.recover import Recover, Recovered, RecoverResult
+from paretune.search.tasks.sensitivity import MeasureSensitivity, SensitivityResult
+from paretune.spaces.candidate import Candidate
 from paretune.teachers.checkpoint.families import POSITIONS
 from paretune.teachers.checkpoint.training_state import load_tensors
 from paretune.teachers.text.tokens import Windows
@@ -39,8 +47,8 @@ REFERENCE_BYTES = 256 * 2**20
 FIRST_SLICE, SCORE_SLICE_S = 32, 5.0  # windows, seconds
 
 
-class Evaluator:
-    """Does one piece of work at a time. `run` never raises for a candidate's own fault: that is an outcome."""
+class DecoderEvaluator(Evaluator):
+    """Does a study's tasks with the weights of its teacher."""
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.space = Workspace(folder, home)
@@ -48,27 +56,12 @@ class Evaluator:
         self._deadline: tuple[Task, float] | None = None
         self._trainer: ElasticTrainer | None = None
 
-    def run(self, task: Task) -> Outcome:
-        """Do the task. "fit" and "elastic" work in slices: call again with the same task until the outcome is done."""
-        try:
-            if task.kind == "elastic":
-                return self._elastic(task)
-            if task.kind == "fit":
-                return self.measuring.fit(task)
-            if task.kind == "sensitivity":
-                return self._sensitivity(task)
-            assert isinstance(task.candidate, Candidate)
-            action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[task.kind]
-            return action(task.candidate, task)
-        except Infeasible as error:
-            return Outcome("infeasible", reason=str(error))
-        except ParetuneError as error:
-            return fatal(error)
+    def fit(self, task: Fit) -> Outcome[FitResult]:
+        """Time designed candidates."""
+        return self.measuring.fit(task)
 
-    def close(self) -> None:
-        """Nothing is held between pieces of work."""
-
-    def _elastic(self, task: Task) -> Outcome:
+    def elastic(self, task: Elastic) -> Outcome[ElasticResult]:
+        """Train the elastic student, or go on where an earlier slice or search has stopped."""
         if self._trainer is None:
             self._trainer = self.space.elastic_trainer()
         trainer = self._trainer
@@ -83,41 +76,41 @@ class Evaluator:
                 "failed", reason="the budget ended while the elastic student was trained; it will go on from there"
             )
         progress = trainer.run(min(ELASTIC_SLICE_S, left))
-        facts = {
-            "file": str(self.space.elastic_file),
-            "elapsed_s": progress["elapsed_s"],
-            "seconds": trainer.recipe.seconds,
-            "tokens": progress["tokens"],
-            "loss": None if np.isnan(progress["loss"]) else progress["loss"],
-            "kept": before >= trainer.recipe.seconds,
-            "batch_tokens": trainer.recipe.batch * trainer.recipe.context,
-        }
+        found = ElasticResult(
+            elapsed_s=progress["elapsed_s"],
+            tokens=progress["tokens"],
+            batch_tokens=trainer.recipe.batch * trainer.recipe.context,
+            is_kept=before >= trainer.recipe.seconds,
+            seconds=trainer.recipe.seconds,
+            loss=None if np.isnan(progress["loss"]) else float(progress["loss"]),
+            file=str(self.space.elastic_file),
+        )
         if trainer.done:
             self._trainer = None
-        return Outcome(done=trainer.done, facts=facts)
+        return Outcome(result=found, done=trainer.done)
 
-    def _sensitivity(self, task: Task) -> Outcome:
+    def sensitivity(self, task: MeasureSensitivity) -> Outcome[SensitivityResult]:
+        """Measure the table, or take that of an earlier search."""
         start = time.monotonic()
         try:
-            table, kept = self.space.sensitivity(tuple(Format(**f) for f in task.options["formats"]))
+            table, kept = self.space.sensitivity(task.formats)
         except ValueError as error:
             return Outcome("failed", reason=str(error))
-        return Outcome(facts={"table": table.to_dict(), "kept": kept, "seconds": time.monotonic() - start})
+        return Outcome(result=SensitivityResult(table, time.monotonic() - start, kept))
 
-    def _rung0(self, candidate: Candidate, _work: Task) -> Outcome:
+    def explore(self, task: Explore) -> Outcome[EvaluationResult]:
+        """Score a candidate in torch, with fake-quant on the engine's grid."""
+        candidate = _decoder(task)
         weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
         with self.space.lock.shared():
             codes = self.space.codes(candidate, weights)
             scores = self.score_in_torch(candidate, weights, codes)
             sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape, codes)
-        return Outcome(
-            scores=scores,
-            facts=sparsity_of(masks),
-            measurements={
-                "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
-                "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
-            },
-        )
+        measurements = {
+            "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
+            "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
+        }
+        return Outcome(result=EvaluationResult(scores, measurements, sparsity_of(masks)))
 
     @torch.no_grad()
     def score_in_torch(self, candidate: Candidate, weights: Mapping[str, torch.Tensor], codes: Codes) -> Scores:
@@ -137,12 +130,14 @@ class Evaluator:
             raise Infeasible("the NLL is not finite", "")
         return _scores(windows, self.space.tokens["search"].names, sums)
 
-    def _recover(self, candidate: Candidate, task: Task) -> Outcome:
-        return Recovering(self.space, self.score_in_torch).run(candidate, task)
+    def recover(self, task: Recover) -> Outcome[RecoverResult]:
+        """Distil a candidate."""
+        return Recovering(self.space, self.score_in_torch).run(_decoder(task), task)
 
-    def _confirm(self, candidate: Candidate, task: Task) -> Outcome:
-        recovered = task.options.get("recovered")
-        weights = load_tensors(Path(recovered["file"]))[0] if recovered else dict(self.space.dense_weights(candidate))
+    def confirm(self, task: Confirm) -> Outcome[EvaluationResult]:
+        """Export a candidate, score it in its engine and time it."""
+        candidate, recovered = _decoder(task), task.recovered
+        weights = load_tensors(Path(recovered.file))[0] if recovered else dict(self.space.dense_weights(candidate))
         folder = self.space.folder / "artifacts" / candidate.key
         facts = {
             "key": candidate.key,
@@ -169,22 +164,18 @@ class Evaluator:
         }
         describe_artifact(folder, self._told(measurements, recovered))
         described = {
-            "unrecovered": not recovered,
-            "recovery_tokens": recovered["tokens"] if recovered else 0,
-            "qat": bool(recovered and recovered["qat"]),
-            "qat_reason": recovered.get("qat_reason", "") if recovered else "the weights were not trained",
+            "unrecovered": recovered is None,
+            "recovery_tokens": recovered.tokens if recovered else 0,
+            "qat": recovered is not None and recovered.qat,
+            "qat_reason": recovered.qat_reason if recovered else "the weights were not trained",
         }
-        if not recovered:
+        if recovered is None:
             with self.space.lock.shared():
                 described["search_nll"] = self.score_in_torch(candidate, weights, codes).mean_nll
-        return Outcome(
-            measurements=measurements,
-            scores=scores,
-            facts=described,
-            artifact=(str(folder), sha256(folder / CHECKSUMS)),
-        )
+        artifact = (str(folder), sha256(folder / CHECKSUMS))
+        return Outcome(result=EvaluationResult(scores, measurements, described, artifact))
 
-    def _told(self, measurements: Mapping[str, Measurement], recovered: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _told(self, measurements: Mapping[str, Measurement], recovered: Recovered | None) -> dict[str, Any]:
         """What was found out about a candidate, for its card and paretune.json."""
         decode = measurements["decode_ms_per_token"]
         text = (
@@ -194,7 +185,7 @@ class Evaluator:
         return {
             "quality_text": text,
             "measurements": {n: m.to_dict() for n, m in measurements.items()},
-            "recovery_text": f"{int(recovered['tokens']):,} tokens of distillation, {_qat_text(recovered)}"
+            "recovery_text": f"{int(recovered.tokens):,} tokens of distillation, {_qat_text(recovered)}"
             if recovered
             else "none, the teacher's own weights",
         }
@@ -243,9 +234,15 @@ class Evaluator:
             start, size = stop, max(1, min(4 * size, int(size * SCORE_SLICE_S / seconds)))
 
 
-def _qat_text(recovered: Mapping[str, Any]) -> str:
-    told = "under its rounding (QAT)" if recovered["qat"] else "without its rounding"
-    return f"{told}: {recovered['qat_reason']}" if recovered.get("qat_reason") else told
+def _decoder(task: EvaluationTask[Any]) -> Candidate:
+    """The task's candidate, which is a decoder's."""
+    assert isinstance(task.candidate, Candidate)
+    return task.candidate
+
+
+def _qat_text(recovered: Recovered) -> str:
+    told = "under its rounding (QAT)" if recovered.qat else "without its rounding"
+    return f"{told}: {recovered.qat_reason}" if recovered.qat_reason else told
 
 
 def _scores(

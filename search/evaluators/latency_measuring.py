@@ -19,7 +19,8 @@ from paretune.objectives.latency.benchmark import LatencyBenchmark, LatencyResul
 from paretune.objectives.latency.reference import open_local_benchmark
 from paretune.objectives.latency.workload import STANDARD, Workload
 from paretune.objectives.measurement import Measurement
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome
+from paretune.search.tasks.fit import Fit, FitResult
 from paretune.spaces.kinds import AnyCandidate, AnySpace, candidate_from_dict
 
 SLICE_S = 10.0
@@ -111,18 +112,17 @@ class LatencyMeasuring(ABC):
             write_atomically(kept_at, json.dumps(kept).encode())
         return result
 
-    def fit(self, task: Task) -> Outcome:
+    def fit(self, task: Fit) -> Outcome[FitResult]:
         """Measure designed candidates that no kept measurement covers, a slice of time per call, `seconds` in all.
 
         On a machine that is too busy the disturbed values serve the fit (and nothing else), which the outcome says.
         """
         if self._missing is None:
-            designed = [candidate_from_dict(d) for d in task.options["design"]]
-            self._missing = [c for c in designed if self._kept(self._kept_at(self.kept_file(c))) is None]
+            self._missing = [c for c in task.designed if self._kept(self._kept_at(self.kept_file(c))) is None]
             self._rough, self._refused, self._deadline = (
                 [],
                 [],
-                time.monotonic() + min(task.options["seconds"], task.seconds_left),
+                time.monotonic() + min(task.seconds, task.seconds_left),
             )
         start = time.monotonic()
         if self._missing:
@@ -135,13 +135,13 @@ class LatencyMeasuring(ABC):
                         self._refused.append(str(error))
                         break  # its child may be gone: the next slice has fresh ones
         if self._missing and time.monotonic() < self._deadline:
-            return Outcome(done=False, facts={"missing": len(self._missing)})
+            return Outcome(result=FitResult(missing=len(self._missing)), done=False)
         self.fitted()
         kept = self.all_kept()
         disturbed = self._rough if len(kept) < ENOUGH_QUIET else []
         skipped, self._missing = len(self._missing), None
-        facts = {"kept": kept + disturbed, "missing": skipped, "disturbed": len(disturbed)}
-        return Outcome(facts={**facts, "refused": self._refused} if self._refused else facts)
+        found = FitResult(tuple(kept + disturbed), skipped, len(disturbed), tuple(self._refused))
+        return Outcome(result=found)
 
     def all_kept(self) -> list[dict[str, Any]]:
         """Everything kept for models like this one on this machine: {"candidate", and milliseconds by name}."""

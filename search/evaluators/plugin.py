@@ -1,4 +1,4 @@
-"""The kinds of work for a plug-in's module: measuring for the fit, its training speed, rung 0, recovery, confirmation."""
+"""The kinds of tasks for a plug-in's module: measuring for the fit, its training speed, rung 0, recovery, confirmation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from paretune.common.checksums import CHECKSUMS, MODEL, sha256
-from paretune.common.errors import Infeasible, ParetuneError
+from paretune.common.errors import Infeasible
 from paretune.common.files import write_atomically
 from paretune.compression.distill.module_recover import ModuleRecipe, recover_module
 from paretune.compression.export.graph import save_model
@@ -23,9 +23,16 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.metric_names import FORWARD
 from paretune.objectives.quality.module_quality import Judged, judge, module_measurements
 from paretune.objectives.quality.quality import Scores
+from paretune.search.evaluators.evaluator import Evaluator
 from paretune.search.evaluators.plugin_measuring import PluginMeasuring
 from paretune.search.evaluators.plugin_workspace import PluginWorkspace
-from paretune.search.task import Outcome, Task, fatal
+from paretune.search.tasks.base import Outcome
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.elastic import Elastic, ElasticResult
+from paretune.search.tasks.evaluation import EvaluationResult, EvaluationTask
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.fit import Fit, FitResult
+from paretune.search.tasks.recover import Recover, Recovered, RecoverResult
 from paretune.spaces.module_candidate import ModuleCandidate
 from paretune.teachers.checkpoint.training_state import load_tensors, save_tensors
 from paretune.teachers.plugins.plugin import Outputs
@@ -35,32 +42,18 @@ PARITY = 1e-4
 SPEED_S = 1.0
 
 
-class PluginEvaluator:
-    """Does one piece of work at a time. `run` never raises for a candidate's own fault: that is an outcome."""
+class PluginEvaluator(Evaluator):
+    """Does a study's tasks with a plug-in's module."""
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.space = PluginWorkspace(folder, home)
         self.measuring = PluginMeasuring(self.space)
 
-    def run(self, task: Task) -> Outcome:
-        """Do the task. "fit" works in slices: call again with the same task until the outcome is done."""
-        try:
-            if task.kind == "elastic":
-                return self._speed()
-            if task.kind == "fit":
-                return self.measuring.fit(task)
-            assert isinstance(task.candidate, ModuleCandidate)
-            action = {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[task.kind]
-            return action(task.candidate, task)
-        except Infeasible as error:
-            return Outcome("infeasible", reason=str(error))
-        except ParetuneError as error:
-            return fatal(error)
+    def fit(self, task: Fit) -> Outcome[FitResult]:
+        """Time designed candidates."""
+        return self.measuring.fit(task)
 
-    def close(self) -> None:
-        """Nothing is held between pieces of work."""
-
-    def _speed(self) -> Outcome:
+    def elastic(self, task: Elastic) -> Outcome[ElasticResult]:
         """How many examples a second can be distilled at full size: there is no elastic student to train."""
         teacher, examples, start = self.space.space.baselines()[0], 0.0, time.monotonic()
         weights, _ = self.space.sparsify(teacher)
@@ -68,43 +61,44 @@ class PluginEvaluator:
         while examples == 0.0 or time.monotonic() - start < SPEED_S:
             examples += self._distil(teacher, weights, {}, ModuleRecipe(4 * size), lambda: False)[1]["tokens"]
         elapsed = time.monotonic() - start
-        facts = {"kept": False, "trained": False, "elapsed_s": elapsed, "tokens": examples, "batch_tokens": size}
-        return Outcome(facts=facts)
+        return Outcome(result=ElasticResult(elapsed, examples, size))
 
-    def _rung0(self, candidate: ModuleCandidate, _work: Task) -> Outcome:
+    def explore(self, task: Explore) -> Outcome[EvaluationResult]:
+        """Score a candidate in torch."""
+        candidate = _module(task)
         with self.space.lock.shared():
             weights, masks = self.space.sparsify(candidate)
             judged = self.space.judge(candidate, weights, "search")
             sizes = module_bytes(self.space.graph(candidate).fill(weights, self.space.forms(candidate)))
-        return Outcome(
-            scores=judged.scores,
-            facts=_sparsity(masks),
-            measurements={
-                "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
-                "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
-            },
-        )
+        measurements = {
+            "bytes": Measurement.exact(sizes.bytes, "bytes", "the graph with its weights"),
+            "compressed_bytes": Measurement.exact(sizes.compressed_bytes, "bytes", "zstd level 3"),
+        }
+        return Outcome(result=EvaluationResult(judged.scores, measurements, _sparsity(masks)))
 
-    def _recover(self, candidate: ModuleCandidate, task: Task) -> Outcome:
-        space, deadline = self.space, time.monotonic() + task.seconds_left
+    def recover(self, task: Recover) -> Outcome[RecoverResult]:
+        """Distil a candidate; the better of the weights before and after are kept."""
+        candidate, space, deadline = _module(task), self.space, time.monotonic() + task.seconds_left
         before, masks = space.sparsify(candidate)
-        recipe = ModuleRecipe(task.options["tokens"], seed=space.spec.seed + 1)
+        recipe = ModuleRecipe(task.tokens, seed=space.spec.seed + 1)
         after, facts = self._distil(candidate, before, masks, recipe, lambda: time.monotonic() > deadline)
-        if facts["tokens"] < task.options["tokens"]:
-            return Outcome("failed", reason="the budget ended during recovery", facts=dict(facts))
+        if facts["tokens"] < task.tokens:
+            return Outcome("failed", RecoverResult(details=facts), reason="the budget ended during recovery")
         with space.lock.shared():
             now = space.judge(candidate, after, "search").scores
             was = space.judge(candidate, before, "search").scores
         better = now.mean_nll <= was.mean_nll
         file = space.folder / "recovered" / f"{candidate.key}.safetensors"
         save_tensors(file, after if better else before, {"key": candidate.key})
-        found = {
-            "file": str(file),
+        details = {
+            **facts,
             "kept_recovery": better,
             "search_before": was.mean_nll,
             "search_after": now.mean_nll,
+            **_sparsity(masks),
         }
-        return Outcome(scores=now if better else was, facts={**facts, **found, **_sparsity(masks)})
+        recovered = Recovered(str(file), facts["tokens"], bool(facts.get("qat", False)))
+        return Outcome(result=RecoverResult(now if better else was, details=details, recovered=recovered))
 
     def _distil(
         self,
@@ -128,9 +122,10 @@ class PluginEvaluator:
             stop,
         )
 
-    def _confirm(self, candidate: ModuleCandidate, task: Task) -> Outcome:
-        space, recovered = self.space, task.options.get("recovered")
-        weights = load_tensors(Path(recovered["file"]))[0] if recovered else space.sparsify(candidate)[0]
+    def confirm(self, task: Confirm) -> Outcome[EvaluationResult]:
+        """Export a candidate, check that the engine computes what torch does, score it there and time it."""
+        candidate, space, recovered = _module(task), self.space, task.recovered
+        weights = load_tensors(Path(recovered.file))[0] if recovered else space.sparsify(candidate)[0]
         folder = space.folder / "artifacts" / candidate.key
         with space.lock.shared():
             effective = space.effective(candidate, weights)
@@ -151,14 +146,14 @@ class PluginEvaluator:
         }
         describe_module(folder, self._told(measurements, recovered))
         facts = {
-            "unrecovered": not recovered,
-            "recovery_tokens": recovered["tokens"] if recovered else 0,
-            "qat": bool(recovered and recovered["qat"]),
+            "unrecovered": recovered is None,
+            "recovery_tokens": recovered.tokens if recovered else 0,
+            "qat": recovered is not None and recovered.qat,
             "parity": difference,
             f"search_{objective}": search,
         }
         artifact = (str(folder), sha256(folder / CHECKSUMS))
-        return Outcome(measurements=measurements, scores=judged.scores, facts=facts, artifact=artifact)
+        return Outcome(result=EvaluationResult(judged.scores, measurements, facts, artifact))
 
     def _facts(self, candidate: ModuleCandidate) -> dict[str, Any]:
         space = self.space
@@ -174,7 +169,7 @@ class PluginEvaluator:
             "inputs": ", ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in space.batch.inputs),
         }
 
-    def _told(self, measurements: Mapping[str, Measurement], recovered: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _told(self, measurements: Mapping[str, Measurement], recovered: Recovered | None) -> dict[str, Any]:
         """What was found out about a candidate, for its card and paretune.json."""
         first, forward = self.space.teacher.plugin.qualities[0], measurements[FORWARD]
         text = (
@@ -184,7 +179,7 @@ class PluginEvaluator:
         )
         told = {"quality_text": text, "measurements": {n: m.to_dict() for n, m in measurements.items()}}
         if recovered:
-            told["recovery_text"] = f"{int(recovered['tokens']):,} examples of distillation"
+            told["recovery_text"] = f"{int(recovered.tokens):,} examples of distillation"
         return told
 
     def _check_parity(self, candidate: ModuleCandidate, effective: Mapping[str, torch.Tensor], model: Any) -> float:
@@ -255,6 +250,12 @@ def parity(found: Outputs, wanted: Outputs) -> float:
             )
         worst = max(worst, difference)
     return worst
+
+
+def _module(task: EvaluationTask[Any]) -> ModuleCandidate:
+    """The task's candidate, which is a plug-in's."""
+    assert isinstance(task.candidate, ModuleCandidate)
+    return task.candidate
 
 
 def _sparsity(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -14,7 +14,8 @@ from paretune.compression.network.student import Codes
 from paretune.objectives.quality.quality import Scores, paired_difference
 from paretune.search.escalation import PtqResult, QatContext, QatDecision, escalate, not_eligible, unrounded
 from paretune.search.evaluators.workspace import Workspace
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome
+from paretune.search.tasks.recover import Recover, Recovered, RecoverResult
 from paretune.spaces.candidate import Candidate
 from paretune.teachers.checkpoint.training_state import save_tensors
 
@@ -28,34 +29,33 @@ class Recovering:
     def __init__(self, space: Workspace, score: Score) -> None:
         self.space, self._score = space, score
 
-    def run(self, candidate: Candidate, task: Task) -> Outcome:
-        """Distil, compare with before, keep the better weights on disk. Options: "tokens", and "stakes" if known."""
+    def run(self, candidate: Candidate, task: Recover) -> Outcome[RecoverResult]:
+        """Distil, compare with before, keep the better weights on disk."""
         before, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
-        recipe, choice = self._recipe(task.options["tokens"]), _Choice(self, candidate, task.options.get("stakes"))
+        recipe, choice = self._recipe(task.tokens), _Choice(self, candidate, task.context)
         deadline = time.monotonic() + task.seconds_left
         try:
             after, facts = self._train(candidate, before, masks, recipe, choice, lambda: time.monotonic() > deadline)
         except ValueError as error:  # hidden states of another width
             raise Infeasible(str(error), "") from error
-        if facts["tokens"] < task.options["tokens"] - recipe.batch * recipe.context:
-            return Outcome("failed", reason="the budget ended during recovery", facts=facts)
+        if facts["tokens"] < task.tokens - recipe.batch * recipe.context:
+            return Outcome("failed", RecoverResult(details=facts), reason="the budget ended during recovery")
         scores, was = self.score(candidate, after), self.score(candidate, before)
         better = scores.mean_nll <= was.mean_nll
         file = self.space.folder / "recovered" / f"{candidate.key}.safetensors"
         kept = after if better else before
         save_tensors(file, {k: v.contiguous() for k, v in kept.items()}, {"key": candidate.key})
-        return Outcome(
-            scores=scores if better else was,
-            facts={
-                **facts,
-                "file": str(file),
-                "kept_recovery": better,
-                "search_nll_before": was.mean_nll,
-                "search_nll_after": scores.mean_nll,
-                **choice.facts(facts["qat"], better),
-                **sparsity_of(masks),
-            },
-        )
+        chosen = choice.facts(facts["qat"], better)
+        details = {
+            **facts,
+            "kept_recovery": better,
+            "search_nll_before": was.mean_nll,
+            "search_nll_after": scores.mean_nll,
+            **chosen,
+            **sparsity_of(masks),
+        }
+        recovered = Recovered(str(file), facts["tokens"], chosen["qat"], chosen["qat_reason"])
+        return Outcome(result=RecoverResult(scores if better else was, details=details, recovered=recovered))
 
     def score(self, candidate: Candidate, weights: Weights) -> Scores:
         """As it would ship."""
@@ -116,9 +116,9 @@ def sparsity_of(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
 class _Choice:
     """PTQ is tried when training asks; remembers what was found and decided."""
 
-    def __init__(self, recovering: Recovering, candidate: Candidate, stakes: Mapping[str, Any] | None) -> None:
+    def __init__(self, recovering: Recovering, candidate: Candidate, context: QatContext | None) -> None:
         self.recovering, self.candidate = recovering, candidate
-        self.stakes = None if stakes is None else QatContext.from_dict(stakes)
+        self.context = context
         self.made: QatDecision = not_eligible(candidate)
         self.tried: PtqResult | None = None
 
@@ -129,8 +129,8 @@ class _Choice:
         self.tried = PtqResult(rounded.mean_nll, exact.mean_nll, low)
         self.made = (
             QatDecision(True, "its layers have fewer than 8 bits")
-            if self.stakes is None
-            else escalate(self.tried, self.stakes)
+            if self.context is None
+            else escalate(self.tried, self.context)
         )
         return self.made.qat
 

@@ -20,9 +20,17 @@ from paretune.objectives.energy import following
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import KERNEL_BITS, features
 from paretune.objectives.quality.quality import Scores, quality_measurements
-from paretune.search.escalation import PtqResult, QatContext, escalate, may_escalate, not_eligible, unrounded
+from paretune.search.escalation import PtqResult, escalate, may_escalate, not_eligible, unrounded
+from paretune.search.evaluators.evaluator import Evaluator
 from paretune.search.spec import Spec
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.elastic import Elastic, ElasticResult
+from paretune.search.tasks.evaluation import EvaluationResult, EvaluationTask
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.fit import Fit, FitResult
+from paretune.search.tasks.recover import Recover, Recovered, RecoverResult
+from paretune.search.tasks.sensitivity import MeasureSensitivity, SensitivityResult
 from paretune.spaces.candidate import Candidate, Format, Shape
 from paretune.spaces.mixed import Sensitivity
 from paretune.spaces.space import Space
@@ -53,8 +61,8 @@ class VirtualClock:
         return self.now
 
 
-class SimulatedEvaluator:
-    """Deterministic outcomes; `clock` (inline) advances by what the work would take, a real worker sleeps PARETUNE_SIMULATED_SLEEP s."""
+class SimulatedEvaluator(Evaluator):
+    """Deterministic outcomes; `clock` (inline) advances by what the task would take, a real worker sleeps PARETUNE_SIMULATED_SLEEP s."""
 
     def __init__(self, folder: Path, home: Path, clock: VirtualClock | None = None) -> None:
         setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
@@ -70,62 +78,57 @@ class SimulatedEvaluator:
         )
         self.log = folder / "simulated.log"
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: Task) -> Outcome[Any]:
         """Return the task's outcome. The task is noted in simulated.log, so that a test can count what was done."""
         if self.clock is not None:
             self.clock.now += SECONDS[task.kind]
         time.sleep(float(os.environ.get(SLEEP, "0")))
-        name = "" if task.candidate is None else task.candidate.key
+        name = "" if task.subject is None else task.subject.key
         with self.log.open("a", encoding="utf-8") as stream:
             stream.write(f"{task.kind} {name}\n")
-        if task.kind == "fit":
-            designed = [Candidate.from_dict(d) for d in task.options["design"]]
-            kept = [
-                {
-                    "candidate": json.loads(c.to_json()),
-                    "decode_ms_per_token": decode_ms(c),
-                    "ttft_ms": 10 * decode_ms(c),
-                }
-                for c in designed
-            ]
-            return Outcome(facts={"kept": kept, "missing": 0})
-        if task.kind == "elastic":
-            return Outcome(
-                facts={"kept": False, "elapsed_s": 30.0, "seconds": 30.0, "tokens": 100_000.0, "batch_tokens": 4096}
-            )
-        if task.kind == "sensitivity":
-            table = sensitivity(tuple(Format(**f) for f in task.options["formats"]))
-            return Outcome(facts={"table": table.to_dict(), "kept": False, "seconds": SECONDS["sensitivity"]})
-        assert isinstance(task.candidate, Candidate)
-        return {"rung0": self._rung0, "recover": self._recover, "confirm": self._confirm}[task.kind](
-            task.candidate, task
-        )
+        return super().run(task)
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def fit(self, task: Fit) -> Outcome[FitResult]:
+        """Every designed candidate, by the law."""
+        kept = [
+            {"candidate": json.loads(c.to_json()), "decode_ms_per_token": decode_ms(c), "ttft_ms": 10 * decode_ms(c)}
+            for c in task.designed
+            if isinstance(c, Candidate)
+        ]
+        return Outcome(result=FitResult(tuple(kept)))
 
-    def _rung0(self, candidate: Candidate, _work: Task) -> Outcome:
+    def elastic(self, task: Elastic) -> Outcome[ElasticResult]:
+        """A student that is trained at once."""
+        return Outcome(result=ElasticResult(30.0, 100_000.0, 4096, seconds=30.0))
+
+    def sensitivity(self, task: MeasureSensitivity) -> Outcome[SensitivityResult]:
+        """Every group by the law of its precision."""
+        return Outcome(result=SensitivityResult(sensitivity(task.formats), SECONDS["sensitivity"]))
+
+    def explore(self, task: Explore) -> Outcome[EvaluationResult]:
+        """The loss of the law."""
+        candidate = _decoder(task)
         size = compressed_size(candidate)
         found = {"bytes": Measurement.exact(size, "bytes"), "compressed_bytes": Measurement.exact(size, "bytes")}
-        return Outcome(scores=_scores("search", loss(candidate)), measurements=found)
+        return Outcome(result=EvaluationResult(_scores("search", loss(candidate)), found))
 
-    def _recover(self, candidate: Candidate, task: Task) -> Outcome:
+    def recover(self, task: Recover) -> Outcome[RecoverResult]:
         """Training leaves 60 % of what cuts and zeros cost, and of what rounding costs only if it sees the rounding."""
+        candidate = _decoder(task)
         choice = not_eligible(candidate)
-        if may_escalate(candidate) and "stakes" in task.options:
+        if may_escalate(candidate) and task.context is not None:
             ptq, exact = (
                 TEACHER_NLL["search"] + recovered_loss(candidate, c) for c in (candidate, unrounded(candidate))
             )
-            choice = escalate(PtqResult(ptq, exact, ptq - exact), QatContext.from_dict(task.options["stakes"]))
+            choice = escalate(PtqResult(ptq, exact, ptq - exact), task.context)
         increase = 0.6 * loss(candidate) if choice.qat else recovered_loss(candidate, candidate)
-        return Outcome(
-            scores=_scores("search", increase),
-            facts={"tokens": 40_960.0, "qat": choice.qat, "qat_reason": choice.reason, "file": ""},
-        )
+        recovered = Recovered("", 40_960.0, choice.qat, choice.reason)
+        return Outcome(result=RecoverResult(_scores("search", increase), recovered=recovered))
 
-    def _confirm(self, candidate: Candidate, task: Task) -> Outcome:
-        recovered = task.options.get("recovered")
-        increase = 0.6 * loss(candidate) if recovered and recovered["qat"] else recovered_loss(candidate, candidate)
+    def confirm(self, task: Confirm) -> Outcome[EvaluationResult]:
+        """The law's latency and the loss that training has left."""
+        candidate, recovered = _decoder(task), task.recovered
+        increase = 0.6 * loss(candidate) if recovered and recovered.qat else recovered_loss(candidate, candidate)
         scores = _scores("report", increase if recovered else loss(candidate))
         quality = quality_measurements(scores, _scores("report", 0.0), 3.0, "simulated")
         decode, size = decode_ms(candidate), compressed_size(candidate)
@@ -143,9 +146,9 @@ class SimulatedEvaluator:
         write_checksums(folder)
         facts: dict[str, Any] = {"search_nll": TEACHER_NLL["search"] + loss(candidate)}
         if recovered:
-            facts |= {"qat": recovered["qat"], "qat_reason": recovered["qat_reason"]}
+            facts |= {"qat": recovered.qat, "qat_reason": recovered.qat_reason}
         artifact = (str(folder), sha256(folder / CHECKSUMS))
-        return Outcome(measurements={**quality, **benchmark, **exact}, scores=scores, facts=facts, artifact=artifact)
+        return Outcome(result=EvaluationResult(scores, {**quality, **benchmark, **exact}, facts, artifact))
 
 
 def loss(candidate: Candidate) -> float:
@@ -200,6 +203,11 @@ def compressed_size(candidate: Candidate) -> float:
     each = [WEIGHT_BYTES[bits] for bits in KERNEL_BITS.values()]
     weights = found[2 : 2 + n] @ each * (1 - 0.5 * candidate.layers[0].pattern.ratio)
     return float(math.ceil(1e6 * (weights + found[2 + n : 2 + 2 * n] @ each + candidate.embedding_format.bits / 8)))
+
+
+def _decoder(task: EvaluationTask[Any]) -> Candidate:
+    assert isinstance(task.candidate, Candidate)
+    return task.candidate
 
 
 def _scores(split: str, increase: float) -> Scores:

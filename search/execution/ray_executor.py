@@ -18,9 +18,8 @@ from paretune.search.execution.processes import descendants, end_survivors
 from paretune.search.execution.secrets_kept import hidden
 from paretune.search.execution.surroundings import TEMP_PREFIX, not_started, prepare_environment, session_folder
 from paretune.search.policy.director import Director
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome, Task
 
-TIMED = ("fit", "confirm")
 OBJECT_STORE_BYTES = 100 * 2**20
 RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -38,9 +37,9 @@ RAY_ENVIRONMENT = {
 }
 
 
-def run_inline(director: Director, evaluate: Callable[[Task], Outcome]) -> None:
+def run_inline(director: Director, evaluate: Callable[[Task], Outcome[Any]]) -> None:
     """Ask, evaluate, tell in this process until the director is done."""
-    from paretune.search.execution.tune_search import OUTCOME, JointSearch
+    from paretune.search.execution.tune_search import OUTCOME, TASK, JointSearch
 
     searcher, number = JointSearch(director), 0
     while True:
@@ -50,12 +49,12 @@ def run_inline(director: Director, evaluate: Callable[[Task], Outcome]) -> None:
             raise RuntimeError("the director waits, but nothing is running")
         if isinstance(config, str):
             return
-        task, outcome = Task.from_json(config["work"]), Outcome(done=False)
+        outcome: Outcome[Any] = Outcome(done=False)
         while not outcome.done:
-            outcome = evaluate(task)
+            outcome = evaluate(config[TASK])
             if not outcome.done:
-                searcher.on_trial_result(trial_id, {OUTCOME: outcome.to_json()})
-        searcher.on_trial_complete(trial_id, {OUTCOME: outcome.to_json()})
+                searcher.on_trial_result(trial_id, {OUTCOME: outcome})
+        searcher.on_trial_complete(trial_id, {OUTCOME: outcome})
         number += 1
 
 
@@ -104,7 +103,7 @@ def _run_ray(
             )
         except (OSError, RuntimeError, ValueError) as error:  # ConnectionError and TimeoutError are OSErrors
             raise not_started(error, temp) from error
-        director.store.set_meta(
+        director.state.store.set_meta(
             ray={
                 "temp": str(temp),
                 "secrets": None if secrets is None else str(secrets),
@@ -135,8 +134,8 @@ def _run_ray(
         ray.shutdown()
         shutil.rmtree(temp, ignore_errors=True)
         shutil.rmtree(folder / "ray", ignore_errors=True)
-        if director.store.is_there:
-            director.store.set_meta(ray=None)
+        if director.state.store.is_there:
+            director.state.store.set_meta(ray=None)
 
 
 def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
@@ -156,7 +155,9 @@ def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:
     def of(config: dict[str, Any]) -> Any:
         from ray.tune import PlacementGroupFactory
 
-        timed = Task.from_json(config["work"]).kind in TIMED
+        from paretune.search.execution.tune_search import TASK
+
+        timed = config[TASK].is_timed
         return PlacementGroupFactory([{"CPU": 1, name: 1} if timed else {"CPU": cores}])  # a board may have fewer cores
 
     return of
@@ -175,7 +176,7 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _clean_up_dead_launch(director: Director) -> None:
     """After SIGKILL two of Ray's agents live on for a minute, and its session folder for ever: end and remove them."""
-    dead = director.store.meta("ray")
+    dead = director.state.store.meta("ray")
     if dead is None:
         return
     end_survivors([(pid, started) for pid, started in dead["processes"]])
@@ -186,8 +187,8 @@ def _clean_up_dead_launch(director: Director) -> None:
 
 def _trial_name(trial: Any) -> str:
     """Kind and candidate, short enough for a folder."""
-    task = Task.from_json(trial.config["work"])
-    return f"{task.kind}-{'' if task.candidate is None else task.candidate.key[:8] + '-'}{trial.trial_id}"
+    task: Task = trial.config["task"]
+    return f"{task.kind}-{'' if task.subject is None else task.subject.key[:8] + '-'}{trial.trial_id}"
 
 
 @contextlib.contextmanager

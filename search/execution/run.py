@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from paretune.search.budget import Budget
+from paretune.search.estimation.ledger import MAX_ATTEMPTS
 from paretune.search.execution.ray_executor import run_ray
 from paretune.search.policy.director import Director
-from paretune.search.policy.ledger import MAX_ATTEMPTS
 from paretune.search.prepare.ready import Ready
 from paretune.search.study.control import STATE_AFTER, withdraw
 from paretune.search.study.database import folder_gone
@@ -70,12 +70,12 @@ def run_study(
         state=obeyed or ("complete" if finished else "interrupted"),
         spent_s=budget.elapsed_s,
         exit_code=code,
-        ended=director.stop_reason,
-        remedy=director.remedy,
+        ended=director.state.stop_reason,
+        remedy=director.state.remedy,
     )
     if budget.over:
         store.event("budget", f"{budget.over}: the last work, or the machine, took longer than expected")
-    store.event("end", f"{director.stop_reason} (exit code {code})")
+    store.event("end", f"{director.state.stop_reason} (exit code {code})")
     withdraw(store.folder)
     if code != 130 or obeyed == "cancelled":
         shutil.rmtree(store.folder / "work", ignore_errors=True)
@@ -103,8 +103,8 @@ def time_kept(store: Store, budget: Budget, every_s: float = BEAT_S) -> Iterator
 
 
 def _ending(director: Director, store: Store) -> int:
-    if director.exit_code:
-        return director.exit_code
+    if director.state.exit_code:
+        return director.state.exit_code
     if not store.evaluations("confirmed", "complete"):
         return 4
     baselines = {row.key for row in store.candidates() if row.source == "baseline"}

@@ -19,11 +19,12 @@ from typing import Any
 from ray import tune
 
 from paretune.common.files import disk_problem
-from paretune.search.execution.tune_search import OUTCOME
+from paretune.search.evaluators.evaluator import Evaluator
+from paretune.search.execution.tune_search import OUTCOME, TASK
 from paretune.search.study.database import folder_gone
-from paretune.search.task import Outcome, Task, fatal
+from paretune.search.tasks.base import Outcome, Task, fatal
 
-DECODER = "paretune.search.evaluators.decoder:Evaluator"
+DECODER = "paretune.search.evaluators.decoder:DecoderEvaluator"
 PLUGIN = "paretune.search.evaluators.plugin:PluginEvaluator"
 FOLDER, HOME, EVALUATOR = "PARETUNE_STUDY_FOLDER", "PARETUNE_STUDY_HOME", "PARETUNE_EVALUATOR"
 
@@ -37,22 +38,22 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         os.dup2(log.fileno(), sys.stderr.fileno())
         os.dup2(log.fileno(), sys.stdout.fileno())
         self._evaluator = make_evaluator(Path(os.environ[FOLDER]), Path(os.environ[HOME]))
-        self._work = Task.from_json(config["work"])
+        self._task: Task = config[TASK]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next task. Always True, so that Tune keeps the process."""
-        self._work = Task.from_json(new_config["work"])
+        self._task = new_config[TASK]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run the task once and return its outcome as JSON.
+        """Run the task once and return its outcome.
 
         An exception becomes an outcome. After the task's `timeout_s` a watchdog ends the process.
         """
-        task = self._work
+        task = self._task
         faulthandler.dump_traceback_later(task.timeout_s, exit=True)
         try:
-            outcome = self._evaluator.run(task)
+            outcome: Outcome[Any] = self._evaluator.run(task)
         except OSError as error:
             outcome = _disk_outcome(error)
         except MemoryError:
@@ -63,7 +64,7 @@ class StudyWorker(tune.Trainable):  # type: ignore[misc, unused-ignore]
         finally:
             faulthandler.cancel_dump_traceback_later()
             give_memory_back()
-        return {OUTCOME: outcome.to_json(), "done": outcome.done}
+        return {OUTCOME: outcome, "done": outcome.done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: every kind of work keeps its own state in the study folder."""
@@ -82,7 +83,7 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _disk_outcome(error: OSError) -> Outcome:
+def _disk_outcome(error: OSError) -> Outcome[Any]:
     """Fatal if the disk or the study folder is what failed, else this work's own failure."""
     folder = Path(os.environ[FOLDER])
     problem = disk_problem(error) if (folder / "study.db").exists() else folder_gone(folder)
@@ -92,9 +93,10 @@ def _disk_outcome(error: OSError) -> Outcome:
     return Outcome("failed", reason=f"{type(error).__name__}: {error}")
 
 
-def make_evaluator(folder: Path, home: Path) -> Any:
+def make_evaluator(folder: Path, home: Path) -> Evaluator:
     """The evaluator of the study's kind of teacher, or the simulated one that tests name by `module:class` in the environment."""
     setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
     name = os.environ.get(EVALUATOR, PLUGIN if "plugin_folder" in setup else DECODER)
     module, _, cls = name.partition(":")
-    return getattr(__import__(module, fromlist=[cls]), cls)(folder, home)
+    made: Evaluator = getattr(__import__(module, fromlist=[cls]), cls)(folder, home)
+    return made

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.samplers import BaseSampler, PartialFixedSampler
+from optuna.trial import Trial, TrialState
 from ray.tune import Stopper
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -23,36 +25,54 @@ from paretune.search.samplers.optuna_sampler import (
     distributions,
     frozen_trial,
     make_sampler,
+    params_in,
     rebuild,
     stable_seed,
     tell_constraints,
 )
 from paretune.search.samplers.sequential import SequentialPlan
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Task
+from paretune.search.tasks.explore import Explore
+from paretune.spaces.candidate import Candidate
 from paretune.spaces.kinds import AnyCandidate, params_of
 
 MOST_DUPLICATES = 40
-OUTCOME = "outcome"
+TASK, OUTCOME = "task", "outcome"
 LOOK_EVERY_S = 0.5
+# Parameters of a decoder's size.
+SIZES = ("depth", "ffn", "kv_groups", "hidden")
+
+
+@dataclass
+class Flight:
+    """A task that is out: when it was handed out, when it last reported, and its trial in Optuna's study if it was proposed there."""
+
+    task: Task
+    since: float
+    trial: Trial | None = None
 
 
 class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
-    """Hands out the director's work as Tune configs {"work": JSON} and takes results {"outcome": JSON}."""
+    """Hands out the director's tasks as Tune configs {"task": Task} and takes results {"outcome": Outcome}.
+
+    Proposals in flight are RUNNING trials of Optuna's study, also after it was rebuilt, so that TPE keeps away from them
+    (`constant_liar`).
+    """
 
     def __init__(self, director: Director) -> None:
-        self._distributions = distributions(director.space)
-        objectives = list(director.spec.objectives)
+        state = director.state
+        self._distributions = distributions(state.space)
+        objectives = list(state.spec.objectives)
         super().__init__(
             space=self._distributions,
             metric=objectives,
             mode=["min"] * len(objectives),
-            sampler=make_sampler(director.spec.sampler, director.spec.seed),
+            sampler=make_sampler(state.spec.sampler, state.spec.seed),
         )
-        self.director = director
-        self.estimates = director.estimates
+        self.director, self.state, self.estimates = director, state, state.estimates
         self._built = -1
-        self._asked = int(director.store.meta("asked", 0))
-        self._work: dict[str, tuple[Task, float]] = {}
+        self._asked = int(state.store.meta("asked", 0))
+        self._flights: dict[str, Flight] = {}
         self._plan: SequentialPlan | None = None
         self._seeds: list[AnyCandidate] | None = None
 
@@ -61,36 +81,36 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         decision = self.director.next()
         if decision.kind == "wait":
             return None
-        task = self._propose(trial_id) if decision.kind == "propose" else decision.task
+        task = self._propose(trial_id, decision.full_size) if decision.kind == "propose" else decision.task
         if task is None:
-            return Searcher.FINISHED if self.director.stop_reason is not None else None
-        self._work[trial_id] = (task, self.director.budget.clock())
-        return {"work": task.to_json()}
+            return Searcher.FINISHED if self.state.stop_reason is not None else None
+        flight = self._flights.setdefault(trial_id, Flight(task, 0.0))
+        flight.since = self.state.budget.clock()
+        return {TASK: task}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a report of unfinished work on to the director; finished work comes to `on_trial_complete`."""
-        outcome = Outcome.from_json(result[OUTCOME])
-        if outcome.done or trial_id not in self._work:
+        outcome = result[OUTCOME]
+        if outcome.done or trial_id not in self._flights:
             return
-        task, since = self._work[trial_id]
-        now = self.director.budget.clock()
-        self._work[trial_id] = (task, now)
-        self.director.progressed(task, outcome, now - since)
+        flight = self._flights[trial_id]
+        now = self.state.budget.clock()
+        seconds, flight.since = now - flight.since, now
+        self.director.progressed(flight.task, outcome, seconds)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Give the outcome to the director, or report the task as lost; tell Optuna the value of a rung-0 proposal."""
-        if trial_id not in self._work:
+        """Give the outcome to the director, or report the task as lost; tell Optuna the value of a proposal."""
+        flight = self._flights.pop(trial_id, None)
+        if flight is None:
             return
-        task, since = self._work.pop(trial_id)
-        outcome = Outcome.from_json(result[OUTCOME]) if result and OUTCOME in result and not error else None
+        outcome = result[OUTCOME] if result and OUTCOME in result and not error else None
+        seconds = self.state.budget.clock() - flight.since
         if outcome is None or not outcome.done:
-            self.director.lost(
-                task, "the worker died or was stopped (see the study's log)", self.director.budget.clock() - since
-            )
+            self.director.lost(flight.task, "the worker died or was stopped (see the study's log)", seconds)
         else:
-            self.director.completed(task, outcome, self.director.budget.clock() - since)
-        if task.kind == "rung0" and task.candidate is not None:
-            self._tell(trial_id, task.candidate.key)
+            self.director.completed(flight.task, outcome, seconds)
+        if isinstance(flight.task, Explore):
+            self._tell(flight.trial, flight.task.candidate.key)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         """Tune pickles its settings at the start; nothing of a search lives there."""
@@ -104,68 +124,99 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         """Raises RuntimeError: a search is resumed from its store."""
         raise RuntimeError(f"{checkpoint_path}: a search is resumed from its store, never from Tune's files")
 
-    def _propose(self, trial_id: str) -> Task | None:
+    def _propose(self, trial_id: str, full_size: bool) -> Task | None:
         if self._seeds is None:  # not before the sensitivity table is known
-            sequential = self.director.spec.sampler == "sequential"
-            self._plan = SequentialPlan(self.director.estimates) if sequential else None
+            sequential = self.state.spec.sampler == "sequential"
+            self._plan = SequentialPlan(self.estimates) if sequential else None
             self._seeds = [] if sequential else self.director.seeds()
         if self._plan is not None:
-            return self._planned(self._plan)
-        while self._seeds:
-            candidate = self._seeds.pop(0)
-            task = self.director.register(candidate, "seed", params_of(self.director.space, candidate))
+            return None if full_size or self._is_exploring() else self._planned(self._plan)
+        while (candidate := self._next_seed(full_size)) is not None:
+            task = self.director.register(candidate, "seed", params_of(self.state.space, candidate))
             if task is not None:
                 return task
+        fixed = self._full_size_params() if full_size else {}
         for _ in range(MOST_DUPLICATES):
-            params = self._ask(trial_id)
-            candidate = self.director.space.decode(params)
-            task = self.director.register(candidate, "sampler", params, asked=self._asked)
+            trial = self._ask(fixed)
+            candidate = self.state.space.decode(trial.params)
+            task = self.director.register(candidate, "sampler", trial.params, asked=self._asked)
             if task is not None:
+                self._flights[trial_id] = Flight(task, 0.0, trial)
                 return task
             # Not told a second time: a study that is rebuilt after a resume has one trial per row of the store.
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
-        return self._random_proposal()
+            self._ot_study.tell(trial, state=TrialState.FAIL)
+        return None if full_size else self._random_proposal()
+
+    def _is_exploring(self) -> bool:
+        """Whether a proposal is in flight: stages that follow each other must know what came of it."""
+        return any(isinstance(flight.task, Explore) for flight in self._flights.values())
+
+    def _next_seed(self, full_size: bool) -> AnyCandidate | None:
+        """Take the next candidate that comes before the sampler's; of the teacher's size if no other can be explored yet."""
+        assert self._seeds is not None
+        shape = self.state.space.shape
+        for i, candidate in enumerate(self._seeds):
+            if not full_size or (isinstance(candidate, Candidate) and candidate.is_full_size(shape)):
+                return self._seeds.pop(i)
+        return None
+
+    def _full_size_params(self) -> dict[str, Any]:
+        """What the sampler has to leave alone so that a candidate has the teacher's size."""
+        space = self.state.space
+        whole = params_of(space, space.baselines()[0])
+        return {name: whole[name] for name in SIZES if name in whole}
 
     def _planned(self, plan: SequentialPlan) -> Task | None:
         """The next candidate of a search that goes by stages; without one exploring ends."""
         params = plan.ask()
         if params is not None:
-            return self.director.register(self.director.space.decode(params), "sampler", params)
+            return self.director.register(self.state.space.decode(params), "sampler", params)
         self.director.exhausted()
         return self.director.next().task
 
     def _random_proposal(self) -> Task | None:
         """When the sampler only repeats itself: uniformly random candidates, and after many duplicates the end of exploring."""
-        generator = random.Random(stable_seed(self.director.spec.seed, -self._asked))
+        generator = random.Random(stable_seed(self.state.spec.seed, -self._asked))
         for _ in range(10 * MOST_DUPLICATES):
             params = {
                 name: generator.randint(*bounds) if kind == "int" else generator.choice(bounds)
-                for name, (kind, bounds) in self.director.space.distributions().items()
+                for name, (kind, bounds) in self.state.space.distributions().items()
             }
-            task = self.director.register(self.director.space.decode(params), "sampler", params)
+            task = self.director.register(self.state.space.decode(params), "sampler", params)
             if task is not None:
                 return task
         self.director.exhausted()
         return self.director.next().task
 
-    def _ask(self, trial_id: str) -> dict[str, Any]:
-        sampler = make_sampler(self.director.spec.sampler, stable_seed(self.director.spec.seed, self._asked))
-        if self._built >= 0 and self.director.spec.sampler == "nsga2":
+    def _ask(self, fixed: dict[str, Any]) -> Trial:
+        """A trial of Optuna's study with a proposal. Its seed is that of the number of this ask and of what is in flight, so with
+        one worker an interrupted search proposes what the uninterrupted one would have proposed."""
+        name = self.state.spec.sampler
+        in_flight = sorted(f.task.candidate.key for f in self._flights.values() if isinstance(f.task, Explore))
+        sampler = make_sampler(name, stable_seed(self.state.spec.seed, self._asked, in_flight))
+        if self._built >= 0 and name == "nsga2":
             self._built = self.estimates.version  # its generations live in the study: rebuilt at a launch only
         if self._built != self.estimates.version:
-            self._distributions = self._space = distributions(self.director.space)  # mixed precision opens later
-            self._ot_study, self._built = rebuild(self.estimates, sampler, self._distributions), self.estimates.version
-        self._ot_study.sampler = sampler
+            self._rebuild(sampler)
+        self._ot_study.sampler = PartialFixedSampler(fixed, sampler) if fixed else sampler
         self._asked += 1
-        params: dict[str, Any] = super().suggest(trial_id)
-        return params
+        return self._ot_study.ask(self._distributions)
 
-    def _tell(self, trial_id: str, key: str) -> None:
+    def _rebuild(self, sampler: BaseSampler) -> None:
+        """Everything explored so far with the present estimates, and what is in flight."""
+        self._distributions = self._space = distributions(self.state.space)  # mixed precision opens later
+        self._ot_study, self._built = rebuild(self.estimates, sampler, self._distributions), self.estimates.version
+        for flight in self._flights.values():
+            if isinstance(flight.task, Explore):
+                params = params_in(self.estimates, flight.task.candidate.key, self._distributions)
+                self._ot_study.enqueue_trial(params)
+                flight.trial = self._ot_study.ask(self._distributions)
+
+    def _tell(self, trial: Trial | None, key: str) -> None:
         """Tell Optuna what the store knows of the candidate that a trial proposed."""
-        trial = self._ot_trials.pop(trial_id, None)
-        vector = self.estimates.vector(key)
-        if self._built != self.estimates.version and self.director.spec.sampler != "nsga2":
+        if self._built != self.estimates.version and self.state.spec.sampler != "nsga2":
             return  # the study will be rebuilt with this value before the next ask
+        vector = self.estimates.vector(key)
         if trial is None:
             self._ot_study.add_trial(frozen_trial(self.estimates, key, self._distributions))
         elif vector is None or not all(math.isfinite(v) for v in vector):
@@ -187,7 +238,7 @@ class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]
 
     def stop_all(self) -> bool:
         """Apply what the study's folder orders. True once the search is interrupted or GRACE_S over its budget."""
-        budget = self.director.budget
+        budget = self.director.state.budget
         if budget.elapsed_s - self._looked > LOOK_EVERY_S:
             self._looked = budget.elapsed_s
             self.director.apply_command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from paretune.common.memory import available_memory
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.quality.batching import WINDOW, batch_within_memory
-from paretune.search.policy.costs import CONFIRM_GUESS_S
+from paretune.search.estimation.costs import CONFIRM_GUESS_S
 from paretune.search.sensitivity_budget import affordable_tokens, expected_seconds
 from paretune.search.spec import Spec
 from paretune.spaces.kinds import AnySpace

@@ -13,7 +13,7 @@ from paretune.engines.onnxruntime.genai_tokenizer import tokenizer_problem
 from paretune.hardware_profiles import load_profile
 from paretune.objectives.latency.workload import STANDARD, workload_within
 from paretune.objectives.quality.batching import WINDOW
-from paretune.search.policy.derived_metrics import check_device_specs
+from paretune.search.estimation.derived_metrics import check_device_specs
 from paretune.search.prepare.plan import make_plan, training_tokens_per_parameter
 from paretune.search.prepare.ready import Ready, check_affordable
 from paretune.search.sensitivity_budget import BUDGET_SHARE, affordable_tokens

@@ -1,13 +1,13 @@
 """Optuna's part: a study in memory, rebuilt from the store, with a sampler seeded anew for every ask.
 
-The seed of ask n is a hash of (search seed, n), so an interrupted sequential search proposes what the uninterrupted one
-would have proposed; nothing of Optuna's own state needs to survive.
+The seed of ask n is a hash of (search seed, n, candidates in flight), so with one worker an interrupted search proposes what
+the uninterrupted one would have proposed; nothing of Optuna's own state needs to survive.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from paretune.search.policy.estimates import Estimates
+from paretune.search.estimation.estimates import Estimates
 from paretune.spaces.kinds import AnySpace
 
 RANDOM_STARTS = 12
@@ -24,9 +24,10 @@ POPULATION = 24
 SINCE_THEN = {"quantizer": "rtn", "hidden": 0, "precision_mode": "uniform", "effective_bits": 0}
 
 
-def stable_seed(seed: int, number: int) -> int:
-    """32-bit hash of (seed, number) that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
+def stable_seed(seed: int, number: int, in_flight: Sequence[str] = ()) -> int:
+    """32-bit hash of the seed, the number of an ask and the keys in flight, the same in every process."""
+    text = ":".join([str(seed), str(number), *in_flight])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def distributions(space: AnySpace) -> dict[str, BaseDistribution]:
@@ -41,13 +42,17 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     """TPE (multivariate, Bergstra et al. 2011; multi-objective after Ozaki et al. 2022) or NSGA-II (Deb et al. 2002)."""
     if name == "nsga2":
         return NSGAIISampler(population_size=POPULATION, seed=seed)
-    return TPESampler(seed=seed, multivariate=True, n_startup_trials=RANDOM_STARTS, constant_liar=False)
+    return TPESampler(seed=seed, multivariate=True, n_startup_trials=RANDOM_STARTS, constant_liar=True)
+
+
+def params_in(estimates: Estimates, key: str, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """What was proposed for a candidate, with a value for every parameter of the space as it is now."""
+    return {name: estimates.params(key).get(name, SINCE_THEN.get(name)) for name in space}
 
 
 def frozen_trial(estimates: Estimates, key: str, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
     """A candidate of the store as a finished trial: COMPLETE with float objectives, or FAIL without values."""
-    vector = estimates.vector(key)
-    params = {name: estimates.params(key).get(name, SINCE_THEN.get(name)) for name in space}
+    vector, params = estimates.vector(key), params_in(estimates, key, space)
     if vector is None:
         return create_trial(state=TrialState.FAIL, params=params, distributions=dict(space))
     return create_trial(

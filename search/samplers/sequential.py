@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from paretune.objectives.directions import minimized
+from paretune.search.estimation.estimates import Estimates
 from paretune.search.front import Vector
 from paretune.search.hypervolume import in_teacher_units, volume
-from paretune.search.policy.estimates import Estimates
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.space import Distribution, Space
 

@@ -13,7 +13,7 @@ from paretune.common.errors import UsageError
 from paretune.common.text import clean
 from paretune.common.validation import said
 from paretune.hardware_profiles.profile import load_profile
-from paretune.search.policy.derived_metrics import check_device_specs
+from paretune.search.estimation.derived_metrics import check_device_specs
 from paretune.search.prepare.ready import check_budget
 from paretune.search.spec import Spec
 from paretune.search.targets.profiles import further_profiles, require_measurable

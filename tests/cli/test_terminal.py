@@ -21,7 +21,7 @@ from paretune.objectives import units
 from paretune.objectives.measurement import Measurement
 from paretune.search.study.store import Store
 from paretune.search.study.view import StudyView, load_view
-from paretune.search.task import fatal
+from paretune.search.tasks.base import fatal
 
 WIDTHS = (20, 40, 60, 80, 120, 200)
 

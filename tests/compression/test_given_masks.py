@@ -33,12 +33,13 @@ from paretune.compression.prune import (
 )
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.prediction.latency_fit import features
-from paretune.search.evaluators.decoder import Evaluator
+from paretune.search.evaluators.decoder import DecoderEvaluator
 from paretune.search.prepare.prepare import prepare
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
-from paretune.search.task import Task
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.recover import Recover
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.pruned import zero_masks
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
@@ -351,7 +352,7 @@ def test_what_no_kernel_exploits_gains_bytes_and_no_speed(
 @pytest.fixture(scope="module")
 def evaluator(
     tmp_path_factory: pytest.TempPathFactory, write_teacher: Callable[..., Path], tiny_text: Path
-) -> Evaluator:
+) -> DecoderEvaluator:
     folder = pruned_folder(tmp_path_factory.mktemp("teacher") / "pruned", write_teacher)
     home = tmp_path_factory.mktemp("home")
     spec = Spec.model_validate(
@@ -361,10 +362,10 @@ def evaluator(
     space = Space.of(teacher.shape, profile.weight_formats, given=True)
     plan = empty_plan(space, spec)
     create_study(Ready(spec, teacher, profile, space, plan), home, "s", "paretune search").close()
-    return Evaluator(home / "studies" / "s", home)
+    return DecoderEvaluator(home / "studies" / "s", home)
 
 
-def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: Evaluator) -> None:
+def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: DecoderEvaluator) -> None:
     """A candidate that keeps them recovers under them; a dense one starts from the same weights."""
     space = evaluator.space
     assert space.space.given and "given" in space.space.distributions()["pattern"][1]
@@ -377,23 +378,23 @@ def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: Evaluator) ->
     assert all(torch.equal(weights[name], space.teacher_weights[name]) for name in weights), (
         "the zeros are there already"
     )
-    first, second = (evaluator.run(Task("rung0", c)) for c in (dense, kept))
-    assert first.scores == second.scores and second.facts["sparsity"] == pytest.approx(0.4, abs=0.01)
-    outcome = evaluator.run(Task("recover", kept, 60.0, options={"tokens": 2048}))
+    first, second = (evaluator.run(Explore(c)).result for c in (dense, kept))
+    assert first.scores == second.scores and second.facts()["sparsity"] == pytest.approx(0.4, abs=0.01)
+    outcome = evaluator.run(Recover(kept, tokens=2048, seconds_left=60.0))
     assert outcome.status == "complete", outcome.reason
-    stored = load_file(outcome.facts["file"])
+    stored = load_file(outcome.result.recovered.file)
     assert all((stored[name][~mask] == 0).all() for name, mask in masks.items())
 
 
-def test_a_pattern_that_drops_nothing_warns_and_is_recorded(evaluator: Evaluator) -> None:
+def test_a_pattern_that_drops_nothing_warns_and_is_recorded(evaluator: DecoderEvaluator) -> None:
     idle = Candidate((Layer(128, 2, pattern=Pattern("unstructured", 1e-5)),) * 3)
     with pytest.warns(NothingChanged, match="drops no weight: 3 layers"):
-        outcome = evaluator.run(Task("rung0", idle))
-    assert outcome.facts == {"sparsity": 0.0, "idle_masks": 1.0}
+        outcome = evaluator.run(Explore(idle))
+    assert outcome.result.facts() == {"sparsity": 0.0, "idle_masks": 1.0}
     busy = Candidate((Layer(128, 2, pattern=Pattern("2:4", 0.5)),) * 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NothingChanged)
-        assert "idle_masks" not in evaluator.run(Task("rung0", busy)).facts
+        assert "idle_masks" not in evaluator.run(Explore(busy)).result.facts()
 
 
 def test_keeping_zeros_of_a_teacher_that_has_none_is_refused(

@@ -29,12 +29,16 @@ from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.latency.benchmark import LatencyResult
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.prediction.latency_fit import features
-from paretune.search.evaluators.decoder import Evaluator
-from paretune.search.policy.calibration import Calibration, Pair
+from paretune.search.estimation.calibration import Calibration, Pair
+from paretune.search.evaluators.decoder import DecoderEvaluator
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
-from paretune.search.task import Task
+from paretune.search.tasks.base import Task
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.elastic import Elastic
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.recover import Recover
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.families import axis_sizes, family_of
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
@@ -277,7 +281,7 @@ def test_a_narrower_stream_costs_less_by_the_fit_and_counts_as_cut(tiny_teacher:
 
 
 @pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_text: Path) -> Evaluator:
+def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_text: Path) -> DecoderEvaluator:
     home = tmp_path_factory.mktemp("home")
     spec = Spec.model_validate(
         {
@@ -293,29 +297,29 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, 
     space = Space.of(teacher.shape, profile.weight_formats, hidden=True)
     plan = empty_plan(space, spec)
     create_study(Ready(spec, teacher, profile, space, plan), home, "s", "paretune search").close()
-    return Evaluator(home / "studies" / "s", home)
+    return DecoderEvaluator(home / "studies" / "s", home)
 
 
 def test_a_narrow_candidate_goes_from_the_elastic_student_to_its_artifact(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def done(task: Task) -> Any:
         outcome = evaluator.run(task)
         while outcome.status == "complete" and not outcome.done:
             outcome = evaluator.run(task)
         assert outcome.status == "complete", outcome.reason
-        return outcome
+        return outcome.result
 
-    done(Task("elastic", None, 60.0))
+    done(Elastic(seconds_left=60.0))
     benchmark = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
     monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LatencyResult(benchmark, True))
     shape = evaluator.space.teacher.shape
     whole, pattern = Candidate((Layer(128, 2),) * 3), Pattern("2:4", 0.5, "wanda")
     candidate = Candidate((Layer(128, 2, INT4, INT4, pattern),) * 3, INT4, Format(8, 32), 32).canonical(shape)
-    done(Task("confirm", whole, 60.0))
-    rung0, wide = done(Task("rung0", candidate)), done(Task("rung0", replace(candidate, hidden=0)))
+    done(Confirm(whole, seconds_left=60.0))
+    rung0, wide = done(Explore(candidate)), done(Explore(replace(candidate, hidden=0)))
     assert rung0.measurements["bytes"].value < 0.7 * wide.measurements["bytes"].value, "it physically shrinks"
-    recovered = done(Task("recover", candidate, 60.0, options={"tokens": 4096}))
-    confirmed = done(Task("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 1.0}}))
+    recovered = done(Recover(candidate, tokens=4096, seconds_left=60.0))
+    confirmed = done(Confirm(candidate, recovered.recovered, seconds_left=60.0))
     assert confirmed.measurements["bytes"].value == pytest.approx(rung0.measurements["bytes"].value, rel=1e-3)
     assert evaluator.measuring.kept_file(candidate) != evaluator.measuring.kept_file(replace(candidate, hidden=0))

@@ -24,12 +24,12 @@ from paretune.objectives.latency.workload import STANDARD
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.metric_names import DECODER, forward_measurements
 from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
+from paretune.search.estimation.derived_metrics import check_device_specs
 from paretune.search.evaluators.measuring import Measuring
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.front import dominates
-from paretune.search.policy.derived_metrics import check_device_specs
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.recommend.recommend import Limits, recommend
@@ -155,8 +155,8 @@ def searched(home: Path, target: Profile, **options: Any) -> StudyView:
     evaluator = SimulatedEvaluator(store.folder, home, clock)
 
     def execute(director: Any, *_: Any) -> None:
-        director.budget.clock = clock
-        director.budget.__post_init__()
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
         run_inline(director, evaluator.run)
 
     assert run_study(store, made, home, lambda *_: None, None, execute) == 0

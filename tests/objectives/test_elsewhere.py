@@ -35,7 +35,7 @@ from paretune.objectives.prediction.predict import predict
 from paretune.search.evaluators import latency_measuring as visits
 from paretune.search.evaluators.latency_measuring import LatencyMeasuring
 from paretune.search.evaluators.simulated import SHAPE, decode_ms
-from paretune.search.task import Task
+from paretune.search.tasks.fit import Fit
 from paretune.spaces import Candidate, Space
 from paretune.teachers.checkpoint.teacher import Teacher
 from support.decoders import decoder_design
@@ -207,24 +207,22 @@ def board(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return client
 
 
-def fitted(folder: Path, points: int = 30) -> tuple[ByKey, list[Candidate], Task]:
+def fitted(folder: Path, points: int = 30) -> tuple[ByKey, list[Candidate], Fit]:
     designed = decoder_design(SPACE, points)
-    task = Task(
-        "fit", options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0}, seconds_left=60.0
-    )
+    task = Fit(tuple(designed), 60.0, seconds_left=60.0)
     return ByKey(Host(folder)), designed, task  # type: ignore[arg-type]
 
 
 def test_fit_and_confirmations_are_measured_at_the_agent(tmp_path: Path, board: StandIn) -> None:
     measuring, designed, task = fitted(tmp_path)
-    found = measuring.fit(task)
-    assert found.facts["missing"] == 0 and len(found.facts["kept"]) == board.asked == len(designed)
-    values = {json.dumps(k["candidate"]): k["decode_ms_per_token"] for k in found.facts["kept"]}
+    found = measuring.fit(task).result
+    assert found is not None and found.missing == 0 and len(found.kept) == board.asked == len(designed)
+    values = {json.dumps(k["candidate"]): k["decode_ms_per_token"] for k in found.kept}
     assert values == {json.dumps(json.loads(c.to_json())): pytest.approx(decode_ms(c)) for c in designed}
     kept = list((tmp_path / "cache" / "measurements" / f"at-{board.machine}").glob("*.json"))
     assert len(kept) == len(designed) and not list((tmp_path / "cache" / "measurements").glob("*.json"))
     again = ByKey(Host(tmp_path))  # type: ignore[arg-type]
-    assert again.fit(task).facts["missing"] == 0 and board.asked == len(designed), "what is kept is not measured again"
+    assert again.fit(task).result == found and board.asked == len(designed), "what is kept is not measured again"
     model = tmp_path / "model"
     again.build(designed[3], model)
     assert again.measure(designed[3], model).measurements["ttft_ms"].note == "full"

@@ -41,8 +41,8 @@ def simulate(ready, store, home, verb=None, before=None, count=1):
     evaluator = SimulatedEvaluator(store.folder, home, clock)
 
     def execute(director, *_):
-        director.budget.clock = clock
-        director.budget.__post_init__()
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
 
         def evaluate(work):
             done[work.kind] += 1

@@ -27,7 +27,10 @@ from paretune.search.spec import Spec, make_spec
 from paretune.search.students import student_seeds, with_students
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.recover import Recover
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.report.report import write_report
@@ -86,15 +89,15 @@ def test_who_cannot_be_trained_under_the_rounding_is_told_why() -> None:
 class Watched(SimulatedEvaluator):
     """Remembers every piece of work with its outcome, in order."""
 
-    seen: list[tuple[Task, Outcome]]
+    seen: list[tuple[Task, Outcome[Any]]]
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: Task) -> Outcome[Any]:
         outcome = super().run(task)
         self.seen.append((task, outcome))
         return outcome
 
 
-def searched(home: Path, **options: Any) -> tuple[list[tuple[Task, Outcome]], Store]:
+def searched(home: Path, **options: Any) -> tuple[list[tuple[Task, Outcome[Any]]], Store]:
     """A whole simulated search."""
     spec = Spec.model_validate({"budget": "500s", "fit_points": 30, "finalists": 30, "max_candidates": 70, **options})
     profile = detected_profile()
@@ -107,8 +110,8 @@ def searched(home: Path, **options: Any) -> tuple[list[tuple[Task, Outcome]], St
     evaluator.seen = []
 
     def execute(director: Any, *_: Any) -> None:
-        director.budget.clock = clock
-        director.budget.__post_init__()
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
         run_inline(director, evaluator.run)
 
     assert run_study(store, ready, home, lambda *_: None, None, execute) == 0
@@ -116,39 +119,42 @@ def searched(home: Path, **options: Any) -> tuple[list[tuple[Task, Outcome]], St
 
 
 @pytest.fixture(scope="module")
-def by_value(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Task, Outcome]], Store]:
+def by_value(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Task, Outcome[Any]]], Store]:
     return searched(tmp_path_factory.mktemp("value"), seed=1)  # of seeds 0 … 6 four have candidates that stay with PTQ
 
 
-def unquantized_at_its_cost(task: Task) -> tuple[float, ...]:
+def unquantized_at_its_cost(task: Recover) -> tuple[float, ...]:
     trained = decoder(task.candidate)
     nll = TEACHER_NLL["report"] + recovered_loss(trained, unrounded(trained))
-    estimate = task.options["stakes"]["estimate"]
+    assert task.context is not None
+    estimate = task.context.estimate
     return (min(estimate[0], nll), *estimate[1:])
 
 
 def test_by_value_qat_goes_to_those_that_would_be_on_the_front(
-    by_value: tuple[list[tuple[Task, Outcome]], Store],
+    by_value: tuple[list[tuple[Task, Outcome[Any]]], Store],
 ) -> None:
     """The oracle keeps the confirmed values itself and looks at every one of them."""
     confirmed: list[tuple[float, ...]] = []
     decided = []
     for task, outcome in by_value[0]:
-        if task.kind == "confirm":
-            confirmed.append(tuple(outcome.measurements[name].value for name in OBJECTIVES))
-        if task.kind == "recover" and may_escalate(trained := decoder(task.candidate)):
+        if isinstance(task, Confirm):
+            confirmed.append(tuple(outcome.result.measurements[name].value for name in OBJECTIVES))
+        if isinstance(task, Recover) and may_escalate(trained := decoder(task.candidate)):
             mine = unquantized_at_its_cost(task)
             beaten = any(all(x <= y for x, y in zip(c, mine, strict=True)) and c != mine for c in confirmed)
             costs = recovered_loss(trained, trained) > recovered_loss(trained, unrounded(trained))
-            assert outcome.facts["qat"] is (costs and not beaten), outcome.facts["qat_reason"]
-            assert ("dominated by" in outcome.facts["qat_reason"]) is (costs and beaten)
-            decided.append(outcome.facts["qat"])
-        elif task.kind == "recover":
-            assert outcome.facts["qat"] is False and outcome.facts["qat_reason"]
+            assert outcome.result.recovered.qat is (costs and not beaten), outcome.result.recovered.qat_reason
+            assert ("dominated by" in outcome.result.recovered.qat_reason) is (costs and beaten)
+            decided.append(outcome.result.recovered.qat)
+        elif isinstance(task, Recover):
+            assert outcome.result.recovered.qat is False and outcome.result.recovered.qat_reason
     assert decided.count(True) >= 3 and decided.count(False) >= 1, decided
 
 
-def test_the_record_and_everything_that_shows_it_say_why(by_value: tuple[list[tuple[Task, Outcome]], Store]) -> None:
+def test_the_record_and_everything_that_shows_it_say_why(
+    by_value: tuple[list[tuple[Task, Outcome[Any]]], Store],
+) -> None:
     store = by_value[1]
     view = load_view(store)
     recovered = {e.key: e.facts for e in store.evaluations("recovered", "complete")}
@@ -172,18 +178,12 @@ def test_qat_threshold_is_the_classical_rule(tmp_path: Path) -> None:
     seen, _ = searched(tmp_path, qat_threshold="3%")
     decided = []
     for task, outcome in seen:
-        if task.kind == "recover" and may_escalate(trained := decoder(task.candidate)):
+        if isinstance(task, Recover) and may_escalate(trained := decoder(task.candidate)):
             loss = recovered_loss(trained, trained) / TEACHER_NLL["search"]
-            assert outcome.facts["qat"] is (loss > 0.03), outcome.facts["qat_reason"]
-            assert "--qat-threshold" in outcome.facts["qat_reason"]
-            decided.append(outcome.facts["qat"])
+            assert outcome.result.recovered.qat is (loss > 0.03), outcome.result.recovered.qat_reason
+            assert "--qat-threshold" in outcome.result.recovered.qat_reason
+            decided.append(outcome.result.recovered.qat)
     assert True in decided and False in decided
-
-
-def test_a_search_of_before_has_no_stakes(by_value: tuple[list[tuple[Task, Outcome]], Store]) -> None:
-    """A recovery that was handed out without them is trained as it was then."""
-    task = next(w for w, _ in by_value[0] if w.kind == "recover")
-    assert Task.from_json(task.to_json()).options == json.loads(task.to_json())["options"]
 
 
 @pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.5 %", 0.005), (0.02, 0.02), (None, None)])
@@ -222,7 +222,7 @@ def test_the_recovery_block_of_a_spec(tmp_path: Path) -> None:
 def test_sizes_of_the_user_are_explored_first_and_are_choices_of_the_sampler(tmp_path: Path) -> None:
     sizes = [{"layers": 5, "ffn": 544, "kv_groups": 3}, {"layers": 3, "ffn": 768, "kv_groups": 4, "hidden": 256}]
     seen, store = searched(tmp_path, student_configs=sizes)
-    first = [decoder(w.candidate) for w, _ in seen if w.kind == "rung0"][:6]
+    first = [decoder(w.candidate) for w, _ in seen if isinstance(w, Explore)][:6]
     found = [(len(c.layers), c.layers[0].ffn, c.layers[0].kv_groups, c.layers[0].ffn_format.bits) for c in first]
     assert found == [(5, 544, 3, bits) for bits in (32, 8, 4)] + [(3, 768, 4, bits) for bits in (32, 8, 4)]
     assert [r.source for r in store.candidates()][3:9] == ["seed"] * 6

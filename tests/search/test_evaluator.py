@@ -25,14 +25,18 @@ from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.latency.benchmark import LatencyResult, Nominal
 from paretune.objectives.latency.nominal import _read as _nominal
 from paretune.objectives.measurement import Measurement
-from paretune.search.evaluators.decoder import Evaluator
+from paretune.search.estimation.estimates import Estimates
+from paretune.search.evaluators.decoder import DecoderEvaluator
 from paretune.search.evaluators.workspace import Workspace
-from paretune.search.policy.estimates import Estimates
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.samplers.optuna_sampler import distributions, frozen_trial
 from paretune.search.spec import Spec
-from paretune.search.task import Task
+from paretune.search.tasks.base import Task
+from paretune.search.tasks.confirm import Confirm
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.fit import Fit
+from paretune.search.tasks.recover import Recover
 from paretune.spaces import Candidate, Format, Layer, Pattern, Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from support.decoders import decoder_design
@@ -61,19 +65,19 @@ def study(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny
 
 
 @pytest.fixture(scope="module")
-def evaluator(study: tuple[Path, Path]) -> Evaluator:
-    return Evaluator(*study)
+def evaluator(study: tuple[Path, Path]) -> DecoderEvaluator:
+    return DecoderEvaluator(*study)
 
 
-def done(evaluator: Evaluator, task: Task) -> Any:
+def done(evaluator: DecoderEvaluator, task: Task) -> Any:
     outcome = evaluator.run(task)
     assert outcome.status == "complete", outcome.reason
-    return outcome
+    return outcome.result
 
 
-def test_gptq_keeps_the_logits_of_other_text_closer_at_the_same_size(evaluator: Evaluator) -> None:
+def test_gptq_keeps_the_logits_of_other_text_closer_at_the_same_size(evaluator: DecoderEvaluator) -> None:
     """Not the NLL: of a random teacher rounding moves it in either direction."""
-    nearest, calibrated = (done(evaluator, Task("rung0", whole(form))) for form in (INT4, GPTQ))
+    nearest, calibrated = (done(evaluator, Explore(whole(form))) for form in (INT4, GPTQ))
     assert calibrated.scores.mean_nll != nearest.scores.mean_nll
     assert calibrated.measurements["bytes"].value == nearest.measurements["bytes"].value
     space, ids = evaluator.space, torch.from_numpy(evaluator.space.search_windows.ids[:8])
@@ -89,10 +93,10 @@ def test_gptq_keeps_the_logits_of_other_text_closer_at_the_same_size(evaluator: 
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("kind", ["2:4", "unstructured", "block"])
-def test_every_pattern_and_score_is_scored_with_its_zeros(evaluator: Evaluator, kind: Any, score: Any) -> None:
+def test_every_pattern_and_score_is_scored_with_its_zeros(evaluator: DecoderEvaluator, kind: Any, score: Any) -> None:
     candidate = whole(GPTQ, Pattern(kind, 0.5, score))
-    outcome = done(evaluator, Task("rung0", candidate))
-    assert outcome.facts["sparsity"] == pytest.approx(0.5, abs=0.01)
+    outcome = done(evaluator, Explore(candidate))
+    assert outcome.facts()["sparsity"] == pytest.approx(0.5, abs=0.01)
     weights, masks = evaluator.space.sparsify(candidate, evaluator.space.dense_weights(candidate))
     assert len(masks) == 21
     dense = evaluator.space.teacher_weights
@@ -102,16 +106,16 @@ def test_every_pattern_and_score_is_scored_with_its_zeros(evaluator: Evaluator, 
 
 
 def test_what_was_recovered_ships_with_the_codes_of_its_weights(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     candidate = whole(GPTQ, Pattern("2:4", 0.5, "sparsegpt"))
-    recovered = done(evaluator, Task("recover", candidate, 60.0, options={"tokens": 8192}))
-    assert recovered.facts["qat"] == 0.0
-    assert recovered.facts["search_nll_after"] != recovered.facts["search_nll_before"]
+    recovered = done(evaluator, Recover(candidate, tokens=8192, seconds_left=60.0))
+    assert recovered.recovered.qat is False
+    assert recovered.details["search_nll_after"] != recovered.details["search_nll_before"]
     benchmark = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
     monkeypatch.setattr(evaluator.measuring, "measure", lambda *_: LatencyResult(benchmark, True))
     done(
-        evaluator, Task("confirm", Candidate((Layer(128, 2),) * 3), 60.0)
+        evaluator, Confirm(Candidate((Layer(128, 2),) * 3), seconds_left=60.0)
     )  # the teacher comes first, others are compared to it
     shipped: dict[str, Any] = {}
     honest = evaluator.space.codes
@@ -121,9 +125,7 @@ def test_what_was_recovered_ships_with_the_codes_of_its_weights(
         return shipped["codes"]
 
     monkeypatch.setattr(evaluator.space, "codes", watched)
-    confirmed = done(
-        evaluator, Task("confirm", candidate, 60.0, options={"recovered": {**recovered.facts, "qat": 0.0}})
-    )
+    confirmed = done(evaluator, Confirm(candidate, recovered.recovered, seconds_left=60.0))
     assert confirmed.artifact is not None and (Path(confirmed.artifact[0]) / MODEL).is_file()
     with torch.no_grad():
         again = evaluator.score_in_torch(candidate, shipped["weights"], shipped["codes"])
@@ -133,18 +135,20 @@ def test_what_was_recovered_ships_with_the_codes_of_its_weights(
 
 
 def test_impossible_calibration_rules_out_the_candidate_only(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.norm.weight"
     broken = {**evaluator.space.teacher_weights, name: torch.full((64,), float("nan"))}
     with pytest.raises(Infeasible, match="must be finite"):
         evaluator.space.codes(whole(GPTQ), broken)
     monkeypatch.setattr(evaluator.space, "dense_weights", lambda _candidate: broken)
-    outcome = evaluator.run(Task("rung0", whole(GPTQ)))
+    outcome = evaluator.run(Explore(whole(GPTQ)))
     assert outcome.status == "infeasible" and "must be finite" in outcome.reason
 
 
-def test_latencies_are_kept_without_regard_to_the_quantizer(study: tuple[Path, Path], evaluator: Evaluator) -> None:
+def test_latencies_are_kept_without_regard_to_the_quantizer(
+    study: tuple[Path, Path], evaluator: DecoderEvaluator
+) -> None:
     file = evaluator.measuring.kept_file
     assert file(whole(GPTQ)) == file(whole(INT4)) == file(whole(GPTQ, Pattern("block", 0.5)))
     assert file(whole(GPTQ)) != file(whole(replace(GPTQ, group_size=64)))
@@ -170,7 +174,7 @@ def test_studies_from_before_gptq_can_be_resumed(study: tuple[Path, Path]) -> No
 
 
 def test_a_candidate_that_the_engine_refuses_is_infeasible_with_op_and_layer_and_the_next_one_is_done(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its graph asks for an operator that no engine has."""
     benchmark = {n: Measurement.exact(1.0, "ms") for n in ("decode_ms_per_token", "ttft_ms")}
@@ -188,17 +192,17 @@ def test_a_candidate_that_the_engine_refuses_is_infeasible_with_op_and_layer_and
     monkeypatch.setattr(evaluator.measuring, "measure", measure)
     with monkeypatch.context() as during:
         during.setattr(artifact, "save_model", spoil)
-        refused = evaluator.run(Task("confirm", whole(INT4), 60.0))
+        refused = evaluator.run(Confirm(whole(INT4), seconds_left=60.0))
     assert refused.status == "infeasible"
     assert "at MatMulOfTomorrow of layer 2 (/model/layers.2/mlp/down_proj)" in refused.reason
-    done(evaluator, Task("confirm", Candidate((Layer(128, 2),) * 3), 60.0))
-    done(evaluator, Task("confirm", whole(INT4), 60.0))
+    done(evaluator, Confirm(Candidate((Layer(128, 2),) * 3), seconds_left=60.0))
+    done(evaluator, Confirm(whole(INT4), seconds_left=60.0))
 
 
-def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logits_of_a_whole_batch_are_kept(evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large vocabulary is scored piece by piece, to the same NLL."""
     plain = Candidate((Layer(128, 2),) * 3)
-    whole_batches = done(evaluator, Task("rung0", plain)).scores
+    whole_batches = done(evaluator, Explore(plain)).scores
     seen: list[int] = []
     honest = Network.logits
 
@@ -208,13 +212,13 @@ def test_no_logits_of_a_whole_batch_are_kept(evaluator: Evaluator, monkeypatch: 
 
     monkeypatch.setattr(Network, "logits", watched)
     monkeypatch.setattr(student, "LOGITS_AT_ONCE", 100 * 288)
-    pieces = done(evaluator, Task("rung0", plain)).scores
+    pieces = done(evaluator, Explore(plain)).scores
     assert max(seen) == 100
     assert pieces.mean_nll == pytest.approx(whole_batches.mean_nll, abs=1e-3)
 
 
 def test_a_candidate_that_the_engine_refuses_does_not_end_the_fit(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measuring, measured = evaluator.measuring, []
     pairs: list[int] = []
@@ -232,15 +236,15 @@ def test_a_candidate_that_the_engine_refuses_does_not_end_the_fit(
 
     monkeypatch.setattr(measuring, "benchmark", lambda: SimpleNamespace(pair=pair))
     monkeypatch.setattr(measuring, "_measure_random", measure)
-    task = Task("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in designed], "seconds": 60.0})
+    task = Fit(tuple(designed), 60.0, seconds_left=60.0)
     while not (outcome := evaluator.run(task)).done:
         pass
-    assert outcome.status == "complete" and outcome.facts["refused"] == ["the engine died: signal 11"]
+    assert outcome.status == "complete" and outcome.result.refused == ("the engine died: signal 11",)
     assert [key for key, _ in measured] == [designed[0].key, designed[2].key]
     assert measured[0][1] != measured[1][1], "its child may be gone, so fresh ones were taken"
 
 
-def test_damaged_measurements_are_misses(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_measurements_are_misses(evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """One good file, and damaged ones of three kinds: the good one is read, the others are measured again."""
     measuring = evaluator.measuring
     good, *bad = (whole(INT4), whole(Format()), whole(replace(INT4, group_size=64)), whole(Format(8, 32)))
@@ -253,13 +257,13 @@ def test_damaged_measurements_are_misses(evaluator: Evaluator, monkeypatch: pyte
     measured = []
     monkeypatch.setattr(measuring, "benchmark", lambda: SimpleNamespace(pair=contextlib.nullcontext))
     monkeypatch.setattr(measuring, "_measure_random", lambda candidate, _pair: measured.append(candidate))
-    task = Task("fit", None, 60.0, options={"design": [json.loads(c.to_json()) for c in (good, *bad)], "seconds": 60.0})
+    task = Fit(tuple((good, *bad)), 60.0, seconds_left=60.0)
     with pytest.warns(RuntimeWarning, match="is damaged"):
         outcome = measuring.fit(task)
     assert {c.key for c in measured} == {c.key for c in bad}
-    assert outcome.facts["kept"] == [
-        {"candidate": json.loads(good.to_json()), "decode_ms_per_token": 0.5, "ttft_ms": 0.5}
-    ]
+    assert outcome.result is not None and outcome.result.kept == (
+        {"candidate": json.loads(good.to_json()), "decode_ms_per_token": 0.5, "ttft_ms": 0.5},
+    )
     for file in files:
         file.unlink()
 
@@ -275,14 +279,16 @@ def test_a_damaged_nominal_is_learnt_again(tmp_path: Path, content: str) -> None
         assert _nominal(path) is None
 
 
-def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator: Evaluator) -> None:
+def test_an_elastic_student_that_is_gone_ends_the_study_with_its_name(evaluator: DecoderEvaluator) -> None:
     cut = Candidate((Layer(64, 2),) * 2)
-    outcome = evaluator.run(Task("rung0", cut))
+    outcome = evaluator.run(Explore(cut))
     assert outcome.status == "fatal" and outcome.exit_code == 5
-    assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.facts["remedy"]
+    assert str(evaluator.space.elastic_file) in outcome.reason and "another --study name" in outcome.remedy
 
 
-def test_scoring_lets_go_of_the_machine_between_slices(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_lets_go_of_the_machine_between_slices(
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However long a text is: all rows once, in order, and the lock free before each of them."""
     held: list[int] = []
     rows: list[int] = []

@@ -21,8 +21,8 @@ from paretune.objectives.artifacts.remeasure import Agreement
 from paretune.objectives.latency.intervals import half_width
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality.quality import Scores, perplexity, quality_measurements, relative
+from paretune.search.estimation.finalists import perceived
 from paretune.search.hypervolume import in_teacher_units
-from paretune.search.policy.finalists import perceived
 from paretune.spaces.candidate import Bits, Format
 from paretune.teachers.checkpoint.teacher import load_teacher
 

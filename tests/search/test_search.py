@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 import shutil
 import time
 from collections import Counter
@@ -13,15 +14,15 @@ from paretune.common.errors import EnvironmentProblem, NothingFeasible, UsageErr
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.measurement import LEFT_PREDICTED
 from paretune.search.budget import GRACE_S, Budget
+from paretune.search.estimation.calibration import Calibration, Pair
+from paretune.search.estimation.finalists import Explored, gaps, next_finalist, perceived
 from paretune.search.evaluators import simulated
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.execution.tune_search import Interrupt, JointSearch
 from paretune.search.front import dominates
-from paretune.search.policy.calibration import Calibration, Pair
 from paretune.search.policy.director import Director
-from paretune.search.policy.finalists import Explored, gaps, next_finalist, perceived
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study, find_study
 from paretune.search.recommend.recommend import Limits, recommend
@@ -29,7 +30,9 @@ from paretune.search.samplers.optuna_sampler import distributions, make_sampler,
 from paretune.search.spec import Spec, make_spec, seconds
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view, tied
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome
+from paretune.search.tasks.evaluation import EvaluationResult
+from paretune.search.tasks.recover import Recover
 from paretune.spaces.space import Space
 from paretune.teachers.checkpoint.teacher import load_teacher
 from paretune.tracking.mlflow.housekeeper import Housekeeper
@@ -55,8 +58,8 @@ def simulate(ready, store, home, stop_after=None, evaluator_class=SimulatedEvalu
     done: Counter[str] = Counter()
 
     def execute(director, *_):
-        director.budget.clock = clock
-        director.budget.__post_init__()
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
 
         def evaluate(task):
             done[task.kind] += 1
@@ -198,6 +201,14 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path):
     assert "no space left" in store.meta("ended")
 
 
+def marked(outcome, **changes):
+    """The outcome of a confirmation with a changed latency."""
+    found = outcome.result.measurements
+    latency = dataclasses.replace(found["decode_ms_per_token"], **changes)
+    result = dataclasses.replace(outcome.result, measurements={**found, "decode_ms_per_token": latency})
+    return dataclasses.replace(outcome, result=result)
+
+
 class Noisy(SimulatedEvaluator):
     """The first confirmation of every second candidate falls on a busy moment."""
 
@@ -208,11 +219,7 @@ class Noisy(SimulatedEvaluator):
         if task.kind == "confirm" and int(task.candidate.key[0], 16) % 2:
             seen = (self.folder / "simulated.log").read_text().count(f"confirm {task.candidate.key}")
             if seen == 1:
-                m = outcome.measurements["decode_ms_per_token"]
-                disturbed = dataclasses.replace(m, value=9.0, **self.mark)
-                return dataclasses.replace(
-                    outcome, measurements={**outcome.measurements, "decode_ms_per_token": disturbed}
-                )
+                return marked(outcome, value=9.0, **self.mark)
         return outcome
 
 
@@ -374,14 +381,14 @@ def test_bad_durations(text):
         make_spec(None, "quick", {"budget": text})
 
 
-def test_work_and_outcome_travel_as_json(finished):
+def test_task_and_outcome_travel_by_pickle(finished):
+    """As Ray sends them."""
     store = finished[2]
-    candidate = store.candidates()[5].candidate
-    task = Task("recover", candidate, 12.5, 30.0, {"tokens": 4096})
-    assert Task.from_json(task.to_json()) == task
+    task = Recover(store.candidates()[5].candidate, 4096, seconds_left=12.5, timeout_s=30.0)
+    assert pickle.loads(pickle.dumps(task)) == task
     e = store.evaluations("confirmed", "complete")[0]
-    outcome = Outcome(measurements=e.measurements, scores=e.scores, facts=e.facts, artifact=("a", "b"))
-    assert Outcome.from_json(outcome.to_json()) == outcome
+    outcome = Outcome(result=EvaluationResult(e.scores, e.measurements, e.facts, ("a", "b")))
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
 
 
 def test_ties_are_paired_by_document(finished):
@@ -430,8 +437,7 @@ class Fragile(SimulatedEvaluator):
             return outcome
         if (self.folder / "simulated.log").read_text().count(f"confirm {task.candidate.key}") > 1:
             return Outcome("failed", reason="the machine is gone")
-        m = dataclasses.replace(outcome.measurements["decode_ms_per_token"], provenance="disturbed")
-        return dataclasses.replace(outcome, measurements={**outcome.measurements, "decode_ms_per_token": m})
+        return marked(outcome, provenance="disturbed")
 
 
 def test_a_failed_remeasurement_takes_nothing_away(tmp_path):
@@ -599,7 +605,7 @@ def test_ctrl_c_is_no_attempt(tmp_path):
         assert task is not None and task.kind == "confirm", "the first baseline is due however often it was stopped"
         director.interrupt()
         director.lost(task, "the worker was stopped", 1.0)
-        assert director.next().kind == "done" and director.exit_code == 130
+        assert director.next().kind == "done" and director.state.exit_code == 130
     assert store.evaluations() == []
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
     for _ in range(3):
@@ -614,8 +620,7 @@ class AlwaysDisturbed(SimulatedEvaluator):
         outcome = super().run(task)
         if task.kind != "confirm":
             return outcome
-        m = dataclasses.replace(outcome.measurements["decode_ms_per_token"], provenance="disturbed")
-        return dataclasses.replace(outcome, measurements={**outcome.measurements, "decode_ms_per_token": m})
+        return marked(outcome, provenance="disturbed")
 
 
 def test_a_front_that_is_empty_by_disturbance_says_so(tmp_path):
@@ -638,6 +643,6 @@ def test_optuna_never_hears_of_a_baseline_as_a_failure(finished):
     """Rebuilt from the store, the study has the explored candidates and nothing else."""
     _, ready, store, *_ = finished
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
-    study = rebuild(director.estimates, make_sampler("tpe", 0), distributions(ready.space))
+    study = rebuild(director.state.estimates, make_sampler("tpe", 0), distributions(ready.space))
     assert len(study.trials) == len(director.explored_keys())
     assert {t.state.name for t in study.trials} == {"COMPLETE"}

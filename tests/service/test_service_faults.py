@@ -549,7 +549,7 @@ def test_a_budget_that_was_overrun_is_said() -> None:
 def test_no_work_may_outlive_the_budget(home: Path) -> None:
     from types import SimpleNamespace
 
-    from paretune.search.policy.costs import Costs
+    from paretune.search.estimation.costs import Costs
 
     costs = Costs(None, None, SimpleNamespace(parameters=1e9), Budget(90.0, 60.0), None)  # type: ignore[arg-type]
     for kind in ("fit", "elastic", "sensitivity", "rung0", "recover", "confirm"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from paretune.compression.network.student import Network, plain_candidate, quant
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.prediction.latency_fit import features
 from paretune.search.budget import Budget
-from paretune.search.evaluators.decoder import Evaluator
+from paretune.search.estimation.calibration import Calibration, Pair
+from paretune.search.evaluators.decoder import DecoderEvaluator
 from paretune.search.evaluators.simulated import SHAPE as SIMULATED
 from paretune.search.evaluators.simulated import SimulatedEvaluator, VirtualClock
 from paretune.search.execution.ray_executor import run_inline
 from paretune.search.execution.run import run_study
-from paretune.search.policy.calibration import Calibration, Pair
 from paretune.search.policy.director import Director
 from paretune.search.policy.initial_candidates import textbook_candidates
 from paretune.search.prepare.ready import Ready
@@ -38,7 +38,9 @@ from paretune.search.sensitivity_budget import affordable_tokens, expected_secon
 from paretune.search.spec import Spec
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
-from paretune.search.task import Outcome, Task
+from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.explore import Explore
+from paretune.search.tasks.sensitivity import MeasureSensitivity, SensitivityResult
 from paretune.spaces import Candidate, Format, Layer, Pattern, Shape, Space
 from paretune.spaces.candidate import FP32
 from paretune.spaces.mixed import Sensitivity, mean_bits, mix
@@ -530,14 +532,14 @@ def simulate(
     simulated, done = evaluator(store.folder, home, clock), Counter[str]()
 
     def execute(director: Director, *_: Any) -> None:
-        director.budget.clock = clock
-        director.budget.__post_init__()
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
 
-        def evaluate(task: Task) -> Outcome:
+        def evaluate(task: Task) -> Outcome[Any]:
             if sum(done.values()) >= stop_after:
                 raise Killed
             done[task.kind] += 1
-            outcome: Outcome = simulated.run(task)
+            outcome: Outcome[Any] = simulated.run(task)
             return outcome
 
         run_inline(director, evaluate)
@@ -586,8 +588,8 @@ def test_a_killed_search_goes_on_with_its_table(tmp_path: Path) -> None:
 
 
 class TooLarge(SimulatedEvaluator):
-    def run(self, task: Task) -> Outcome:
-        return Outcome("failed", reason="takes too long") if task.kind == "sensitivity" else super().run(task)
+    def sensitivity(self, task: MeasureSensitivity) -> Outcome[SensitivityResult]:
+        return Outcome("failed", reason="takes too long")
 
 
 def test_a_table_that_cannot_be_had_costs_only_mixed_precision(tmp_path: Path) -> None:
@@ -597,7 +599,7 @@ def test_a_table_that_cannot_be_had_costs_only_mixed_precision(tmp_path: Path) -
     assert not any(is_mixed(decoder(r.candidate)) for r in store.candidates())
     assert any("no mixed precision is searched: takes too long" in e.text for e in store.events())
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
-    assert isinstance(director.space, Space) and not director.space.has_mixed, "nor is it asked for again"
+    assert isinstance(director.state.space, Space) and not director.state.space.has_mixed, "nor is it asked for again"
 
 
 def test_the_spec_switches_it_off(tmp_path: Path) -> None:
@@ -612,13 +614,13 @@ def test_a_lost_worker_is_asked_again_but_not_for_ever(tmp_path: Path) -> None:
     store = create_study(ready, tmp_path, "s", "x")
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
     for searched in (True, True, False):
-        director.lost(Task("sensitivity"), "killed", 1.0)
-        assert isinstance(director.space, Space) and director.space.has_mixed is searched
-    assert director.stop_reason is None
+        director.lost(MeasureSensitivity(), "killed", 1.0)
+        assert isinstance(director.state.space, Space) and director.state.space.has_mixed is searched
+    assert director.state.stop_reason is None
 
 
 @pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_text: Path) -> Evaluator:
+def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_text: Path) -> DecoderEvaluator:
     home = tmp_path_factory.mktemp("home")
     spec = Spec.model_validate(
         {"teacher": str(tiny_teacher_dir), "data": str(tiny_text), "budget": "300s", "search_tokens": 2000}
@@ -627,28 +629,28 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, 
     space = replace(Space.of(teacher.shape, profile.weight_formats), mixed=True)
     plan = empty_plan(space, spec)
     create_study(Ready(spec, teacher, profile, space, plan), home, "s", "x").close()
-    return Evaluator(home / "studies" / "s", home)
+    return DecoderEvaluator(home / "studies" / "s", home)
 
 
 def test_the_worker_measures_the_table_once_per_teacher_and_text(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: DecoderEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = replace(evaluator.space.space, mixed=True)
-    task = Task("sensitivity", options={"formats": [asdict(f) for f in space.mixed_formats]})
-    first = Outcome.from_json(evaluator.run(Task.from_json(task.to_json())).to_json())
-    assert first.status == "complete" and first.facts["kept"] is False
-    assert evaluator.run(task).facts["kept"] is True
+    task = MeasureSensitivity(space.mixed_formats)
+    first = evaluator.run(task).result
+    assert first is not None and first.is_kept is False
+    assert evaluator.run(task).result.is_kept is True
     assert len(list((evaluator.space.cache / "sensitivity").glob("*.json"))) == 1
-    table = Sensitivity.from_dict(first.facts["table"])
+    table = first.table
     assert table.formats == space.mixed_formats and sorted(table.order) == [0, 1, 2]
     assert table.order == evaluator.space.sorted_teacher[1].layers
     assert min(v for row in table.attention for v, f in zip(row, table.formats, strict=True) if f.bits == 4) > 0
     candidate = replace(space, sensitivity=table).decode(base_params(space, effective_bits=4))
     assert is_mixed(candidate)
-    scored = evaluator.run(Task("rung0", candidate))
-    assert scored.status == "complete" and scored.measurements["bytes"].value > 0
-    others = task.options["formats"][:1]
-    assert evaluator.run(replace(task, options={"formats": others})).facts["kept"] is False
+    scored = evaluator.run(Explore(candidate))
+    assert scored.status == "complete" and scored.result.measurements["bytes"].value > 0
+    others = task.formats[:1]
+    assert evaluator.run(replace(task, formats=others)).result.is_kept is False
     monkeypatch.setattr(evaluator.space, "spec", evaluator.space.spec.model_copy(update={"budget": "0.001s"}))
     too_long = evaluator.run(task)
     assert too_long.status == "failed" and "of the budget" in too_long.reason

@@ -13,11 +13,11 @@ from paretune.objectives.prediction.latency_fit import MIN_POINTS, LatencyFit
 from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
 from paretune.objectives.quality.quality import Scores, relative
 from paretune.search.escalation import QatContext
+from paretune.search.estimation.calibration import Calibration, Pair
+from paretune.search.estimation.derived_metrics import MEMORY, followed, memory_fit, profile_of
+from paretune.search.estimation.finalists import Explored, perceived
+from paretune.search.estimation.ledger import Ledger
 from paretune.search.front import Vector
-from paretune.search.policy.calibration import Calibration, Pair
-from paretune.search.policy.derived_metrics import MEMORY, followed, memory_fit, profile_of
-from paretune.search.policy.finalists import Explored, perceived
-from paretune.search.policy.ledger import Ledger
 from paretune.search.spec import Spec
 from paretune.search.study.records import Evaluation
 from paretune.search.study.store import Store

@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 
 from paretune.search.budget import TAIL_S, Budget
-from paretune.search.policy.ledger import Ledger
+from paretune.search.estimation.ledger import Ledger
 from paretune.search.spec import Spec
 from paretune.search.study.records import Fidelity
 from paretune.search.study.store import Store
-from paretune.search.task import Kind
 from paretune.spaces.kinds import AnyShape
 
 CONFIRM_GUESS_S, RUNG0_GUESS_S = 8.0, 2.0  # of a model of REFERENCE_PARAMETERS on two cores
@@ -17,10 +16,12 @@ REFERENCE_PARAMETERS = 5.8e6
 
 
 class Costs:
-    """Costs of one study."""
+    """Costs of one study, each in seconds of one of its `workers`."""
 
-    def __init__(self, store: Store, spec: Spec, shape: AnyShape, budget: Budget, ledger: Ledger) -> None:
-        self.store, self.spec, self.budget, self.ledger = store, spec, budget, ledger
+    def __init__(
+        self, store: Store, spec: Spec, shape: AnyShape, budget: Budget, ledger: Ledger, workers: int = 1
+    ) -> None:
+        self.store, self.spec, self.budget, self.ledger, self.workers = store, spec, budget, ledger, workers
         self.scale = max(1.0, shape.parameters / REFERENCE_PARAMETERS)
 
     def fit_seconds(self) -> float:
@@ -38,9 +39,8 @@ class Costs:
             elastic = self.store.meta("elastic", {})
             rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
             shares = self.spec.shares
-            share = (
-                (self.budget.left_s + self.budget.used("explore")) * shares.confirm / (shares.confirm + shares.explore)
-            )
+            time = self.budget.left_s * self.workers + self.budget.used("explore")  # of all workers
+            share = time * shares.confirm / (shares.confirm + shares.explore)
             each = max(2.0, share / self.spec.finalists - self.confirmation_s() - 2 * self.rung0_s())
             step = elastic.get("batch_tokens", 4096)
             tokens = max(4, round(each * rate / step)) * step
@@ -70,10 +70,7 @@ class Costs:
         """Seconds to export, score and measure one candidate that is recovered."""
         return self.typical_seconds("confirmed", self.scale * CONFIRM_GUESS_S)
 
-    def timeout_s(self, kind: Kind) -> float:
+    def timeout_s(self, most_s: float | None) -> float:
         """Return the seconds after which a worker ends itself: its kind's limit, or the end of the budget."""
         left = self.budget.left_s
-        most = {"rung0": 120.0, "confirm": 900.0, "fit": 300.0, "elastic": 300.0, "sensitivity": 300.0}.get(
-            kind, left + 60.0
-        )
-        return min(self.scale * most, left + TAIL_S / 2)
+        return min(self.scale * (left + 60.0 if most_s is None else most_s), left + TAIL_S / 2)

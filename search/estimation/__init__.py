@@ -1,0 +1,1 @@
+"""What candidates and work are expected to give and to cost, from what the study knows so far."""
