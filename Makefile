@@ -46,12 +46,12 @@ readers: install
 RANDOM_ORDER = $(if $(ORDER),-p randomly --randomly-seed=$(ORDER) --randomly-dont-reset-seed)
 
 test: check browser readers
-	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile $(RANDOM_ORDER)
+	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile --no-loadscope-reorder $(RANDOM_ORDER)
 	$(BIN)/python -m pytest -m machine $(RANDOM_ORDER)
 
 # Which lines of the package the tests reach; what runs in processes of its own does not count.
 coverage: install
-	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile --cov=paretune --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not machine" -n 2 --dist loadfile --no-loadscope-reorder --cov=paretune --cov-report=term:skip-covered
 
 bench: install
 	$(BIN)/python -m benchmarks.run $(NAME)

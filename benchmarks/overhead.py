@@ -101,7 +101,7 @@ def fill(store: Store, space: Any, evaluator: Any) -> None:
     for row in store.candidates():
         for kind in kinds:
             if kind is Explore or row.number < 40:
-                found = evaluator.run(kind(row.candidate)).result
+                found = evaluator.run(kind(row.candidate)).found
                 store.start(row.key, kind.fidelity)
                 extra = {"estimated_nll": Measurement.exact(2.0, "nats/token")} if kind is Explore else {}
                 store.finish(

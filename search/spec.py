@@ -51,12 +51,14 @@ MOST_TOKENS = 10**9
 MOST_CANDIDATES, MOST_FINALISTS = 10**6, 10**4
 MOST_SEED = 2**32 - 1
 MOST_NAME, MOST_PATH, MOST_TARGETS = 200, 4096, 64
+MOST_WORKERS = 1024
 Positive = Annotated[float, Field(gt=0, le=1e18, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Loss = Annotated[float, Field(gt=0, le=MOST_LOSS, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**7)]
 Name = Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
 Place = Annotated[str, Field(min_length=1, max_length=MOST_PATH)]
+LAYOUT = ("workers", "threads_per_trial")
 RENAMED = {"max_loss": "qat_threshold"}  # old name to new
 DURATION = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(s|m|h|d)")
 PERCENTAGE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
@@ -146,6 +148,7 @@ class Spec(BaseModel):
     `student_configs` are sizes that are explored first, each unquantized and at the engine's integer precisions.
     `targets` are further profiles (names or YAML files): the search is for `profile`, then every confirmed candidate gets its cost on
     each of them, measured where that machine is at hand, else predicted.
+    `workers` tasks run at once, each on `threads_per_trial` threads; by default one worker uses all cores of the profile.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -178,6 +181,8 @@ class Spec(BaseModel):
     finalists: int = Field(9, ge=1, le=MOST_FINALISTS)
     shares: Shares = Shares()
     reference: Reference = Reference()
+    workers: int | None = Field(None, ge=1, le=MOST_WORKERS)
+    threads_per_trial: int | None = Field(None, ge=1, le=MOST_WORKERS)
 
     @model_validator(mode="before")
     @classmethod
@@ -255,12 +260,17 @@ class Spec(BaseModel):
         return 4 * self.finalists
 
     def digest(self) -> str:
-        """Return 12 hex digits, the same for the same settings; without further targets, as in versions before them."""
+        """Return 12 hex digits, the same for the same settings; without further targets, as in versions before them.
+
+        How many workers there are is not part of it: a study can go on with another number.
+        """
         settings = self.model_dump(mode="json")
         for old, new in RENAMED.items():  # studies are found again by the digest of their first name
             settings[old] = settings.pop(new)
         if not self.targets:
             del settings["targets"]
+        for name in LAYOUT:
+            del settings[name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -123,6 +123,10 @@ MACHINE = (
 )
 
 
+# The longest of the other files, longest first: two processes take one file after the other, so these must not come last.
+LONG = "test_supervisor test_kill test_search test_pages test_other_readers test_mlflow_ui test_pages_live test_tracking test_notify"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the files of MACHINE: they time things or run searches against the clock, so nothing may run beside them."""
@@ -130,6 +134,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in machine:
             item.add_marker(pytest.mark.machine)
+
+
+class LongFilesFirst:
+    """Sorts after all plug-ins have: the files of LONG come first, everything else keeps its place."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        long = LONG.split()
+        items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add what a conftest of its own cannot: a second hook of the same name."""
+    config.pluginmanager.register(LongFilesFirst())
 
 
 TINY_VOCAB = 288
@@ -300,7 +318,7 @@ def simulated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from paretune.common.checksums import FACTS, MODEL, write_checksums
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
-    from paretune.search.execution.ray_executor import run_inline
+    from paretune.search.execution.inline import run_inline
     from paretune.search.execution.run import run_study
     from paretune.search.prepare.ready import Ready
     from paretune.search.prepare.studies import create_study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from paretune.search.budget import TAIL_S, Budget
@@ -39,9 +40,10 @@ class Costs:
             elastic = self.store.meta("elastic", {})
             rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
             shares = self.spec.shares
-            time = self.budget.left_s * self.workers + self.budget.used("explore")  # of all workers
+            time = self.budget.left_s + self.budget.used("explore") / self.workers
             share = time * shares.confirm / (shares.confirm + shares.explore)
-            each = max(2.0, share / self.spec.finalists - self.confirmation_s() - 2 * self.rung0_s())
+            rounds = math.ceil(self.spec.finalists / self.workers)
+            each = max(2.0, share / rounds - self.confirmation_s() - 2 * self.rung0_s())
             step = elastic.get("batch_tokens", 4096)
             tokens = max(4, round(each * rate / step)) * step
             self.store.set_meta(recovery_tokens=tokens)

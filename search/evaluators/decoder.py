@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -209,9 +208,8 @@ class DecoderEvaluator(Evaluator):
         request = {"ids": str(ids), "targets": str(targets), "reference_windows": m, **out}
         request["one_by_one"] = candidate.uses_dynamic_activations  # their scale is that of all windows in a run
         request["save_reference" if is_teacher else "reference"] = str(reference)
-        cores = min(space.profile.cores, len(os.sched_getaffinity(0)))  # the profile may be another machine's
-        with EngineChild(cores) as child:
-            child.ask(do="load", path=str(model), threads=cores)
+        with EngineChild(space.threads) as child:
+            child.ask(do="load", path=str(model), threads=space.threads)
             self._score_in_slices(child, request, len(windows.ids))
         itself = {"kl": np.zeros(m), "agree": windows.targets[:m]}
         extra = itself if is_teacher else {name: np.load(out[name]) for name in ("kl", "agree")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -207,10 +206,9 @@ class PluginEvaluator(Evaluator):
     def _in_engine(self, model: Path, inputs: Path, count: int) -> list[Outputs]:
         """The outputs of an engine child for batches in a file."""
         out = inputs.with_name(f"{inputs.stem}-out.npz")
-        cores = min(self.space.profile.cores, len(os.sched_getaffinity(0)))
         try:
-            with EngineChild(cores) as child:
-                child.ask(do="load", path=str(model), threads=cores)
+            with EngineChild(self.space.threads) as child:
+                child.ask(do="load", path=str(model), threads=self.space.threads)
                 child.ask(timeout_s=3600.0, do="forward", inputs=str(inputs), out=str(out))
             with np.load(out, allow_pickle=False) as held:
                 return [

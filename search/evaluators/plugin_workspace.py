@@ -29,6 +29,7 @@ from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.quality.module_quality import Judged, judge
+from paretune.search.evaluators.threads import use_threads
 from paretune.search.spec import Spec
 from paretune.spaces.candidate import Format
 from paretune.spaces.module_candidate import ModuleCandidate
@@ -53,7 +54,7 @@ class PluginWorkspace:
         self._modules: dict[str, nn.Module] = {}
         self._graphs: dict[str, ModuleGraph] = {}
         self._norms: dict[str, Weights] = {}
-        torch.set_num_threads(max(1, min(self.profile.cores, len(os.sched_getaffinity(0)))))
+        self.threads = use_threads(self.profile)
 
     @cached_property
     def teacher(self) -> PluginTeacher:

@@ -40,6 +40,7 @@ from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.quality.batching import WINDOW, batch_within_memory
+from paretune.search.evaluators.threads import use_threads
 from paretune.search.sensitivity_budget import BUDGET_SHARE, affordable_tokens
 from paretune.search.spec import Spec
 from paretune.search.students import with_students
@@ -83,7 +84,7 @@ class Workspace:
         self.fingerprint = fingerprint()
         self._networks: dict[int, Network] = {}
         self._statistics: OrderedDict[str, list[LayerStatistics]] = OrderedDict()
-        torch.set_num_threads(max(1, min(self.profile.cores, len(os.sched_getaffinity(0)))))
+        self.threads = use_threads(self.profile)
 
     @cached_property
     def teacher(self) -> Teacher:

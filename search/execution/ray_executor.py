@@ -1,14 +1,12 @@
-"""Running the director's work: by Ray Tune in worker processes, or in this process (tests, debugging)."""
+"""Running the director's tasks by Ray Tune in worker processes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ from paretune.common.errors import EnvironmentProblem
 from paretune.hardware_profiles.profile import Profile
 from paretune.search.execution.processes import descendants, end_survivors
 from paretune.search.execution.secrets_kept import hidden
+from paretune.search.execution.signals import obeyed
 from paretune.search.execution.surroundings import TEMP_PREFIX, not_started, prepare_environment, session_folder
+from paretune.search.layout import THREADS, Layout
 from paretune.search.policy.director import Director
-from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.base import Task
 
 OBJECT_STORE_BYTES = 100 * 2**20
 RAY_ENVIRONMENT = {
@@ -37,40 +37,22 @@ RAY_ENVIRONMENT = {
 }
 
 
-def run_inline(director: Director, evaluate: Callable[[Task], Outcome[Any]]) -> None:
-    """Ask, evaluate, tell in this process until the director is done."""
-    from paretune.search.execution.tune_search import OUTCOME, TASK, JointSearch
-
-    searcher, number = JointSearch(director), 0
-    while True:
-        trial_id = f"inline-{number}"
-        config = searcher.suggest(trial_id)
-        if config is None:
-            raise RuntimeError("the director waits, but nothing is running")
-        if isinstance(config, str):
-            return
-        outcome: Outcome[Any] = Outcome(done=False)
-        while not outcome.done:
-            outcome = evaluate(config[TASK])
-            if not outcome.done:
-                searcher.on_trial_result(trial_id, {OUTCOME: outcome})
-        searcher.on_trial_complete(trial_id, {OUTCOME: outcome})
-        number += 1
-
-
-def run_ray(director: Director, folder: Path, home: Path, cores: int, launch: int, address: str | None = None) -> None:
+def run_ray(
+    director: Director, folder: Path, home: Path, layout: Layout, launch: int, address: str | None = None
+) -> None:
     """Run by Ray Tune until the director is done or SIGINT/SIGTERM ask for the end (once: orderly; again: at once)."""
     os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
     os.environ["PARETUNE_STUDY_FOLDER"], os.environ["PARETUNE_STUDY_HOME"] = str(folder), str(home)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    os.environ[THREADS] = str(layout.threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(layout.threads))
     prepare_environment(os.environ, home, local=address is None)
     _clean_up_dead_launch(director)
     with hidden(os.environ) as secrets:
-        _run_ray(director, folder, cores, launch, address, secrets)
+        _run_ray(director, folder, layout, launch, address, secrets)
 
 
 def _run_ray(
-    director: Director, folder: Path, cores: int, launch: int, address: str | None, secrets: Path | None
+    director: Director, folder: Path, layout: Layout, launch: int, address: str | None, secrets: Path | None
 ) -> None:
     import optuna
     import ray
@@ -85,7 +67,7 @@ def _run_ray(
     temp = session_folder()
     passed = passed_on(os.environ)
     local: dict[str, Any] = {
-        "num_cpus": cores,
+        "num_cpus": layout.cores,
         "num_gpus": 0,
         "object_store_memory": OBJECT_STORE_BYTES,
         "_temp_dir": str(temp),
@@ -111,7 +93,7 @@ def _run_ray(
             }
         )
         tuner = tune.Tuner(
-            tune.with_resources(StudyWorker, placement(cores, folder, ray.cluster_resources())),
+            tune.with_resources(StudyWorker, placement(layout.threads, folder, ray.cluster_resources())),
             tune_config=tune.TuneConfig(
                 search_alg=JointSearch(director),
                 num_samples=-1,
@@ -128,7 +110,7 @@ def _run_ray(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        with _signals(director):
+        with obeyed(director):
             tuner.fit()
     finally:
         ray.shutdown()
@@ -189,20 +171,3 @@ def _trial_name(trial: Any) -> str:
     """Kind and candidate, short enough for a folder."""
     task: Task = trial.config["task"]
     return f"{task.kind}-{'' if task.subject is None else task.subject.key[:8] + '-'}{trial.trial_id}"
-
-
-@contextlib.contextmanager
-def _signals(director: Director) -> Iterator[None]:
-    """First SIGINT or SIGTERM: stop what runs and write up. Second: leave at once (the store is always resumable)."""
-
-    def ask(_number: int, _frame: Any) -> None:
-        if director.is_interrupted:
-            os._exit(130)
-        director.interrupt()
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

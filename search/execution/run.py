@@ -21,6 +21,7 @@ from paretune.search.study.records import now
 from paretune.search.study.store import Store
 
 BEAT_S = 5.0
+EXECUTOR = "PARETUNE_EXECUTOR"
 
 
 def run_study(
@@ -29,10 +30,10 @@ def run_study(
     home: Path,
     notify: Callable[[str, dict[str, Any]], None],
     address: str | None = None,
-    execute: Callable[..., None] = run_ray,
+    execute: Callable[..., None] | None = None,
 ) -> int:
     """Run a created or reopened study to its end; returns the exit code (0, 3, 4, 130). Starting is recovering, and takes back
-    what was ordered before."""
+    what was ordered before. `execute` runs the director's tasks; by default Ray does, or with PARETUNE_EXECUTOR=inline this process."""
     withdraw(store.folder)
     launches = int(store.meta("launches", 0)) + 1
     lost = store.recover(MAX_ATTEMPTS)
@@ -48,11 +49,11 @@ def run_study(
     store.event(
         "launch", f"launch {launches}" + (f", {lost} evaluations of a dead process are due again" if lost else "")
     )
-    director = Director(store, ready.spec, ready.space, budget, notify)
+    layout = ready.layout(address)
+    director = Director(store, ready.spec, ready.space, budget, notify, layout.workers)
     try:
-        cores = ready.profile.cores if address else min(ready.profile.cores, len(os.sched_getaffinity(0)))
         with time_kept(store, budget):
-            execute(director, store.folder, home, cores, launches, address)
+            (execute or _executor())(director, store.folder, home, layout, launches, address)
     except BaseException as error:
         if not store.is_there:
             raise folder_gone(store.folder) from error
@@ -80,6 +81,14 @@ def run_study(
     if code != 130 or obeyed == "cancelled":
         shutil.rmtree(store.folder / "work", ignore_errors=True)
     return code
+
+
+def _executor() -> Callable[..., None]:
+    if os.environ.get(EXECUTOR) != "inline":
+        return run_ray
+    from paretune.search.execution.inline import run_here
+
+    return run_here
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from paretune.search.samplers.optuna_sampler import (
 from paretune.search.samplers.sequential import SequentialPlan
 from paretune.search.tasks.base import Task
 from paretune.search.tasks.explore import Explore
-from paretune.spaces.candidate import Candidate
+from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.kinds import AnyCandidate, params_of
 
 MOST_DUPLICATES = 40
@@ -156,7 +156,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         assert self._seeds is not None
         shape = self.state.space.shape
         for i, candidate in enumerate(self._seeds):
-            if not full_size or (isinstance(candidate, Candidate) and candidate.is_full_size(shape)):
+            whole = isinstance(candidate, Candidate) and isinstance(shape, Shape) and candidate.is_full_size(shape)
+            if whole or not full_size:
                 return self._seeds.pop(i)
         return None
 

@@ -174,17 +174,28 @@ class Director:
             raise folder_gone(self.state.store.folder)
 
     def _tell_stage(self, decision: Decision) -> None:
-        """Write what is done now where readers see it, when it changes."""
+        """Write what is done now where readers see it, when it changes: the stage, and each worker's task."""
         if decision.kind == "wait":
             return
         idle = Explore.stage if decision.kind == "propose" else ENDING
         stage = idle if decision.task is None else decision.task.stage_in(self.state)
-        if stage != self._told_stage:
+        told: dict[str, Any] = {} if stage == self._told_stage else {"stage": stage}
+        if self.state.workers > 1:
+            told["doing"] = self._doing()
+        if told:
             self._told_stage = stage
-            self.state.store.set_meta(stage=stage)
+            self.state.store.set_meta(**told)
+
+    def _doing(self) -> list[dict[str, str]]:
+        """Stage and candidate of every task in flight."""
+        return [
+            {"stage": task.stage_in(self.state), "candidate": "" if task.subject is None else task.subject.describe()}
+            for task in self.out.values()
+        ]
 
     def _charge(self, task: Task, seconds: float) -> None:
         budget = self.state.budget
         budget.charge(task.stage_in(self.state), seconds)
         spent = budget.elapsed_s
-        self.state.store.set_meta(spent_s=spent, spent_at=[spent, now()], seconds_by_stage=budget.stages)
+        doing = {"doing": self._doing()} if self.state.workers > 1 else {}
+        self.state.store.set_meta(spent_s=spent, spent_at=[spent, now()], seconds_by_stage=budget.stages, **doing)

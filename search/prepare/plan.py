@@ -11,6 +11,7 @@ from paretune.common.memory import available_memory
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.quality.batching import WINDOW, batch_within_memory
 from paretune.search.estimation.costs import CONFIRM_GUESS_S
+from paretune.search.layout import Layout
 from paretune.search.sensitivity_budget import affordable_tokens, expected_seconds
 from paretune.search.spec import Spec
 from paretune.spaces.kinds import AnySpace
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 FINALIST_COPIES, BASELINE_COPIES, OTHER_COPIES = 3.0, 2.0, 3.0
 BASELINES = 3
 # Driver, Ray's daemons, an empty worker and its libraries.
-EMPTY_SEARCH_BYTES = 2.2e9
+EMPTY_SEARCH_BYTES = 2_200_000_000
+# One more worker and its libraries.
+WORKER_BYTES = 900_000_000
 # Copies of all weights that training holds: teacher, parameters, gradients, momentum, fake-quantized, and in bfloat16.
 WEIGHT_COPIES, TABLE_COPIES, LOGIT_COPIES = 7.0, 2.0, 5.0
 TRAINING_BATCH = 6
@@ -33,7 +36,10 @@ TRAINING_BATCH = 6
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search will cost, told before it starts (`--dry-run`). `read`: what of --data is read, what is left out and why."""
+    """What a search will cost, told before it starts (`--dry-run`).
+
+    `read` is what of --data is read, and what is left out and why; `layout` is how many workers there are.
+    """
 
     teacher: str
     parameters: int
@@ -55,6 +61,7 @@ class Plan:
     text_what: str = "text"
     text_unit: str = "characters"
     read: tuple[str, ...] = ()
+    layout: str = ""
 
 
 def memory_needed(teacher: Teacher) -> int:
@@ -84,9 +91,10 @@ def make_plan(
     characters: dict[str, int],
     home: Path,
     notes: list[str],
+    layout: Layout,
 ) -> Plan:
-    """Rough costs, scaled from the embedded teacher on two cores."""
-    scale = max(0.1, teacher.parameters / 5.77e6) * 2 / max(1, profile.cores)
+    """Rough costs, scaled from the embedded teacher on two cores. A stage's seconds are those of the wall clock."""
+    scale = max(0.1, teacher.parameters / 5.77e6) * 2 / layout.threads
     seconds = {
         "baselines": 3 * (4 + 4 * scale * spec.report_tokens / 40_000),
         "latency fit": spec.fit_points * (0.7 + 0.4 * scale),
@@ -96,14 +104,15 @@ def make_plan(
         formats = len(space.mixed_formats)
         tokens = affordable_tokens(teacher.shape, formats, spec.budget_s, profile.cores)
         seconds["sensitivity"] = expected_seconds(teacher.shape, formats, tokens, profile.cores)
+    size = teacher.parameters * 4
     left = max(0.0, spec.budget_s - sum(seconds.values()))
     seconds["explore"] = left * spec.shares.explore / (spec.shares.explore + spec.shares.confirm)
+    memory = memory_needed(teacher) if isinstance(teacher, Teacher) else int(EMPTY_SEARCH_BYTES + size * WEIGHT_COPIES)
     seconds["recover and confirm"] = left - seconds["explore"]
-    per_candidate = 0.25 + 1.0 * scale * spec.search_tokens / 24_000
+    per_candidate = (0.25 + 1.0 * scale * spec.search_tokens / 24_000) / layout.workers
     per_finalist = CONFIRM_GUESS_S * scale * max(0.5, spec.report_tokens / 40_000) + 2 * per_candidate
     finalists = max(1, int(seconds["recover and confirm"] / per_finalist))
     copies = FINALIST_COPIES * min(2 * spec.finalists, finalists) + BASELINE_COPIES * BASELINES + OTHER_COPIES
-    size = teacher.parameters * 4
     return Plan(
         teacher.name,
         teacher.parameters,
@@ -116,12 +125,13 @@ def make_plan(
         min(spec.finalists, finalists),
         int(size * copies + 300e6),
         shutil.disk_usage(_existing(home)).free,
-        memory_needed(teacher) if isinstance(teacher, Teacher) else int(EMPTY_SEARCH_BYTES + size * WEIGHT_COPIES),
+        memory + (layout.workers - 1) * (memory - EMPTY_SEARCH_BYTES + WORKER_BYTES),
         available_memory(),
         tuple(notes),
         spec.most_finalists,
         training_tokens_per_parameter(spec, teacher, profile) if isinstance(teacher, Teacher) else 0.0,
         space.mild,
+        layout=layout.describe(),
     )
 
 

@@ -11,6 +11,7 @@ from paretune.compression.export.module_graph import ModuleGraph
 from paretune.hardware_profiles import load_profile
 from paretune.objectives.metric_names import FORWARD, MetricNames
 from paretune.objectives.quality.module_quality import metric_names_of
+from paretune.search.layout import layout_of
 from paretune.search.prepare.plan import make_plan
 from paretune.search.prepare.ready import PluginSetup, Ready, check_affordable
 from paretune.search.spec import Spec
@@ -43,7 +44,7 @@ def prepare_plugin(spec: Spec, home: Path, address: str | None = None) -> Ready:
     spec = settle(spec, figures)
     space = ModuleSpace.of(shape_of_module(teacher.plugin, teacher.module), profile.weight_formats)
     counted: dict[str, int] = {name: sum(len(b.inputs[0]) for b in teacher.plugin.batches(name)) for name in SPLITS}
-    plan = make_plan(spec, teacher, profile, space, counted, home, notes)
+    plan = make_plan(spec, teacher, profile, space, counted, home, notes, layout_of(spec, profile, address))
     plan = replace(plan, text_what="batches of the plug-in", text_unit="examples")
     check_affordable(plan, spec, home)
     _check_export(teacher)

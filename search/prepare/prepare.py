@@ -14,6 +14,7 @@ from paretune.hardware_profiles import load_profile
 from paretune.objectives.latency.workload import STANDARD, workload_within
 from paretune.objectives.quality.batching import WINDOW
 from paretune.search.estimation.derived_metrics import check_device_specs
+from paretune.search.layout import layout_of
 from paretune.search.prepare.plan import make_plan, training_tokens_per_parameter
 from paretune.search.prepare.ready import Ready, check_affordable
 from paretune.search.sensitivity_budget import BUDGET_SHARE, affordable_tokens
@@ -103,6 +104,7 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
         {name: sum(len(d.text) for d in corpus.splits[name]) for name in SPLITS},
         home,
         notes,
+        layout_of(spec, profile, address),
     )
     plan = replace(plan, read=corpus.read)
     check_affordable(plan, spec, home)

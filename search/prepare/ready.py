@@ -15,6 +15,7 @@ from paretune.common.version import VERSION
 from paretune.hardware_profiles import fingerprint
 from paretune.hardware_profiles.profile import Profile
 from paretune.objectives.metric_names import MetricNames
+from paretune.search.layout import Layout, layout_of
 from paretune.search.prepare.plan import Plan
 from paretune.search.spec import Spec
 from paretune.search.targets.profiles import reserved_share
@@ -52,6 +53,10 @@ class Ready:
     def search_s(self) -> float:
         """Seconds of the budget for the search itself; the rest is for measuring on further targets that are at hand."""
         return self.spec.budget_s * (1 - reserved_share(self.targets))
+
+    def layout(self, address: str | None = None) -> Layout:
+        """How many tasks run at once; `address` is that of a Ray cluster. Raises UsageError if there are too few cores."""
+        return layout_of(self.spec, self.profile, address)
 
     @property
     def identity(self) -> str:

@@ -10,11 +10,12 @@ from paretune.search.study.database import is_taken
 from paretune.search.study.records import Event
 from paretune.search.study.store import Store, reading
 from paretune.search.study.target_records import NAMES
-from paretune.search.study.view import DEFAULT_OBJECTIVES, StudyView, front_of, point_of, standing, written_at
+from paretune.search.study.view import DEFAULT_OBJECTIVES, StudyView, doing, front_of, point_of, standing, written_at
 
 META = (
     "state",
     "stage",
+    "doing",
     "created",
     "spec",
     "teacher",
@@ -70,6 +71,7 @@ def _load_standing(store: Store) -> Standing:
         "ties": len(ties),
         "failures": sum(rows for (_, status), (rows, _) in counts.items() if status in FAILURES),
         "seconds_by_stage": meta["seconds_by_stage"] or {},
+        "doing": doing(meta),
     }
     return Standing(
         told, tuple([*store.events(LAST_EVENTS), *(Event("", "unreadable", text) for text in bad)][-LAST_EVENTS:])

@@ -157,6 +157,7 @@ META = (
     "elastic",
     "launches",
     "stage",
+    "doing",
     "ended",
     "remedy",
     "seed",
@@ -253,7 +254,13 @@ def standing(view: StudyView) -> dict[str, Any]:
         "ties": len(view.ties),
         "failures": len(view.failures),
         "seconds_by_stage": view.seconds_by_stage,
+        "doing": doing(view.meta),
     }
+
+
+def doing(meta: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What each of several workers of a running study does: stage, and the candidate in words. Empty with one worker."""
+    return list(meta["doing"] or []) if meta["state"] == "running" else []
 
 
 def written_at(meta: Mapping[str, Any]) -> str | None:

@@ -30,6 +30,13 @@ class Outcome(Generic[R]):
     exit_code: int = 0
     remedy: str = ""
 
+    @property
+    def found(self) -> R:
+        """The result. Raises ValueError with the reason if there is none."""
+        if self.result is None:
+            raise ValueError(f"the task is {self.status}: {self.reason}")
+        return self.result
+
 
 def fatal(error: ParetuneError) -> Outcome[Any]:
     """The outcome that ends the search with the error's exit code; the remedy is kept apart from the reason."""
@@ -78,13 +85,13 @@ class Task(ABC):
     def completed(self, state: SearchState, outcome: Outcome[Any], seconds: float) -> None:
         """Write what came of it into the study; `seconds` is what it took."""
 
-    def started(self, state: SearchState) -> None:
+    def started(self, state: SearchState) -> None:  # noqa: B027 (most kinds do nothing)
         """It is handed out."""
 
-    def progressed(self, state: SearchState, outcome: Outcome[Any]) -> None:
+    def progressed(self, state: SearchState, outcome: Outcome[Any]) -> None:  # noqa: B027 (most kinds do nothing)
         """A report on the way."""
 
-    def lost(self, state: SearchState, reason: str, seconds: float) -> None:
+    def lost(self, state: SearchState, reason: str, seconds: float) -> None:  # noqa: B027 (what is due is read from the study)
         """Its worker died or hung; it becomes due again."""
 
 

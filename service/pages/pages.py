@@ -43,6 +43,7 @@ Offset = Annotated[int, Query(ge=0, le=10**9)]
 UNKNOWN = dict.fromkeys(
     (
         "stage",
+        "doing",
         "problem",
         "teacher",
         "profile",

@@ -167,6 +167,7 @@ follow(study, (status) => {
   if (status.explored === undefined) return;
   time(status.elapsed_s, status.spent_s, status.budget_s);
   document.getElementById("stage").textContent = status.state === "running" ? `, ${status.stage ?? "starting"}` : "";
+  document.getElementById("doing").replaceChildren(...(status.doing ?? []).map((d) => element("li", { textContent: d.candidate ? `${d.stage}: ${d.candidate}` : d.stage })));
   const counts = document.getElementById("counts"), counted = `${status.explored} explored, ${status.confirmed} confirmed, front of ${status.front - status.ties}, ${status.failures} failures`;
   const isOld = profile === own && counts.textContent !== counted;
   if (profile === own) counts.textContent = counted;

@@ -109,7 +109,7 @@ def test_durations_are_rounded_once(seconds: float, text: str) -> None:
 @pytest.mark.parametrize("kind", [UsageError, EnvironmentProblem])
 def test_a_fatal_end_says_its_reason_and_then_its_remedy(view: StudyView, kind: Any) -> None:
     outcome = fatal(kind("the disk [home] is full", "free it"))
-    meta = {**view.meta, "ended": outcome.reason, "remedy": outcome.facts["remedy"]}
+    meta = {**view.meta, "ended": outcome.reason, "remedy": outcome.remedy}
     ended = replace(view, meta=meta)
     assert cli_search.why_ended(ended, kind.exit_code) == ("the disk [home] is full", "free it")
     told = cli_search.outcome_of(ended, kind.exit_code)

@@ -378,11 +378,11 @@ def test_a_pruned_checkpoint_is_searched_with_its_masks(evaluator: DecoderEvalua
     assert all(torch.equal(weights[name], space.teacher_weights[name]) for name in weights), (
         "the zeros are there already"
     )
-    first, second = (evaluator.run(Explore(c)).result for c in (dense, kept))
+    first, second = (evaluator.run(Explore(c)).found for c in (dense, kept))
     assert first.scores == second.scores and second.facts()["sparsity"] == pytest.approx(0.4, abs=0.01)
     outcome = evaluator.run(Recover(kept, tokens=2048, seconds_left=60.0))
     assert outcome.status == "complete", outcome.reason
-    stored = load_file(outcome.result.recovered.file)
+    stored = load_file(outcome.found.recovered.file)
     assert all((stored[name][~mask] == 0).all() for name, mask in masks.items())
 
 
@@ -390,11 +390,11 @@ def test_a_pattern_that_drops_nothing_warns_and_is_recorded(evaluator: DecoderEv
     idle = Candidate((Layer(128, 2, pattern=Pattern("unstructured", 1e-5)),) * 3)
     with pytest.warns(NothingChanged, match="drops no weight: 3 layers"):
         outcome = evaluator.run(Explore(idle))
-    assert outcome.result.facts() == {"sparsity": 0.0, "idle_masks": 1.0}
+    assert outcome.found.facts() == {"sparsity": 0.0, "idle_masks": 1.0}
     busy = Candidate((Layer(128, 2, pattern=Pattern("2:4", 0.5)),) * 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NothingChanged)
-        assert "idle_masks" not in evaluator.run(Explore(busy)).result.facts()
+        assert "idle_masks" not in evaluator.run(Explore(busy)).found.facts()
 
 
 def test_keeping_zeros_of_a_teacher_that_has_none_is_refused(

@@ -1,43 +1,16 @@
 """The main job for real, at toy size: a user's own checkpoint and text, Ray, ONNX Runtime, MLflow, artifact, re-measurement."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from paretune.search.front import dominates
 from paretune.search.study.store import Store
 from paretune.search.study.view import load_view
+from support.commands import paretune
 
 pytestmark = pytest.mark.timeout(290)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def paretune(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "paretune", *map(str, arguments)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=270,
-    )
-
-
-@pytest.fixture(scope="module")
-def night(tmp_path_factory, tiny_teacher_dir, tiny_text):
-    """A finished search: (working directory, its JSON). It ends when all is done; a busy machine has the whole budget."""
-    folder = tmp_path_factory.mktemp("night")
-    (folder / "spec.yaml").write_text(
-        f"teacher: {tiny_teacher_dir}\ndata: {tiny_text}\nbudget: 200s\n"
-        "fit_points: 8\nfinalists: 1\nmax_candidates: 24\nshares: {elastic: 0.05}\n"
-    )
-    done = paretune("search", "spec.yaml", "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -120,19 +93,6 @@ def test_mlflow_shows_the_study_and_can_be_rebuilt(night, view):
     again = paretune("sync", cwd=night[0])
     assert again.returncode == 0, again.stderr
     assert {k: r.info.run_id for k, r in children().items()} == {k: r.info.run_id for k, r in before.items()}
-
-
-def test_the_same_text_and_teacher_are_not_trained_again(night, view):
-    elastic = list((night[0] / "mlruns" / "cache" / "elastic").glob("*.safetensors"))
-    assert len(elastic) == 1
-    stamp = elastic[0].stat().st_mtime_ns
-    spec = night[0] / "short.yaml"
-    text = (night[0] / "spec.yaml").read_text()
-    spec.write_text(text.replace("max_candidates: 24", "max_candidates: 4"))
-    done = paretune("search", spec, "--study", "again", "--json", cwd=night[0])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "reused from an earlier search" in " ".join(done.stderr.split())
-    assert elastic[0].stat().st_mtime_ns == stamp
 
 
 def test_complete_study_is_not_run_again(night, view):

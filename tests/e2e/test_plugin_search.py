@@ -17,7 +17,7 @@ import pytest
 from paretune.common.checksums import check_artifact
 from paretune.common.errors import UsageError
 from paretune.search.evaluators.plugin import PluginEvaluator
-from paretune.search.execution.ray_executor import run_inline
+from paretune.search.execution.inline import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.execution.trainable import EVALUATOR, make_evaluator
 from paretune.search.front import dominates
@@ -38,6 +38,7 @@ SPEC: dict[str, Any] = {
     "fit_points": 8,
     "finalists": 1,
     "max_candidates": 8,
+    "shares": {"explore": 0.6, "confirm": 0.02, "elastic": 0.05},  # short recoveries
     "seed": 3,
 }
 

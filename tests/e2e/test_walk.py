@@ -17,16 +17,17 @@ from typing import Any
 
 import pytest
 
+from paretune.search.study.store import Store
+
 pytestmark = pytest.mark.timeout(280)
 SPEC = {
-    "teacher": "mine",
+    "teacher": "tiny",
     "data": "text",
-    "budget": "150s",
+    "budget": "200s",
     "fit_points": 8,
     "finalists": 1,
     "max_candidates": 4,
-    "mixed_precision": False,
-    "shares": {"elastic": 0.05},
+    "shares": {"elastic": 0.03, "explore": 0.6, "confirm": 0.02},  # as those of the fixture `night`
 }
 
 
@@ -79,19 +80,25 @@ class Service:
 
 
 @pytest.fixture
-def home(tmp_path: Path, tiny_teacher_dir: Path, tiny_text: Path) -> Path:
-    """What the operator has put there: a model and a text."""
+def home(tmp_path: Path, tiny_teacher_dir: Path, tiny_text: Path, night: tuple[Path, Any]) -> Path:
+    """What the operator has put there: a model and a text; and what a search with both has left in the cache."""
     home = tmp_path / "home"
     (home / "models").mkdir(parents=True)
     (home / "data").mkdir()
-    shutil.copytree(tiny_teacher_dir, home / "models" / "mine")
+    shutil.copytree(tiny_teacher_dir, home / "models" / "tiny")
+    shutil.copytree(night[0] / "mlruns" / "cache", home / "cache")
     copy = shutil.copytree if Path(tiny_text).is_dir() else shutil.copy
     copy(tiny_text, home / "data" / "text")
     return home
 
 
+def elastic_file(home: Path) -> Path:
+    (found,) = (home / "cache" / "elastic").glob("*.safetensors")
+    return found
+
+
 def test_evening_submit_morning_choose_export_run(home: Path, tmp_path: Path) -> None:
-    service = Service(home)
+    trained, service = elastic_file(home).stat().st_mtime_ns, Service(home)
     try:
         assert re.search(r"/login#token=[\w-]{43}\n", service.told), "the token is shown once"
         assert (home / "service" / "token").stat().st_mode & 0o777 == 0o600
@@ -106,6 +113,10 @@ def test_evening_submit_morning_choose_export_run(home: Path, tmp_path: Path) ->
         status, told = service.ask("/v1/studies/night")
         log = (home / "service" / "logs" / "night.log").read_text()[-2000:]
         assert told["job"]["state"] == "complete" and told["state"] == "complete", (told["job"], log)
+        store = Store.reader(home / "studies" / "night")
+        assert "elastic student taken from an earlier search" in [event.text for event in store.events()]
+        store.close()
+        assert elastic_file(home).stat().st_mtime_ns == trained
         # morning
         status, advice = service.ask("/v1/studies/night/recommendation?goal=fastest")
         assert status == 200 and advice["feasible"]

@@ -27,7 +27,7 @@ from paretune.objectives.prediction.memory_fit import MemoryFit, resident_bytes
 from paretune.search.estimation.derived_metrics import check_device_specs
 from paretune.search.evaluators.measuring import Measuring
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
-from paretune.search.execution.ray_executor import run_inline
+from paretune.search.execution.inline import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.front import dominates
 from paretune.search.prepare.ready import Ready

@@ -215,8 +215,8 @@ def fitted(folder: Path, points: int = 30) -> tuple[ByKey, list[Candidate], Fit]
 
 def test_fit_and_confirmations_are_measured_at_the_agent(tmp_path: Path, board: StandIn) -> None:
     measuring, designed, task = fitted(tmp_path)
-    found = measuring.fit(task).result
-    assert found is not None and found.missing == 0 and len(found.kept) == board.asked == len(designed)
+    found = measuring.fit(task).found
+    assert found.missing == 0 and len(found.kept) == board.asked == len(designed)
     values = {json.dumps(k["candidate"]): k["decode_ms_per_token"] for k in found.kept}
     assert values == {json.dumps(json.loads(c.to_json())): pytest.approx(decode_ms(c)) for c in designed}
     kept = list((tmp_path / "cache" / "measurements" / f"at-{board.machine}").glob("*.json"))

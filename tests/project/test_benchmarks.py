@@ -97,9 +97,10 @@ def test_memory_of_a_tree_counts_its_children() -> None:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[joint.Arm]]:
-    """One seed of the comparison through Ray and the command line, evaluations simulated."""
+    """One seed of the comparison through the command line, evaluations simulated."""
     folder = tmp_path_factory.mktemp("joint")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARETUNE_EXECUTOR", "inline")
         patch.setenv("PARETUNE_EVALUATOR", "paretune.search.evaluators.simulated:SimulatedEvaluator")
         joint.run_seed(folder, 0, SMALL)
     return folder, joint.read_arms(folder)

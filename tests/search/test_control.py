@@ -13,7 +13,7 @@ from paretune.common.errors import UsageError
 from paretune.common.files import write_atomically
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
-from paretune.search.execution.ray_executor import run_inline
+from paretune.search.execution.inline import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study, find_study

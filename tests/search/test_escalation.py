@@ -18,7 +18,7 @@ from paretune.compression.distill import RecoveryRecipe
 from paretune.hardware_profiles.profile import detected_profile
 from paretune.search.escalation import PtqResult, QatContext, escalate, may_escalate, not_eligible, unrounded
 from paretune.search.evaluators.simulated import SHAPE, TEACHER_NLL, SimulatedEvaluator, VirtualClock, recovered_loss
-from paretune.search.execution.ray_executor import run_inline
+from paretune.search.execution.inline import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
@@ -139,16 +139,16 @@ def test_by_value_qat_goes_to_those_that_would_be_on_the_front(
     decided = []
     for task, outcome in by_value[0]:
         if isinstance(task, Confirm):
-            confirmed.append(tuple(outcome.result.measurements[name].value for name in OBJECTIVES))
+            confirmed.append(tuple(outcome.found.measurements[name].value for name in OBJECTIVES))
         if isinstance(task, Recover) and may_escalate(trained := decoder(task.candidate)):
             mine = unquantized_at_its_cost(task)
             beaten = any(all(x <= y for x, y in zip(c, mine, strict=True)) and c != mine for c in confirmed)
             costs = recovered_loss(trained, trained) > recovered_loss(trained, unrounded(trained))
-            assert outcome.result.recovered.qat is (costs and not beaten), outcome.result.recovered.qat_reason
-            assert ("dominated by" in outcome.result.recovered.qat_reason) is (costs and beaten)
-            decided.append(outcome.result.recovered.qat)
+            assert outcome.found.recovered.qat is (costs and not beaten), outcome.found.recovered.qat_reason
+            assert ("dominated by" in outcome.found.recovered.qat_reason) is (costs and beaten)
+            decided.append(outcome.found.recovered.qat)
         elif isinstance(task, Recover):
-            assert outcome.result.recovered.qat is False and outcome.result.recovered.qat_reason
+            assert outcome.found.recovered.qat is False and outcome.found.recovered.qat_reason
     assert decided.count(True) >= 3 and decided.count(False) >= 1, decided
 
 
@@ -180,9 +180,9 @@ def test_qat_threshold_is_the_classical_rule(tmp_path: Path) -> None:
     for task, outcome in seen:
         if isinstance(task, Recover) and may_escalate(trained := decoder(task.candidate)):
             loss = recovered_loss(trained, trained) / TEACHER_NLL["search"]
-            assert outcome.result.recovered.qat is (loss > 0.03), outcome.result.recovered.qat_reason
-            assert "--qat-threshold" in outcome.result.recovered.qat_reason
-            decided.append(outcome.result.recovered.qat)
+            assert outcome.found.recovered.qat is (loss > 0.03), outcome.found.recovered.qat_reason
+            assert "--qat-threshold" in outcome.found.recovered.qat_reason
+            decided.append(outcome.found.recovered.qat)
     assert True in decided and False in decided
 
 

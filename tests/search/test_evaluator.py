@@ -239,7 +239,7 @@ def test_a_candidate_that_the_engine_refuses_does_not_end_the_fit(
     task = Fit(tuple(designed), 60.0, seconds_left=60.0)
     while not (outcome := evaluator.run(task)).done:
         pass
-    assert outcome.status == "complete" and outcome.result.refused == ("the engine died: signal 11",)
+    assert outcome.status == "complete" and outcome.found.refused == ("the engine died: signal 11",)
     assert [key for key, _ in measured] == [designed[0].key, designed[2].key]
     assert measured[0][1] != measured[1][1], "its child may be gone, so fresh ones were taken"
 
@@ -257,11 +257,11 @@ def test_damaged_measurements_are_misses(evaluator: DecoderEvaluator, monkeypatc
     measured = []
     monkeypatch.setattr(measuring, "benchmark", lambda: SimpleNamespace(pair=contextlib.nullcontext))
     monkeypatch.setattr(measuring, "_measure_random", lambda candidate, _pair: measured.append(candidate))
-    task = Fit(tuple((good, *bad)), 60.0, seconds_left=60.0)
+    task = Fit((good, *bad), 60.0, seconds_left=60.0)
     with pytest.warns(RuntimeWarning, match="is damaged"):
         outcome = measuring.fit(task)
     assert {c.key for c in measured} == {c.key for c in bad}
-    assert outcome.result is not None and outcome.result.kept == (
+    assert outcome.result is not None and outcome.found.kept == (
         {"candidate": json.loads(good.to_json()), "decode_ms_per_token": 0.5, "ttft_ms": 0.5},
     )
     for file in files:

@@ -18,7 +18,7 @@ from paretune.search.estimation.calibration import Calibration, Pair
 from paretune.search.estimation.finalists import Explored, gaps, next_finalist, perceived
 from paretune.search.evaluators import simulated
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
-from paretune.search.execution.ray_executor import run_inline
+from paretune.search.execution.inline import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.execution.tune_search import Interrupt, JointSearch
 from paretune.search.front import dominates
@@ -203,7 +203,7 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path):
 
 def marked(outcome, **changes):
     """The outcome of a confirmation with a changed latency."""
-    found = outcome.result.measurements
+    found = outcome.found.measurements
     latency = dataclasses.replace(found["decode_ms_per_token"], **changes)
     result = dataclasses.replace(outcome.result, measurements={**found, "decode_ms_per_token": latency})
     return dataclasses.replace(outcome, result=result)

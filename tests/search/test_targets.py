@@ -102,7 +102,7 @@ def call(monkeypatch, capsys):
 
 def inline(original):
     """`run_study` on the evaluator that the environment names, in this process instead of Ray's."""
-    from paretune.search.execution.ray_executor import run_inline
+    from paretune.search.execution.inline import run_inline
     from paretune.search.execution.trainable import make_evaluator
 
     def run_study(store, ready, home, notify, _address=None):

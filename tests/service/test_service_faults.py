@@ -550,10 +550,11 @@ def test_no_work_may_outlive_the_budget(home: Path) -> None:
     from types import SimpleNamespace
 
     from paretune.search.estimation.costs import Costs
+    from paretune.search.tasks.kinds import KINDS
 
     costs = Costs(None, None, SimpleNamespace(parameters=1e9), Budget(90.0, 60.0), None)  # type: ignore[arg-type]
-    for kind in ("fit", "elastic", "sensitivity", "rung0", "recover", "confirm"):
-        assert 60.0 + costs.timeout_s(kind) < 90.0
+    for kind in KINDS:
+        assert 60.0 + costs.timeout_s(kind.most_s) < 90.0
 
 
 def test_the_signal_of_a_killed_service_is_one(tmp_path: Path) -> None:

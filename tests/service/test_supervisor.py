@@ -19,9 +19,11 @@ from paretune.service.queue.supervisor import Supervisor
 from support.waiting import wait
 
 SPEC = {"budget": "5m", "fit_points": 30, "max_candidates": 16, "finalists": 1}
+# In the search's own process: tests/search/test_control.py and tests/e2e/test_kill.py steer and kill searches that Ray runs.
 SIMULATED = {
+    "PARETUNE_EXECUTOR": "inline",
     "PARETUNE_EVALUATOR": "paretune.search.evaluators.simulated:SimulatedEvaluator",
-    "PARETUNE_SIMULATED_SLEEP": "0.15",
+    "PARETUNE_SIMULATED_SLEEP": "0.1",
 }
 
 

@@ -28,7 +28,7 @@ from paretune.search.estimation.calibration import Calibration, Pair
 from paretune.search.evaluators.decoder import DecoderEvaluator
 from paretune.search.evaluators.simulated import SHAPE as SIMULATED
 from paretune.search.evaluators.simulated import SimulatedEvaluator, VirtualClock
-from paretune.search.execution.ray_executor import run_inline
+from paretune.search.execution.inline import run_inline
 from paretune.search.execution.run import run_study
 from paretune.search.policy.director import Director
 from paretune.search.policy.initial_candidates import textbook_candidates
@@ -637,9 +637,9 @@ def test_the_worker_measures_the_table_once_per_teacher_and_text(
 ) -> None:
     space = replace(evaluator.space.space, mixed=True)
     task = MeasureSensitivity(space.mixed_formats)
-    first = evaluator.run(task).result
-    assert first is not None and first.is_kept is False
-    assert evaluator.run(task).result.is_kept is True
+    first = evaluator.run(task).found
+    assert first.is_kept is False
+    assert evaluator.run(task).found.is_kept is True
     assert len(list((evaluator.space.cache / "sensitivity").glob("*.json"))) == 1
     table = first.table
     assert table.formats == space.mixed_formats and sorted(table.order) == [0, 1, 2]
@@ -648,9 +648,9 @@ def test_the_worker_measures_the_table_once_per_teacher_and_text(
     candidate = replace(space, sensitivity=table).decode(base_params(space, effective_bits=4))
     assert is_mixed(candidate)
     scored = evaluator.run(Explore(candidate))
-    assert scored.status == "complete" and scored.result.measurements["bytes"].value > 0
+    assert scored.status == "complete" and scored.found.measurements["bytes"].value > 0
     others = task.formats[:1]
-    assert evaluator.run(replace(task, formats=others)).result.is_kept is False
+    assert evaluator.run(replace(task, formats=others)).found.is_kept is False
     monkeypatch.setattr(evaluator.space, "spec", evaluator.space.spec.model_copy(update={"budget": "0.001s"}))
     too_long = evaluator.run(task)
     assert too_long.status == "failed" and "of the budget" in too_long.reason

@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ from paretune.tracking.report.report import report_html, write_report
 from paretune.tracking.wording import recommended
 from support.decoders import decoder
 from support.studies import CONFIRMED, EVIL, INT4, INT8, add_board, candidate, confirm, fill, new_study, score_rung0
+from support.waiting import wait
 
 
 @dataclasses.dataclass
@@ -609,8 +611,36 @@ def test_the_housekeeper_does_not_keep_the_machine(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(housekeeper_module, "try_drain", drain)
     keeper = Housekeeper(store, tmp_path)
-    keeper.tidy(30.0)
-    assert len(measured) == 2
+    keeper.tidy()
+    wait(lambda: len(measured) == 2, what="the steps")
+    assert keeper.finish() is not None, "nothing was really told"
+    store.close()
+
+
+def test_nobody_waits_for_the_housekeeper_and_rounds_are_not_piled_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = new_study(tmp_path / "studies" / "kept")
+    confirm(store, candidate(), 2.0, 0.92, 21.0, source="baseline")
+    go_on, begun = threading.Event(), []
+
+    def drain(_home: Path, _store: Store, view: StudyView, _turn: Any) -> None:
+        begun.append(len(view.confirmed))
+        go_on.wait(60)
+
+    monkeypatch.setattr(housekeeper_module, "try_drain", drain)
+    keeper = Housekeeper(store, tmp_path)
+    keeper.tidy()
+    wait(lambda: begun == [1], what="the first round")
+    confirm(store, candidate(ffn=512), 2.1, 0.8, 15.0)
+    for _ in range(5):
+        keeper.tidy()
+    assert begun == [1]
+    go_on.set()
+    wait(lambda: keeper._thread is None, what="the end of the rounds")
+    assert begun == [1, 2], "one more round, with what had come meanwhile"
+    assert "2 results are not in MLflow yet" in str(keeper.finish())
+    assert (store.folder / "report.html").is_file()
     store.close()
 
 

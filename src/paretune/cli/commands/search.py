@@ -88,6 +88,13 @@ def search(
     study: Annotated[
         str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Tasks at once; a study can be continued with another number.")
+    ] = None,
+    threads_per_trial: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of each task; by default the cores are divided among the workers."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it costs, then stop.")] = False,
     address: Annotated[
         str | None, typer.Option(help="Address of a running Ray cluster; without it, a local one is started.")
@@ -117,6 +124,8 @@ def search(
         "sampler": sampler,
         "qat_threshold": fraction(qat_threshold, "--qat-threshold"),
         "seed": seed,
+        "workers": workers,
+        "threads_per_trial": threads_per_trial,
     }
     spec = make_spec(spec_file, preset, options)
     notify = load_notify(home.resolve(), notify_command, notify_url)
@@ -296,6 +305,7 @@ def _show_plan(plan: Plan, json: bool) -> None:
     for line in plan.read:
         print_text(f"  {line}")
     print_text(f"budget {plan.budget_s:.0f} s: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in plan.seconds.items()))
+    print_text(plan.layout)
     print_text(
         f"about {plan.expected_candidates} candidates explored; time to recover and confirm "
         f"{plan.expected_finalists} finalists, or up to {plan.most_finalists} if each takes less"

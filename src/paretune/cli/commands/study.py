@@ -41,6 +41,8 @@ def status(study: Study = None, home: Home = HOME, json: Json = False) -> None:
             f"{data['explored']} explored, {data['confirmed']} confirmed, "
             f"front {data['front']} ({data['ties']} ties), {data['failures']} failures"
         )
+        for task in data["doing"]:
+            say("  ", (task["stage"], "bold"), f": {task['candidate']}" if task["candidate"] else "")
         for event in view.events[-8:]:
             say("  ", (event.at[:19], "dim"), f" {event.text}")
 

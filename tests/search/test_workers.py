@@ -1,0 +1,244 @@
+"""Searches with several tasks in flight, on the simulated evaluator's virtual clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from paretune.common.errors import UsageError
+from paretune.hardware_profiles.profile import Profile, detected_profile
+from paretune.search.budget import Budget
+from paretune.search.evaluators.simulated import SECONDS, SHAPE, SimulatedEvaluator, VirtualClock
+from paretune.search.execution.inline import run_workers
+from paretune.search.execution.run import run_study
+from paretune.search.execution.tune_search import OUTCOME, TASK, JointSearch
+from paretune.search.layout import Layout, layout_of
+from paretune.search.policy.director import Director
+from paretune.search.prepare.ready import Ready
+from paretune.search.prepare.studies import create_study
+from paretune.search.spec import Spec
+from paretune.search.study.store import Store
+from paretune.search.study.summary import load_standing
+from paretune.search.study.view import load_view
+from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.elastic import Elastic
+from paretune.search.tasks.explore import Explore
+from paretune.spaces.candidate import Candidate
+from paretune.spaces.space import Space
+from paretune.teachers.checkpoint.teacher import load_teacher
+from support.plans import empty_plan
+
+WORKERS = 4
+
+
+def make_ready(**options: Any) -> Ready:
+    spec = Spec.model_validate({"budget": "150s", "fit_points": 30, "max_candidates": 130, "finalists": 3, **options})
+    profile = detected_profile()
+    space = Space.of(SHAPE, profile.weight_formats)
+    return Ready(spec, load_teacher("stdlib-coder"), profile, space, empty_plan(space, spec))
+
+
+def director_of(ready: Ready, store: Store, clock: Callable[[], float], workers: int = WORKERS) -> Director:
+    return Director(store, ready.spec, ready.space, Budget(ready.spec.budget_s, clock=clock), workers=workers)
+
+
+class Watch:
+    """A search by `workers`, and for every moment at which a task ended what was in flight."""
+
+    def __init__(self, ready: Ready, home: Path, workers: int = WORKERS) -> None:
+        self.store = create_study(ready, home, "s", "x")
+        self.clock = VirtualClock()
+        self.director = director_of(ready, self.store, self.clock, workers)
+        self.evaluator = SimulatedEvaluator(self.store.folder, home)
+        self.flights: list[list[Task]] = []
+        self.done: Counter[str] = Counter()
+
+    def run(self) -> Watch:
+        run_workers(self.director, self.evaluate, self.clock, lambda task: SECONDS[task.kind])
+        return self
+
+    def evaluate(self, task: Task) -> Outcome[Any]:
+        self.flights.append(list(self.director.out.values()))
+        self.done[task.kind] += 1
+        return self.evaluator.run(task)
+
+
+@pytest.fixture(scope="module")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Watch:
+    return Watch(make_ready(), tmp_path_factory.mktemp("home")).run()
+
+
+def test_all_workers_are_used_and_the_target_times_one_candidate_at_a_time(watch: Watch) -> None:
+    assert max(len(flight) for flight in watch.flights) == WORKERS
+    assert max(sum(task.is_timed for task in flight) for flight in watch.flights) == 1
+    assert all(len({task.name for task in flight}) == len(flight) for flight in watch.flights)
+
+
+def test_nothing_is_done_twice_and_the_budget_is_kept(watch: Watch) -> None:
+    assert set(Counter((e.key, e.fidelity) for e in watch.store.evaluations()).values()) == {1}
+    assert {e.status for e in watch.store.evaluations()} == {"complete"}
+    assert watch.clock.now <= 150.0 and watch.director.out == {}
+    assert watch.done["fit"] == watch.done["elastic"] == 1
+
+
+def test_more_workers_explore_and_confirm_more(watch: Watch, tmp_path: Path) -> None:
+    alone = Watch(make_ready(), tmp_path, workers=1).run()
+    assert max(len(flight) for flight in alone.flights) == 1
+    assert watch.done["rung0"] > 2.5 * alone.done["rung0"]
+    assert watch.done["confirm"] > alone.done["confirm"]
+
+
+def test_the_elastic_student_holds_up_only_who_needs_it(watch: Watch) -> None:
+    """Baselines and the fit are measured meanwhile, and candidates of the teacher's size are explored."""
+    during = [flight for flight in watch.flights if any(isinstance(task, Elastic) for task in flight)]
+    assert {task.kind for flight in during for task in flight} >= {"confirm", "fit"}
+
+
+def test_candidates_of_the_teachers_size_are_explored_while_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SECONDS, "elastic", 100.0)
+    watch = Watch(make_ready(), tmp_path).run()
+    explored = [
+        task.candidate
+        for flight in watch.flights
+        if any(isinstance(task, Elastic) for task in flight)
+        for task in flight
+        if isinstance(task, Explore)
+    ]
+    assert len(set(explored)) > 5
+    assert all(isinstance(c, Candidate) and c.is_full_size(SHAPE) for c in explored)
+    assert not any(e.kind == "exhausted" for e in watch.store.events())
+
+
+def test_proposals_in_flight_are_running_trials_of_every_study(tmp_path: Path) -> None:
+    """Also of one that is rebuilt while they are in flight."""
+    ready, clock = make_ready(), VirtualClock()
+    store = create_study(ready, tmp_path, "s", "x")
+    searcher, evaluator = JointSearch(director_of(ready, store, clock)), SimulatedEvaluator(store.folder, tmp_path)
+    running: dict[str, Task] = {}
+    checked = 0
+    for number in range(150):
+        config = searcher.suggest(str(number))
+        clock.now += 0.1
+        if isinstance(config, dict):
+            running[str(number)] = config[TASK]
+        exploring = [task.candidate.key for task in running.values() if isinstance(task, Explore)]
+        proposed = [f.task for f in searcher._flights.values() if f.trial is not None]
+        if proposed and searcher._built == searcher.estimates.version:
+            states = Counter(trial.state for trial in searcher._ot_study.trials)
+            assert states[TrialState.RUNNING] == len(proposed) <= len(exploring)
+            checked += 1
+        if len(running) == WORKERS or (config is None and running):
+            trial_id = next(iter(running))
+            outcome = evaluator.run(running.pop(trial_id))
+            searcher.on_trial_complete(trial_id, {OUTCOME: outcome})
+    assert checked > 20
+    states = Counter(trial.state for trial in searcher._ot_study.trials)
+    assert states[TrialState.RUNNING] <= WORKERS
+
+
+def test_a_dead_worker_costs_its_own_task_only(tmp_path: Path) -> None:
+    ready, clock = make_ready(max_candidates=60, budget="300s"), VirtualClock()
+    store = create_study(ready, tmp_path, "s", "x")
+    searcher, evaluator = JointSearch(director_of(ready, store, clock)), SimulatedEvaluator(store.folder, tmp_path)
+    deaths: Counter[str] = Counter()
+    victim = ""
+    running: dict[str, Task] = {}
+    number = 0
+    while True:
+        config = searcher.suggest(str(number)) if len(running) < WORKERS else None
+        if isinstance(config, dict):
+            running[str(number)] = task = config[TASK]
+            victim = victim or (task.candidate.key if isinstance(task, Explore) else "")
+            number += 1
+            continue
+        if not running:
+            break
+        trial_id = next(iter(running))
+        task = running.pop(trial_id)
+        clock.now += SECONDS[task.kind] / WORKERS
+        dies = isinstance(task, Explore) and task.candidate.key == victim
+        deaths[task.name] += dies
+        result = None if dies else {OUTCOME: evaluator.run(task)}
+        searcher.on_trial_complete(trial_id, result, error=dies)
+    assert sum(deaths.values()) == 3
+    (lost,) = [e for e in store.evaluations() if e.status == "failed"]
+    assert lost.key == victim and "worker died" in lost.reason
+    assert len(store.evaluations("rung0", "complete")) >= 50
+    assert load_view(store).front
+
+
+def test_a_study_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    ready = make_ready(max_candidates=60, budget="300s")
+    store = create_study(ready, tmp_path, "s", "x")
+    clock, evaluator = VirtualClock(), SimulatedEvaluator(store.folder, tmp_path)
+    left = [50]
+
+    def execute(director: Director, *_: Any) -> None:
+        director.state.budget.clock = clock
+        director.state.budget.__post_init__()
+
+        def evaluate(task: Task) -> Outcome[Any]:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return evaluator.run(task)
+
+        director.state.workers = director.state.costs.workers = WORKERS if left[0] > 0 else 1
+        run_workers(director, evaluate, clock, lambda task: SECONDS[task.kind])
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(store, ready, tmp_path, lambda *_: None, None, execute)
+    running = [e for e in store.evaluations() if e.status == "running"]
+    assert 1 < len(running) <= WORKERS, "several tasks were in flight"
+    assert run_study(store, ready, tmp_path, lambda *_: None, None, execute) == 0
+    done = Counter((e.key, e.fidelity) for e in store.evaluations() if e.status == "complete")
+    assert set(done.values()) == {1} and {(e.key, e.fidelity) for e in running} <= set(done)
+
+
+def test_readers_see_what_each_worker_does(tmp_path: Path) -> None:
+    ready, clock = make_ready(), VirtualClock()
+    store = create_study(ready, tmp_path, "s", "x")
+    searcher = JointSearch(director_of(ready, store, clock))
+    first, second = searcher.suggest("a"), searcher.suggest("b")
+    assert isinstance(first, dict) and isinstance(second, dict)
+    store.set_meta(state="running")
+    view = load_view(store)
+    assert [d["stage"] for d in view.meta["doing"]] == ["baselines", "elastic student"]
+    assert load_standing(store).told["doing"] == []  # nobody holds the study, so it is not running
+
+
+def profile_with(cores: int) -> Profile:
+    return detected_profile().model_copy(update={"cores": cores})
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "layout"),
+    [({}, 1, Layout(1, 1)), ({"workers": 1}, 1, Layout(1, 1)), ({"threads_per_trial": 1}, 1, Layout(1, 1))],
+)
+def test_the_layout_fits_the_machine(options: dict[str, int], cores: int, layout: Layout) -> None:
+    assert layout_of(Spec.model_validate(options), profile_with(cores)) == layout
+
+
+def test_a_cluster_may_have_more_cores_than_this_machine() -> None:
+    spec = Spec.model_validate({"workers": 3, "threads_per_trial": 16})
+    assert layout_of(spec, profile_with(1), "10.0.0.1:6379") == Layout(3, 16)
+    assert layout_of(Spec(), profile_with(8), "10.0.0.1:6379") == Layout(1, 8)
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 2}, {"threads_per_trial": 2}, {"workers": 1024, "threads_per_trial": 3}]
+)
+def test_more_workers_or_threads_than_cores_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at most the 1 core"):
+        layout_of(Spec.model_validate(options), profile_with(1))
+
+
+def test_the_number_of_workers_is_no_setting_of_a_study() -> None:
+    assert Spec.model_validate({"workers": 2, "threads_per_trial": 1}).digest() == Spec().digest()
