@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -210,7 +211,7 @@ class Candidate:
         """Width of the residual stream."""
         return self.hidden or shape.hidden
 
-    @property
+    @cached_property
     def key(self) -> str:
         """16 hex digits of the canonical JSON's SHA-256."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from paretune.spaces.candidate import DENSE, FP32, Format, Pattern, PatternKind
@@ -87,7 +88,7 @@ class ModuleCandidate:
             self.widths,
         )
 
-    @property
+    @cached_property
     def key(self) -> str:
         """16 hex digits of the canonical JSON's SHA-256."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

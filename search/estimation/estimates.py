@@ -33,6 +33,8 @@ class Estimates:
         self._profile = profile_of(store.meta("profile"))
         self._memory: MemoryFit | None = None
         self.version = 0
+        self.baselines = tuple(space.baselines())
+        self.teacher_key = self.baselines[0].key
         self.fits: dict[str, LatencyFit] = {}
         self._calibration = Calibration(space.shape, [])
         self._vectors: dict[str, tuple[int, Vector]] = {}
@@ -207,11 +209,11 @@ class Estimates:
         return 1.0 if self.figures.is_decoder else abs(self._teacher_nll()[1]) or 1.0
 
     def _teacher_scores(self) -> Scores | None:
-        e = self.ledger.latest.get((self.space.baselines()[0].key, "confirmed"))
+        e = self.ledger.latest.get((self.teacher_key, "confirmed"))
         return None if e is None or e.status != "complete" else e.scores
 
     def _teacher_nll(self) -> tuple[float, float]:
         """The fp32 teacher's NLL (or a plug-in's quality, minimized) on the search and on the report split."""
-        e = self.ledger.latest[self.space.baselines()[0].key, "confirmed"]
+        e = self.ledger.latest[self.teacher_key, "confirmed"]
         assert e.scores is not None
         return float(e.facts[f"search_{self.figures.quality}"]), e.scores.mean_nll

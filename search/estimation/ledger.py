@@ -24,7 +24,7 @@ class Ledger:
 
     def add(self, candidate: AnyCandidate, source: str, params: dict[str, Any], **meta: Any) -> bool:
         """Record a proposal in the store; False if it is known."""
-        if not self.store.add_candidate(candidate, source, params, **meta):
+        if candidate.key in self.rows or not self.store.add_candidate(candidate, source, params, **meta):
             return False
         self.rows[candidate.key] = CandidateRow(candidate.key, len(self.rows), source, candidate, params)
         return True

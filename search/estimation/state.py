@@ -49,7 +49,7 @@ class SearchState:
     @property
     def teacher_key(self) -> str:
         """Key of the fp32 teacher, the first baseline."""
-        return self.space.baselines()[0].key
+        return self.estimates.teacher_key
 
     @property
     def teacher_is_confirmed(self) -> bool:

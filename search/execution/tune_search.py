@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import Trial, TrialState
 from ray.tune import Stopper
 from ray.tune.search import Searcher
@@ -24,6 +23,7 @@ from paretune.search.policy.director import Director
 from paretune.search.samplers.optuna_sampler import (
     distributions,
     frozen_trial,
+    holding,
     make_sampler,
     params_in,
     rebuild,
@@ -35,8 +35,11 @@ from paretune.search.tasks.base import Task
 from paretune.search.tasks.explore import Explore
 from paretune.spaces.candidate import Candidate, Shape
 from paretune.spaces.kinds import AnyCandidate, params_of
+from paretune.spaces.space import Distribution
 
 MOST_DUPLICATES = 40
+# So often the sampler is asked for one proposal; then its last one is changed, one more parameter after so many repetitions.
+MOST_ASKS, REPEATS_PER_PARAMETER = 2, 8
 TASK, OUTCOME = "task", "outcome"
 LOOK_EVERY_S = 0.5
 # Parameters of a decoder's size.
@@ -67,7 +70,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             space=self._distributions,
             metric=objectives,
             mode=["min"] * len(objectives),
-            sampler=make_sampler(state.spec.sampler, state.spec.seed),
+            sampler=make_sampler(state.spec.sampler, state.spec.seed, self._distributions),
         )
         self.director, self.state, self.estimates = director, state, state.estimates
         self._built = -1
@@ -136,8 +139,10 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             if task is not None:
                 return task
         fixed = self._full_size_params() if full_size else {}
-        for _ in range(MOST_DUPLICATES):
-            trial = self._ask(fixed)
+        params: dict[str, Any] = {}
+        for attempt in range(MOST_DUPLICATES):
+            trial = self._ask(fixed) if attempt < MOST_ASKS else self._ask_near(params, fixed, attempt)
+            params = trial.params
             candidate = self.state.space.decode(trial.params)
             task = self.director.register(candidate, "sampler", trial.params, asked=self._asked)
             if task is not None:
@@ -179,10 +184,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         """When the sampler only repeats itself: uniformly random candidates, and after many duplicates the end of exploring."""
         generator = random.Random(stable_seed(self.state.spec.seed, -self._asked))
         for _ in range(10 * MOST_DUPLICATES):
-            params = {
-                name: generator.randint(*bounds) if kind == "int" else generator.choice(bounds)
-                for name, (kind, bounds) in self.state.space.distributions().items()
-            }
+            known = self.state.space.distributions()
+            params = {name: _draw(generator, distribution) for name, distribution in known.items()}
             task = self.director.register(self.state.space.decode(params), "sampler", params)
             if task is not None:
                 return task
@@ -194,18 +197,34 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         one worker an interrupted search proposes what the uninterrupted one would have proposed."""
         name = self.state.spec.sampler
         in_flight = sorted(f.task.candidate.key for f in self._flights.values() if isinstance(f.task, Explore))
-        sampler = make_sampler(name, stable_seed(self.state.spec.seed, self._asked, in_flight))
         if self._built >= 0 and name == "nsga2":
             self._built = self.estimates.version  # its generations live in the study: rebuilt at a launch only
         if self._built != self.estimates.version:
-            self._rebuild(sampler)
-        self._ot_study.sampler = PartialFixedSampler(fixed, sampler) if fixed else sampler
+            self._rebuild()
+        seed = stable_seed(self.state.spec.seed, self._asked, in_flight)
+        self._ot_study.sampler = holding(fixed, make_sampler(name, seed, self._distributions))
         self._asked += 1
         return self._ot_study.ask(self._distributions)
 
-    def _rebuild(self, sampler: BaseSampler) -> None:
+    def _ask_near(self, params: dict[str, Any], fixed: dict[str, Any], attempt: int) -> Trial:
+        """A trial beside one that is known: the more attempts, the more of its parameters are drawn anew, uniformly.
+
+        The sampler would repeat itself many times, and each ask takes it longer the more trials there are.
+        """
+        self._asked += 1
+        generator = random.Random(stable_seed(self.state.spec.seed, self._asked, ["near"]))
+        free = [name for name in sorted(self._distributions) if name not in fixed]
+        drawn = set(generator.sample(free, min(len(free), 1 + attempt // REPEATS_PER_PARAMETER)))
+        known = self.state.space.distributions()
+        self._ot_study.enqueue_trial(
+            {name: _draw(generator, known[name]) if name in drawn else params[name] for name in self._distributions}
+        )
+        return self._ot_study.ask(self._distributions)
+
+    def _rebuild(self) -> None:
         """Everything explored so far with the present estimates, and what is in flight."""
         self._distributions = self._space = distributions(self.state.space)  # mixed precision opens later
+        sampler = make_sampler(self.state.spec.sampler, self.state.spec.seed, self._distributions)
         self._ot_study, self._built = rebuild(self.estimates, sampler, self._distributions), self.estimates.version
         for flight in self._flights.values():
             if isinstance(flight.task, Explore):
@@ -225,6 +244,12 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         else:
             tell_constraints(trial, self.estimates.constraints(key))
             self._ot_study.tell(trial, [float(v) for v in vector])
+
+
+def _draw(generator: random.Random, distribution: Distribution) -> Any:
+    """A value of a parameter, each as likely as the others."""
+    kind, bounds = distribution
+    return generator.randint(*bounds) if kind == "int" else generator.choice(bounds)
 
 
 class Interrupt(Stopper):  # type: ignore[misc, unused-ignore]

@@ -40,6 +40,7 @@ class Director:
         self.is_interrupted = False
         self.obeyed: Verb | None = None
         self._failures: list[Outcome[Any]] = []
+        self._untold: dict[str, Any] = {}
         self._told_stage = ""
         teacher = self.state.ledger.latest.get((self.state.teacher_key, "confirmed"))
         if teacher is not None:
@@ -51,7 +52,7 @@ class Director:
         """The next thing to do. "wait" while every worker has a task, or while nothing more can begin before one has ended."""
         self._require_folder()
         if len(self.out) >= self.state.workers:
-            return Decision("wait")
+            return self._hand_out(Decision("wait"))
         self.apply_command()
         if self.state.stop_reason is not None:
             return self._hand_out(self._last_decision())
@@ -174,17 +175,18 @@ class Director:
             raise folder_gone(self.state.store.folder)
 
     def _tell_stage(self, decision: Decision) -> None:
-        """Write what is done now where readers see it, when it changes: the stage, and each worker's task."""
-        if decision.kind == "wait":
-            return
-        idle = Explore.stage if decision.kind == "propose" else ENDING
-        stage = idle if decision.task is None else decision.task.stage_in(self.state)
-        told: dict[str, Any] = {} if stage == self._told_stage else {"stage": stage}
-        if self.state.workers > 1:
+        """Write time used, stage and tasks in flight where readers see them, in one transaction, if they have changed."""
+        told = self._untold
+        if decision.kind != "wait":
+            idle = Explore.stage if decision.kind == "propose" else ENDING
+            stage = idle if decision.task is None else decision.task.stage_in(self.state)
+            if stage != self._told_stage:
+                self._told_stage = told["stage"] = stage
+        if self.state.workers > 1 and (told or decision.task is not None):
             told["doing"] = self._doing()
         if told:
-            self._told_stage = stage
             self.state.store.set_meta(**told)
+            self._untold = {}
 
     def _doing(self) -> list[dict[str, str]]:
         """Stage and candidate of every task in flight."""
@@ -197,5 +199,4 @@ class Director:
         budget = self.state.budget
         budget.charge(task.stage_in(self.state), seconds)
         spent = budget.elapsed_s
-        doing = {"doing": self._doing()} if self.state.workers > 1 else {}
-        self.state.store.set_meta(spent_s=spent, spent_at=[spent, now()], seconds_by_stage=budget.stages, **doing)
+        self._untold = {"spent_s": spent, "spent_at": [spent, now()], "seconds_by_stage": budget.stages}

@@ -83,7 +83,7 @@ class Planning:
         return Decision("propose", full_size=True)
 
     def _baseline_due(self) -> AnyCandidate | None:
-        for candidate in self.state.space.baselines():
+        for candidate in self.state.estimates.baselines:
             if candidate.key not in self.state.ledger.rows:
                 self.state.ledger.add(candidate, "baseline", params_of(self.state.space, candidate))
             if self.state.ledger.is_open(candidate.key, "confirmed"):

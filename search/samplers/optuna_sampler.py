@@ -7,12 +7,14 @@ the uninterrupted one would have proposed; nothing of Optuna's own state needs t
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from paretune.search.estimation.estimates import Estimates
@@ -38,11 +40,32 @@ def distributions(space: AnySpace) -> dict[str, BaseDistribution]:
     }
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
+class SpaceTPESampler(TPESampler):
+    """TPE over a space that all trials share, so that it need not be found in them again for every ask."""
+
+    def __init__(self, space: Mapping[str, BaseDistribution], **options: Any) -> None:
+        super().__init__(**options)
+        self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The space without parameters that have one value only."""
+        return self._space
+
+
+def make_sampler(name: str, seed: int, space: Mapping[str, BaseDistribution]) -> BaseSampler:
     """TPE (multivariate, Bergstra et al. 2011; multi-objective after Ozaki et al. 2022) or NSGA-II (Deb et al. 2002)."""
     if name == "nsga2":
         return NSGAIISampler(population_size=POPULATION, seed=seed)
-    return TPESampler(seed=seed, multivariate=True, n_startup_trials=RANDOM_STARTS, constant_liar=True)
+    return SpaceTPESampler(space, seed=seed, multivariate=True, n_startup_trials=RANDOM_STARTS, constant_liar=True)
+
+
+def holding(fixed: Mapping[str, Any], sampler: BaseSampler) -> BaseSampler:
+    """The sampler, leaving these parameters as they are."""
+    if not fixed:
+        return sampler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PartialFixedSampler(dict(fixed), sampler)
 
 
 def params_in(estimates: Estimates, key: str, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:

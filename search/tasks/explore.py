@@ -39,9 +39,11 @@ class Explore(EvaluationTask[EvaluationResult]):
         return evaluator.explore(self)
 
     def measured(self, state: SearchState, found: EvaluationResult) -> dict[str, Measurement]:
-        """With the predicted latencies, and what follows from them."""
-        return state.estimates.completed(self.candidate, found.measurements) if found.scores is not None else {}
-
-    def learned(self, state: SearchState, measurements: dict[str, Measurement]) -> None:
-        """Keep the estimates for readers of the study."""
-        state.estimates.write([self.candidate.key])
+        """With the predicted latencies, what follows from them, and the estimated quality, for readers of the study."""
+        if found.scores is None:
+            return {}
+        estimates = state.estimates
+        return {
+            **estimates.completed(self.candidate, found.measurements),
+            estimates.figures.estimate: estimates.estimated_nll(self.candidate, found.scores),
+        }

@@ -643,6 +643,8 @@ def test_optuna_never_hears_of_a_baseline_as_a_failure(finished):
     """Rebuilt from the store, the study has the explored candidates and nothing else."""
     _, ready, store, *_ = finished
     director = Director(store, ready.spec, ready.space, Budget(1000.0))
-    study = rebuild(director.state.estimates, make_sampler("tpe", 0), distributions(ready.space))
+    study = rebuild(
+        director.state.estimates, make_sampler("tpe", 0, distributions(ready.space)), distributions(ready.space)
+    )
     assert len(study.trials) == len(director.explored_keys())
     assert {t.state.name for t in study.trials} == {"COMPLETE"}
