@@ -12,7 +12,20 @@ import datetime
 import json
 import os
 
-from benchmarks import faults, joint, lane, memory, overhead, prediction, service, speed, studies, table, targets
+from benchmarks import (
+    faults,
+    joint,
+    lane,
+    memory,
+    overhead,
+    prediction,
+    scaling,
+    service,
+    speed,
+    studies,
+    table,
+    targets,
+)
 from benchmarks.common import RESULTS, Benchmark, Figure
 from benchmarks.reports import reports
 from paretune import __version__
@@ -42,6 +55,7 @@ LONG: tuple[Benchmark, ...] = (
     service.search_slowdown,
     service.first_result_seconds,
     faults.service_under_faults,
+    scaling.scaling_simulated,
     lane.remeasure_error,
     table.method_table,
     joint.joint_vs_sequential,

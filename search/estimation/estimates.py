@@ -33,7 +33,7 @@ class Estimates:
         self._profile = profile_of(store.meta("profile"))
         self._memory: MemoryFit | None = None
         self.version = 0
-        self.baselines = tuple(space.baselines())
+        self.baselines: tuple[AnyCandidate, ...] = tuple(space.baselines())
         self.teacher_key = self.baselines[0].key
         self.fits: dict[str, LatencyFit] = {}
         self._calibration = Calibration(space.shape, [])

@@ -40,7 +40,7 @@ def distributions(space: AnySpace) -> dict[str, BaseDistribution]:
     }
 
 
-class SpaceTPESampler(TPESampler):
+class SpaceTPESampler(TPESampler):  # type: ignore[misc, unused-ignore]
     """TPE over a space that all trials share, so that it need not be found in them again for every ask."""
 
     def __init__(self, space: Mapping[str, BaseDistribution], **options: Any) -> None:

@@ -502,7 +502,7 @@ def test_nsga2_really_breeds(tmp_path, monkeypatch):
             super()._tell(trial_id, key)
             seen["study"] = self._ot_study
 
-    monkeypatch.setattr("paretune.search.execution.tune_search.JointSearch", Watched)
+    monkeypatch.setattr("paretune.search.execution.inline.JointSearch", Watched)
     simulate(ready, store, tmp_path)
     generations = {v for t in seen["study"].trials for n, v in t.system_attrs.items() if n.endswith("generation")}
     assert max(generations) >= 2

@@ -24,7 +24,7 @@ from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
 from paretune.search.study.store import Store
 from paretune.search.study.summary import load_standing
-from paretune.search.study.view import load_view
+from paretune.search.study.view import load_view, standing
 from paretune.search.tasks.base import Outcome, Task
 from paretune.search.tasks.elastic import Elastic
 from paretune.search.tasks.explore import Explore
@@ -205,13 +205,18 @@ def test_a_study_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
 def test_readers_see_what_each_worker_does(tmp_path: Path) -> None:
     ready, clock = make_ready(), VirtualClock()
     store = create_study(ready, tmp_path, "s", "x")
-    searcher = JointSearch(director_of(ready, store, clock))
+    searcher, evaluator = JointSearch(director_of(ready, store, clock)), SimulatedEvaluator(store.folder, tmp_path)
     first, second = searcher.suggest("a"), searcher.suggest("b")
     assert isinstance(first, dict) and isinstance(second, dict)
     store.set_meta(state="running")
-    view = load_view(store)
-    assert [d["stage"] for d in view.meta["doing"]] == ["baselines", "elastic student"]
-    assert load_standing(store).told["doing"] == []  # nobody holds the study, so it is not running
+    told = standing(load_view(store))["doing"]
+    assert [task["stage"] for task in told] == ["baselines", "elastic student"] and "fp32" in told[0]["candidate"]
+    assert load_standing(store).told["doing"] == told
+    searcher.on_trial_complete("a", {OUTCOME: evaluator.run(first[TASK])})
+    searcher.suggest("c")
+    assert [task["stage"] for task in standing(load_view(store))["doing"]] == ["elastic student", "baselines"]
+    store.set_meta(state="interrupted")
+    assert standing(load_view(store))["doing"] == []
 
 
 def profile_with(cores: int) -> Profile:
