@@ -78,6 +78,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
         self._flights: dict[str, Flight] = {}
         self._plan: SequentialPlan | None = None
         self._seeds: list[AnyCandidate] | None = None
+        self._is_whole_explored = False  # nothing new of the teacher's size is found any more
 
     def suggest(self, trial_id: str) -> Any:
         """The next Tune config, None if something must finish first, FINISHED at the end."""
@@ -138,6 +139,8 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
             task = self.director.register(candidate, "seed", params_of(self.state.space, candidate))
             if task is not None:
                 return task
+        if full_size and self._is_whole_explored:
+            return None
         fixed = self._full_size_params() if full_size else {}
         params: dict[str, Any] = {}
         for attempt in range(MOST_DUPLICATES):
@@ -150,6 +153,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
                 return task
             # Not told a second time: a study that is rebuilt after a resume has one trial per row of the store.
             self._ot_study.tell(trial, state=TrialState.FAIL)
+        self._is_whole_explored = full_size
         return None if full_size else self._random_proposal()
 
     def _is_exploring(self) -> bool:
@@ -169,7 +173,7 @@ class JointSearch(OptunaSearch):  # type: ignore[misc, unused-ignore]
     def _full_size_params(self) -> dict[str, Any]:
         """What the sampler has to leave alone so that a candidate has the teacher's size."""
         space = self.state.space
-        whole = params_of(space, space.baselines()[0])
+        whole = params_of(space, self.estimates.baselines[0])
         return {name: whole[name] for name in SIZES if name in whole}
 
     def _planned(self, plan: SequentialPlan) -> Task | None:

@@ -116,6 +116,35 @@ def test_candidates_of_the_teachers_size_are_explored_while_it_trains(
     assert not any(e.kind == "exhausted" for e in watch.store.events())
 
 
+def test_a_sampler_that_finds_nothing_of_the_teachers_size_is_not_asked_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray asks hundreds of times a second while a worker is free."""
+    monkeypatch.setitem(SECONDS, "elastic", 100.0)
+    ready, clock = make_ready(), VirtualClock()
+    store = create_study(ready, tmp_path, "s", "x")
+    searcher, evaluator = JointSearch(director_of(ready, store, clock)), SimulatedEvaluator(store.folder, tmp_path)
+    register = searcher.director.register
+    monkeypatch.setattr(
+        searcher.director,
+        "register",
+        lambda candidate, source, params, **meta: (
+            None if source == "sampler" else register(candidate, source, params, **meta)
+        ),
+    )
+    asked = Counter[str]()
+    monkeypatch.setattr(searcher, "_ask", lambda fixed: asked.update(ask=1) or JointSearch._ask(searcher, fixed))
+    waits = 0
+    for number in range(60):
+        config = searcher.suggest(str(number))
+        if config is None:
+            waits += 1
+            continue
+        if not isinstance(config[TASK], Elastic):
+            searcher.on_trial_complete(str(number), {OUTCOME: evaluator.run(config[TASK])})
+    assert waits > 20 and asked["ask"] == 2
+
+
 def test_proposals_in_flight_are_running_trials_of_every_study(tmp_path: Path) -> None:
     """Also of one that is rebuilt while they are in flight."""
     ready, clock = make_ready(), VirtualClock()
