@@ -1,1 +1,1 @@
-"""`paretune profile`: where the time of a model goes, and where compression would pay."""
+"""`paretune op-profile`: where the time of a model goes, and where compression would pay."""

@@ -1,6 +1,6 @@
-"""What `paretune profile` found out about a teacher, kept so that its searches start from it.
+"""What `paretune op-profile` found out about a teacher, kept so that its searches start from it.
 
-Kept by what it depends on: the teacher's digest, the profile, the engine's version and the machine.
+Kept by what it depends on: the teacher's digest, the hardware profile, the engine's version and the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def keep_findings(cache: Path, digest: str, profile: Profile, findings: Findings
 
 
 def kept_findings(cache: Path, digest: str, profile: Profile) -> Findings | None:
-    """The findings of an earlier `paretune profile`; None if there are none, or with a warning if they are damaged."""
+    """The findings of an earlier `paretune op-profile`; None if there are none, or with a warning if they are damaged."""
     file = findings_file(cache, digest, profile)
     found = read_kept(file)
     try:
@@ -48,7 +48,7 @@ def kept_findings(cache: Path, digest: str, profile: Profile) -> Findings | None
 
 
 def profiled_candidates(space: AnySpace, findings: Findings | None) -> list[AnyCandidate]:
-    """Return the candidates to explore first, by what a profile found; none without findings.
+    """Return the candidates to explore first, by what an op profile found; none without findings.
 
     At full size, one candidate has the costliest matrix group in few bits, the next one the two costliest, and so on.
     With fewer layers, each candidate has the costliest group in few bits; these come first if a dropped layer saves

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.profiler.profiling import MATRIX_GROUPS, PHASES, OpCost, Roof
+from paretune.objectives.profiler.op_costs import MATRIX_GROUPS, PHASES, OpCost, Roof
 from paretune.spaces.candidate import Format
 
 MOST_PLACES = 5

@@ -89,7 +89,7 @@ class Director:
         return [c for c in dict.fromkeys(found) if c.key not in self.state.ledger.rows]
 
     def _findings(self) -> Findings | None:
-        """What `paretune profile` had found when the study was made: what is found later changes nothing in it."""
+        """What `paretune op-profile` had found when the study was made: what is found later changes nothing in it."""
         known = self.state.store.meta("findings")
         return None if known is None else Findings.from_dict(known)
 

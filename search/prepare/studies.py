@@ -78,7 +78,7 @@ def create_study(ready: Ready, home: Path, study: str, command: str) -> Store:
 
 
 def _told(ready: Ready, home: Path) -> dict[str, Any]:
-    """The study's notes, and the findings of `paretune profile` that its first candidates come from, if there are any."""
+    """The study's notes, and the findings of `paretune op-profile` that its first candidates come from, if there are any."""
     notes = list(ready.plan.notes)
     own = ready.plugin is None and ready.spec.sampler != "sequential"  # which has no first candidates
     findings = kept_findings(home / "cache", ready.teacher.digest, ready.profile) if own else None

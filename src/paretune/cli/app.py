@@ -19,7 +19,7 @@ from paretune.cli.commands.agent import agent
 from paretune.cli.commands.artifact import generate, measure
 from paretune.cli.commands.control import cancel, pause, resume, stop
 from paretune.cli.commands.hardware import hardware
-from paretune.cli.commands.profile import profile
+from paretune.cli.commands.op_profile import op_profile
 from paretune.cli.commands.score import score
 from paretune.cli.commands.search import search
 from paretune.cli.commands.serve import serve
@@ -48,7 +48,8 @@ COMMANDS += (pause, resume, stop, cancel, serve, score, agent, ui, sync)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(hardware, name="hardware")
-app.command()(profile)
+app.command()(op_profile)
+app.command("profile", hidden=True)(op_profile)  # its name before hardware profiles were the only profiles
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`paretune profile` on the tiny teacher and artifacts of it: the engine's real profile, torch's, and what is kept of them."""
+"""`paretune op-profile` on the tiny teacher and artifacts of it: the engine's real profile, torch's, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from typer.main import get_command
 
 from paretune.cli import app as cli
 from paretune.common.checksums import FACTS, MODEL, write_checksums
@@ -22,12 +23,12 @@ from paretune.compression.export.artifact import describe_artifact, write_artifa
 from paretune.compression.network.student import Network
 from paretune.hardware_profiles import fingerprint, load_profile
 from paretune.objectives.profiler import findings as findings_module
-from paretune.objectives.profiler import profile_model as module
+from paretune.objectives.profiler import run as module
 from paretune.objectives.profiler.findings import findings_file, keep_findings, kept_findings, profiled_candidates
+from paretune.objectives.profiler.op_costs import Roof
+from paretune.objectives.profiler.op_profile import OpProfile
 from paretune.objectives.profiler.places import Findings
-from paretune.objectives.profiler.profile_model import ProfileRequest, profile_model
-from paretune.objectives.profiler.profiled import Profiled
-from paretune.objectives.profiler.profiling import Roof
+from paretune.objectives.profiler.run import ProfileRequest, profile_ops
 from paretune.search.budget import Budget
 from paretune.search.policy.director import Director
 from paretune.search.prepare.prepare import prepare
@@ -37,9 +38,9 @@ from paretune.search.study.store import Store
 from paretune.spaces import Candidate, Format, Layer, Space
 from paretune.spaces.mixed import stored_bits
 from paretune.teachers.checkpoint.teacher import Teacher, load_teacher
-from paretune.tracking.charts.profile_picture import profile_picture
-from paretune.tracking.charts.profile_points import layer_bars, roof_lines, roof_points
-from paretune.tracking.report.profile_page import profile_html
+from paretune.tracking.charts.op_profile_picture import profile_picture
+from paretune.tracking.charts.op_profile_points import layer_bars, roof_lines, roof_points
+from paretune.tracking.report.op_profile_page import profile_html
 from support.decoders import decoder
 
 PROMPT, TOKENS = 16, 6
@@ -66,8 +67,8 @@ def work(home: Path) -> ProfileRequest:
 
 
 @pytest.fixture(scope="module")
-def teacher_profile(tiny_teacher_dir: Path, work: ProfileRequest) -> Profiled:
-    return profile_model(str(tiny_teacher_dir), work)
+def teacher_profile(tiny_teacher_dir: Path, work: ProfileRequest) -> OpProfile:
+    return profile_ops(str(tiny_teacher_dir), work)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def damaged(artifact: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_every_layer_and_group_of_the_teacher_has_its_time(teacher_profile: Profiled) -> None:
+def test_every_layer_and_group_of_the_teacher_has_its_time(teacher_profile: OpProfile) -> None:
     for phase in ("prefill", "decode"):
         places = {t.label for t in teacher_profile.totals(phase, "places")}
         assert {f"layer {i} {group}" for i in range(3) for group in ("attention", "ffn")} | {
@@ -100,7 +101,7 @@ def test_every_layer_and_group_of_the_teacher_has_its_time(teacher_profile: Prof
 
 
 def test_weights_are_read_once_per_step_and_arithmetic_is_what_torch_counts(
-    teacher_profile: Profiled, tiny_teacher: Teacher
+    teacher_profile: OpProfile, tiny_teacher: Teacher
 ) -> None:
     """The engine's matrices by shapes seen in its trace, against the checkpoint's own tensors and torch's own counting."""
     matrices = [c for c in teacher_profile.costs if c.phase == "decode" and c.matrix]
@@ -115,7 +116,7 @@ def test_weights_are_read_once_per_step_and_arithmetic_is_what_torch_counts(
 def test_families_with_biases_and_other_norms_have_all_their_matrices(
     family: str, write_teacher: Callable[..., Path], tmp_path: Path, work: ProfileRequest
 ) -> None:
-    found = profile_model(str(write_teacher(tmp_path / family, family=family)), work)
+    found = profile_ops(str(write_teacher(tmp_path / family, family=family)), work)
     tensors = load_teacher(str(tmp_path / family)).weights()
     weights = sum(w.numel() for name, w in tensors.items() if w.ndim == 2 and "positions" not in name)
     for phase, rows in (("prefill", PROMPT), ("decode", 1)):
@@ -125,7 +126,7 @@ def test_families_with_biases_and_other_norms_have_all_their_matrices(
     assert [name for name, _ in found.torch["decode"].parts] == ["layer 0", "layer 1", "layer 2", "head"]
 
 
-def test_torch_is_told_layer_by_layer(teacher_profile: Profiled) -> None:
+def test_torch_is_told_layer_by_layer(teacher_profile: OpProfile) -> None:
     for seen in teacher_profile.torch.values():
         assert [name for name, _ in seen.parts] == ["layer 0", "layer 1", "layer 2", "head"]
         assert all(ms > 0 for _, ms in seen.parts) and seen.ms > 0
@@ -143,7 +144,7 @@ def test_steps_with_a_cache_are_those_without(tiny_teacher: Teacher) -> None:
     assert not torch.allclose(alone, whole[:, 5:], atol=1e-2)  # negative control: the past matters
 
 
-def test_the_whole_answer_is_json_and_a_picture(teacher_profile: Profiled, tmp_path: Path) -> None:
+def test_the_whole_answer_is_json_and_a_picture(teacher_profile: OpProfile, tmp_path: Path) -> None:
     data = json.loads(json.dumps(teacher_profile.to_dict()))
     assert data["settings"]["threads"] == 1 and data["findings"]["groups"]
     assert data["phases"]["decode"]["ops"][0]["ms"] >= data["phases"]["decode"]["ops"][1]["ms"]
@@ -155,7 +156,7 @@ def test_the_whole_answer_is_json_and_a_picture(teacher_profile: Profiled, tmp_p
     assert all(place.text in page for place in teacher_profile.best) and "MatMul" in page
 
 
-def test_the_picture_draws_all_of_a_step_and_a_roof_that_bends_at_the_ridge(teacher_profile: Profiled) -> None:
+def test_the_picture_draws_all_of_a_step_and_a_roof_that_bends_at_the_ridge(teacher_profile: OpProfile) -> None:
     _, bars = layer_bars(teacher_profile)
     drawn = sum(ms for values in bars.values() for ms in values)
     ops = sum(c.ms for c in teacher_profile.costs if c.phase == "decode")
@@ -169,7 +170,7 @@ def test_the_picture_draws_all_of_a_step_and_a_roof_that_bends_at_the_ridge(teac
 
 
 def test_an_artifacts_weights_have_their_own_bits(artifact: Path, work: ProfileRequest, tiny_teacher: Teacher) -> None:
-    found = profile_model(str(artifact), work)
+    found = profile_ops(str(artifact), work)
     assert found.subject.kind == "artifact" and found.torch == {}
     assert {c.op for c in found.costs if c.matrix} == {"MatMulNBits"}
     shapes = [(w.shape[0], w.shape[1]) for w in tiny_teacher.weights().values() if w.ndim == 2]
@@ -186,10 +187,10 @@ def test_what_another_engine_measured_is_not_compared(damaged: Path, work: Profi
         "measurements": {"decode_ms_per_token": {**then, "fingerprint": "older"}},
     }
     describe_artifact(damaged, told)
-    assert any("another version of the engine" in note for note in profile_model(str(damaged), work).notes)
+    assert any("another version of the engine" in note for note in profile_ops(str(damaged), work).notes)
     told["measurements"]["decode_ms_per_token"]["fingerprint"] = fingerprint()
     describe_artifact(damaged, told)
-    assert any("its study said" in note for note in profile_model(str(damaged), work).notes)
+    assert any("its study said" in note for note in profile_ops(str(damaged), work).notes)
 
 
 def test_a_damaged_artifact_is_refused_by_name(damaged: Path, work: ProfileRequest) -> None:
@@ -197,13 +198,13 @@ def test_a_damaged_artifact_is_refused_by_name(damaged: Path, work: ProfileReque
     data[len(data) // 2] ^= 1
     (damaged / MODEL).write_bytes(data)
     with pytest.raises(UsageError, match=r"model\.onnx is missing or differs from its checksum"):
-        profile_model(str(damaged), work)
+        profile_ops(str(damaged), work)
 
 
 def test_an_artifact_without_checksums_is_refused(damaged: Path, work: ProfileRequest) -> None:
     (damaged / "SHA256SUMS").unlink()
     with pytest.raises(UsageError, match="is not an artifact: it has no SHA256SUMS"):
-        profile_model(str(damaged), work)
+        profile_ops(str(damaged), work)
 
 
 def test_a_graph_for_a_later_engine_is_infeasible(damaged: Path, work: ProfileRequest) -> None:
@@ -212,7 +213,7 @@ def test_a_graph_for_a_later_engine_is_infeasible(damaged: Path, work: ProfileRe
     (damaged / MODEL).write_bytes(model.SerializeToString())
     write_checksums(damaged)
     with pytest.raises(Infeasible, match=r"the engine refused to load.*IR version"):
-        profile_model(str(damaged), work)
+        profile_ops(str(damaged), work)
 
 
 def test_a_graph_that_is_not_what_its_description_says_is_refused(damaged: Path, work: ProfileRequest) -> None:
@@ -221,7 +222,7 @@ def test_a_graph_that_is_not_what_its_description_says_is_refused(damaged: Path,
     (damaged / FACTS).write_text(json.dumps(facts))
     write_checksums(damaged)
     with pytest.raises(UsageError, match=r"must have 2 layers, but the engine ran /model/layers\.2"):
-        profile_model(str(damaged), work)
+        profile_ops(str(damaged), work)
 
 
 @pytest.mark.parametrize(
@@ -237,27 +238,27 @@ def test_what_is_no_decoder_is_refused(
     (damaged / FACTS).write_text(json.dumps(facts))
     write_checksums(damaged)
     with pytest.raises(UsageError, match=problem):
-        profile_model(str(damaged), work)
+        profile_ops(str(damaged), work)
 
 
 @pytest.mark.parametrize("model", ["", "nowhere", "plugin:digits", "x" * 5000])
 def test_what_is_no_model_is_refused(work: ProfileRequest, model: str) -> None:
     with pytest.raises(UsageError, match=r"MODEL must be 'stdlib-coder'|MODEL x+… cannot be read: File name too long"):
-        profile_model(model, work)
+        profile_ops(model, work)
 
 
 def test_a_prompt_beyond_the_context_is_refused(tiny_teacher_dir: Path, work: ProfileRequest, artifact: Path) -> None:
     long = ProfileRequest(work.profile, work.home, 510, 3)
     for model in (tiny_teacher_dir, artifact):
         with pytest.raises(UsageError, match=r"context of 512 tokens, but are 510 \+ 3"):
-            profile_model(str(model), long)
+            profile_ops(str(model), long)
 
 
 # what a search makes of it
 
 
 def test_findings_are_kept_by_what_they_depend_on(
-    teacher_profile: Profiled, work: ProfileRequest, monkeypatch: pytest.MonkeyPatch
+    teacher_profile: OpProfile, work: ProfileRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, digest = work.home / "cache", teacher_profile.subject.digest
     assert kept_findings(cache, digest, work.profile) == teacher_profile.findings
@@ -333,8 +334,8 @@ def test_a_search_starts_from_the_findings_of_when_it_was_made(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["paretune", "profile", *map(str, arguments), "--home", str(home)])
+    def call(*arguments: object, command: str = "op-profile") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["paretune", command, *map(str, arguments), "--home", str(home)])
         code: Any = 0
         try:
             cli.main()
@@ -346,15 +347,21 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hom
     return call
 
 
+def test_its_name_of_before_still_works_and_is_not_shown(run: Any) -> None:
+    assert run("no such model", command="profile")[0] == run("no such model")[0] == 2
+    commands: Any = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert commands["profile"].hidden and not commands["op-profile"].hidden
+
+
 def test_the_command_prints_tables_writes_files_and_logs_a_run(
     run: Any,
-    teacher_profile: Profiled,
+    teacher_profile: OpProfile,
     tiny_teacher_dir: Path,
     home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "profile_model", lambda _model, _work: teacher_profile)
+    monkeypatch.setattr(module, "profile_ops", lambda _model, _work: teacher_profile)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, out, err = run(tiny_teacher_dir, "--out", tmp_path / "out")
     assert code == 0, err
@@ -374,13 +381,13 @@ def test_the_command_prints_tables_writes_files_and_logs_a_run(
 
 
 def test_a_profile_is_told_also_where_mlflow_cannot_be_written(
-    run: Any, teacher_profile: Profiled, tiny_teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, teacher_profile: OpProfile, tiny_teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "profile_model", lambda _model, _work: teacher_profile)
+    monkeypatch.setattr(module, "profile_ops", lambda _model, _work: teacher_profile)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     code, out, err = run(tiny_teacher_dir, "--json")
     assert code == 0 and json.loads(out)["subject"]["name"] == "tiny"
-    assert "the profile is not in MLflow" in err
+    assert "the op profile is not in MLflow" in err
 
 
 def test_bad_input_gets_one_sentence(run: Any, tmp_path: Path) -> None:

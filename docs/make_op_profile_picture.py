@@ -1,6 +1,6 @@
-"""The picture of docs/profile.md: the embedded teacher, profiled now on this machine.
+"""The picture of docs/op-profile.md: the embedded teacher, profiled now on this machine.
 
-    python docs/make_profile_picture.py [--home mlruns] [--out docs/pictures/profile.png]
+    python docs/make_op_profile_picture.py [--home mlruns] [--out docs/pictures/profile.png]
 
 Exit codes are those of `paretune`.
 """
@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 
 from paretune.common.errors import ParetuneError
-from paretune.objectives.profiler.profile_model import ProfileRequest, local_profile_named, profile_model
+from paretune.objectives.profiler.run import ProfileRequest, local_profile_named, profile_ops
 from paretune.teachers.checkpoint.teacher import EMBEDDED
-from paretune.tracking.charts.profile_picture import profile_picture
+from paretune.tracking.charts.op_profile_picture import profile_picture
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw the picture of docs/profile.md.")
+    parser = argparse.ArgumentParser(description="Draw the picture of docs/op-profile.md.")
     parser.add_argument("--home", type=Path, default=Path("mlruns"))
     parser.add_argument("--profile", default="local-cpu")
     parser.add_argument("--out", type=Path, default=HERE / "pictures" / "profile.png")
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     home = options.home.resolve()
     try:
         profile = local_profile_named(options.profile, home)
-        found = profile_model(EMBEDDED, ProfileRequest(profile, home, say=lambda text: print(text, file=sys.stderr)))
+        found = profile_ops(EMBEDDED, ProfileRequest(profile, home, say=lambda text: print(text, file=sys.stderr)))
     except ParetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,7 +1,7 @@
 """What a teacher's network takes in torch: torch.profiler over a prefill and decode steps with a KV cache.
 
 It tells what the model's own framework does, op by op and layer by layer; what ships runs in another engine, whose profile is
-taken apart from this (objectives/profiler/profiling.py).
+taken apart from this (objectives/profiler/op_costs.py).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _order(part: str) -> tuple[bool, int]:
 
 @contextlib.contextmanager
 def _marked(network: Network) -> Iterator[None]:
-    """Every layer shows in the profile under its number."""
+    """Every layer shows in the op profile under its number."""
     open_marks: dict[int, Any] = {}
 
     def enter(i: int, _module: nn.Module, _inputs: Any) -> None:

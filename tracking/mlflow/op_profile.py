@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paretune.objectives.profiler.profiled import Profiled
-from paretune.objectives.profiler.profiling import PHASES
+from paretune.objectives.profiler.op_costs import PHASES
+from paretune.objectives.profiler.op_profile import OpProfile
 from paretune.tracking.mlflow.sink import MlflowSink, one_line
 
 SOURCE = "paretune"
 
 
-def log_profile(home: Path, found: Profiled, folder: Path) -> str | None:
+def log_profile(home: Path, found: OpProfile, folder: Path) -> str | None:
     """A new run `profile <name>` with the files of `folder`; returns a problem in one line instead of raising: the files are
     there anyway."""
     try:
@@ -21,7 +21,7 @@ def log_profile(home: Path, found: Profiled, folder: Path) -> str | None:
     return None
 
 
-def _log(home: Path, found: Profiled, folder: Path) -> None:
+def _log(home: Path, found: OpProfile, folder: Path) -> None:
     with MlflowSink(home).opened() as (client, experiment):
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.utils.time import get_current_time_millis
@@ -46,7 +46,7 @@ def _log(home: Path, found: Profiled, folder: Path) -> None:
         client.set_terminated(run)
 
 
-def metrics(found: Profiled) -> dict[str, float]:
+def metrics(found: OpProfile) -> dict[str, float]:
     """Latencies, memory, roofline, and each group's milliseconds by phase."""
     own = {name: m.value for name, m in found.measurements.items()}
     roof = {
@@ -57,7 +57,7 @@ def metrics(found: Profiled) -> dict[str, float]:
     return own | roof | groups
 
 
-def note(found: Profiled) -> str:
+def note(found: OpProfile) -> str:
     """The run's description in Markdown."""
     rows = [
         f"| {p.text} | {p.decode_ms.value:.4f} [{p.decode_ms.low:.4f} … {p.decode_ms.high:.4f}] |" for p in found.best

@@ -1,4 +1,4 @@
-"""What `paretune profile` found, as one value that terminal, JSON, picture and MLflow show."""
+"""What `paretune op-profile` found, as one value that terminal, JSON, picture and MLflow show."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from paretune.objectives.measurement import Measurement
-from paretune.objectives.profiler.places import Findings, Place, best_places, findings_of
-from paretune.objectives.profiler.profiling import (
+from paretune.objectives.profiler.op_costs import (
     PHASES,
     OpCost,
     Roof,
@@ -20,9 +19,10 @@ from paretune.objectives.profiler.profiling import (
     by_place,
     totals,
 )
+from paretune.objectives.profiler.places import Findings, Place, best_places, findings_of
 
 if TYPE_CHECKING:
-    from paretune.objectives.profiler.torch_profile import TorchPhase
+    from paretune.objectives.profiler.torch_ops import TorchPhase
 
 VIEWS: dict[str, Callable[[OpCost], str]] = {"ops": by_op, "groups": by_group, "layers": by_layer, "places": by_place}
 
@@ -38,7 +38,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Profiled:
+class OpProfile:
     """Everything that was found. `options` are all changes, `run_ms` whole runs while the engine profiled itself, by phase."""
 
     subject: Subject

@@ -11,9 +11,8 @@ import pytest
 from scipy.stats import binom, trim_mean
 
 from paretune.engines.onnxruntime.node_times import DECODE, PREFILL, WARM_UP, rows_of, trimmed_mean
-from paretune.objectives.profiler.node_profile import median_interval
-from paretune.objectives.profiler.places import DROPPED, NARROWED, Findings, Place, best_places, findings_of, options
-from paretune.objectives.profiler.profiling import (
+from paretune.objectives.profiler.node_times import median_interval
+from paretune.objectives.profiler.op_costs import (
     Node,
     OpCost,
     Roof,
@@ -24,6 +23,7 @@ from paretune.objectives.profiler.profiling import (
     op_costs,
     totals,
 )
+from paretune.objectives.profiler.places import DROPPED, NARROWED, Findings, Place, best_places, findings_of, options
 from paretune.spaces import Candidate, Format, Layer
 
 INT8, INT4 = Format(8, 32, "int8"), Format(4, 32, "int8")

@@ -5,18 +5,25 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from paretune.objectives.profiler.profiled import Profiled
-from paretune.objectives.profiler.profiling import PHASES, Total
+from paretune.objectives.profiler.op_costs import PHASES, Total
+from paretune.objectives.profiler.op_profile import OpProfile
 from paretune.tracking.charts.front import PLOTLY_CONFIG
+from paretune.tracking.charts.op_profile_points import (
+    COLOURS,
+    PHASE_COLOURS,
+    layer_bars,
+    roof_lines,
+    roof_points,
+    title,
+)
 from paretune.tracking.charts.points import ACCENT, GREY
-from paretune.tracking.charts.profile_points import COLOURS, PHASE_COLOURS, layer_bars, roof_lines, roof_points, title
 from paretune.tracking.report.page import PAGE, POLICY, STYLE, facts, section, table
 
 MOST_ROWS = 40
 OP_COLUMNS = ("", "ops", "ms", "share", "GFLOP", "MB", "ops/byte", "GFLOP/s", "GB/s", "of the roof", "bound by")
 
 
-def profile_html(found: Profiled) -> str:
+def profile_html(found: OpProfile) -> str:
     """The page, about 5 MB because plotly.js is in it."""
     from plotly.offline import get_plotlyjs
 
@@ -50,7 +57,7 @@ def total_row(t: Total) -> list[str]:
     ]
 
 
-def _places(found: Profiled) -> str:
+def _places(found: OpProfile) -> str:
     rows = [
         [
             html.escape(place.text),
@@ -69,7 +76,7 @@ def _places(found: Profiled) -> str:
     return table(header, rows) if rows else '<p class="quiet">No change would save anything.</p>'
 
 
-def figure(found: Profiled) -> Any:
+def figure(found: OpProfile) -> Any:
     """Roofline, milliseconds per layer, and what the places save."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -107,7 +114,7 @@ def figure(found: Profiled) -> Any:
     return drawn
 
 
-def _points(found: Profiled, phase: str, colour: str) -> Any:
+def _points(found: OpProfile, phase: str, colour: str) -> Any:
     import plotly.graph_objects as go
 
     points = [p for p in roof_points(found) if p.phase == phase]
@@ -124,7 +131,7 @@ def _points(found: Profiled, phase: str, colour: str) -> Any:
     )
 
 
-def _saved(found: Profiled) -> Any:
+def _saved(found: OpProfile) -> Any:
     import plotly.graph_objects as go
 
     best = found.best

@@ -1,4 +1,4 @@
-"""`paretune profile`: a teacher or an artifact through torch.profiler and the engine's own profile."""
+"""`paretune op-profile`: a teacher or an artifact through torch.profiler and the engine's own profile."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from paretune.hardware_profiles.lock import MachineLock
 from paretune.hardware_profiles.profile import Profile, load_profile
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.profiler.findings import keep_findings
-from paretune.objectives.profiler.node_profile import profile_graph
+from paretune.objectives.profiler.node_times import profile_graph
+from paretune.objectives.profiler.op_costs import Roof, op_costs
+from paretune.objectives.profiler.op_profile import OpProfile, Subject
 from paretune.objectives.profiler.places import options
-from paretune.objectives.profiler.profiled import Profiled, Subject
-from paretune.objectives.profiler.profiling import Roof, op_costs
 from paretune.spaces.candidate import Candidate, Format
 from paretune.teachers.checkpoint.teacher import EMBEDDED, Teacher, is_folder, load_teacher
 from paretune.teachers.plugins.name import is_plugin
@@ -42,7 +42,7 @@ class ProfileRequest:
     say: Callable[[str], None] = lambda _text: None
 
 
-def profile_model(model: str, work: ProfileRequest) -> Profiled:
+def profile_ops(model: str, work: ProfileRequest) -> OpProfile:
     """Profile a teacher (its findings are kept for its searches) or an artifact.
 
     Raises UsageError for what is neither, is damaged or has too short a context; Infeasible if the engine refuses it.
@@ -59,19 +59,19 @@ def profile_model(model: str, work: ProfileRequest) -> Profiled:
 
 
 def local_profile_named(name: str, home: Path) -> Profile:
-    """The profile of that name. Raises UsageError where this machine cannot take it: a profile is measured, never predicted."""
+    """The hardware profile of that name. Raises UsageError where this machine cannot take its op profile, which is never predicted."""
     profile = load_profile(name, home)
     provider, at_hand = profile.execution_provider, profile.at_hand and profile.agent is None
     if profile.engine != "onnxruntime" or provider != CPU_PROVIDER or not at_hand:
         place = f"{profile.engine} with {provider}{'' if at_hand else ', which is not at hand'}"
         raise UsageError(
-            f"a profile is taken with ONNX Runtime on the CPU of this machine, but {profile.name} is for {place}",
+            f"an op profile is taken with ONNX Runtime on the CPU of this machine, but {profile.name} is for {place}",
             "take local-cpu, or another profile of this machine's CPU",
         )
     return profile
 
 
-def _profile_artifact(folder: Path, work: ProfileRequest) -> Profiled:
+def _profile_artifact(folder: Path, work: ProfileRequest) -> OpProfile:
     facts = check_artifact(folder)
     if facts.get("kind") == "module":
         raise UsageError(f"profile takes decoders, but {folder} is a module of a plug-in", "name another artifact")
@@ -89,8 +89,8 @@ def _profile_artifact(folder: Path, work: ProfileRequest) -> Profiled:
     return replace(found, notes=(*found.notes, *_compared(folder, facts, found.measurements, work.profile)))
 
 
-def _profile_teacher(teacher: Teacher, work: ProfileRequest) -> Profiled:
-    from paretune.objectives.profiler.torch_profile import profile_network
+def _profile_teacher(teacher: Teacher, work: ProfileRequest) -> OpProfile:
+    from paretune.objectives.profiler.torch_ops import profile_network
 
     _require_context(work, teacher.context)
     shape, cache = teacher.shape, work.home / "cache"
@@ -112,7 +112,7 @@ def _profile_teacher(teacher: Teacher, work: ProfileRequest) -> Profiled:
     return replace(found, torch=seen)
 
 
-def _profile_graph(subject: Subject, model: Path, candidate: Candidate, work: ProfileRequest) -> Profiled:
+def _profile_graph(subject: Subject, model: Path, candidate: Candidate, work: ProfileRequest) -> OpProfile:
     work.say("measuring what this machine does at most")
     roof = measured_roof(work.profile.threads)
     work.say("profiling the engine")
@@ -130,7 +130,7 @@ def _profile_graph(subject: Subject, model: Path, candidate: Candidate, work: Pr
         if slow > 1.1
     )
     settings = {"profile": work.profile.name, "threads": work.profile.threads, "prompt": work.prompt}
-    return Profiled(
+    return OpProfile(
         subject,
         {**settings, "tokens": work.tokens, "engine": engine, "machine": fingerprint()},
         nodes.measurements,

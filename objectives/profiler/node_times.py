@@ -22,7 +22,7 @@ from paretune.hardware_profiles.detect import fingerprint
 from paretune.hardware_profiles.lock import MachineLock
 from paretune.objectives.latency.workload import MOST_FOREIGN_CORES, busy_seconds, waited_seconds, with_siblings
 from paretune.objectives.measurement import Measurement, Provenance
-from paretune.objectives.profiler.profiling import Node
+from paretune.objectives.profiler.op_costs import Node
 
 ROUNDS, REPEATS = 10, 8
 WAIT_S, TIMEOUT_S = 30.0, 1800.0

@@ -17,14 +17,14 @@ from paretune.cli.terminal.table import Column, FittedTable
 from paretune.common.command_line import short
 
 if TYPE_CHECKING:
-    from paretune.objectives.profiler.profiled import Profiled
+    from paretune.objectives.profiler.op_profile import OpProfile
 
 MOST_OPS = 12
 # Read when torch is imported: its profiler talks on stderr about itself.
 QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def profile(
+def op_profile(
     model: Annotated[str, typer.Argument(help="stdlib-coder, a Hugging Face folder, or the folder of an artifact.")],
     profile: Annotated[str, typer.Option(help="Target: a name or a YAML file.")] = "local-cpu",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prefill.")] = 128,
@@ -38,13 +38,13 @@ def profile(
     """Show where a model's time goes, op by op, and where compression would pay; later searches of it start there."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    from paretune.objectives.profiler.profile_model import ProfileRequest, local_profile_named, profile_model
-    from paretune.tracking.mlflow.profile import log_profile
+    from paretune.objectives.profiler.run import ProfileRequest, local_profile_named, profile_ops
+    from paretune.tracking.mlflow.op_profile import log_profile
 
     target = local_profile_named(profile, home.resolve())
     with talk.status(Text("profiling"), spinner=spinner()) as status:
         told = ProfileRequest(target, home.resolve(), prompt, tokens, lambda text: status.update(Text(text)))
-        found = profile_model(model, told)
+        found = profile_ops(model, told)
     if json:
         print_json(found.to_dict())
     else:
@@ -56,14 +56,14 @@ def profile(
     if out is not None and not json:
         print_text(str(short(out.resolve() / "profile.html")))
     if problem:
-        note(f"the profile is not in MLflow: {problem}")
+        note(f"the op profile is not in MLflow: {problem}")
 
 
-def _write(found: Profiled, folder: Path) -> None:
+def _write(found: OpProfile, folder: Path) -> None:
     from paretune.common.file_access import unwritable
     from paretune.common.files import write_atomically
-    from paretune.tracking.charts.profile_picture import profile_picture
-    from paretune.tracking.report.profile_page import profile_html
+    from paretune.tracking.charts.op_profile_picture import profile_picture
+    from paretune.tracking.report.op_profile_page import profile_html
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,10 @@ def _write(found: Profiled, folder: Path) -> None:
         write_atomically(folder / "profile.html", profile_html(found).encode())
         profile_picture(found, folder / "profile.svg")
     except OSError as error:
-        raise unwritable(folder, error, "choose a writable folder with --out", "the profile in") from None
+        raise unwritable(folder, error, "choose a writable folder with --out", "the op profile in") from None
 
 
-def _show(found: Profiled) -> None:
+def _show(found: OpProfile) -> None:
     """Tables on stdout."""
     out = screen()
     m, s = found.measurements, found.settings
@@ -100,7 +100,7 @@ def _show(found: Profiled) -> None:
         note(told)
 
 
-def _ops(found: Profiled, phase: str) -> FittedTable:
+def _ops(found: OpProfile, phase: str) -> FittedTable:
     columns = (
         Column("op", right=False),
         Column("nodes", rank=4),
@@ -126,7 +126,7 @@ def _ops(found: Profiled, phase: str) -> FittedTable:
     return FittedTable(columns, tuple(rows), f"{phase} by fused op")
 
 
-def _layers(found: Profiled) -> FittedTable:
+def _layers(found: OpProfile) -> FittedTable:
     columns = (
         Column("layer", right=False),
         Column("decode ms"),
@@ -149,7 +149,7 @@ def _order(layer: str) -> int:
     return known[layer] if layer in known else int(layer.removeprefix("layer "))
 
 
-def _places(found: Profiled) -> FittedTable:
+def _places(found: OpProfile) -> FittedTable:
     columns = (
         Column("change", right=False, folds=True),
         Column("decode ms saved"),

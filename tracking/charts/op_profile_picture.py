@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from paretune.common.files import write_atomically
-from paretune.objectives.profiler.profiled import Profiled
+from paretune.objectives.profiler.op_profile import OpProfile
+from paretune.tracking.charts.op_profile_points import (
+    COLOURS,
+    PHASE_COLOURS,
+    layer_bars,
+    roof_lines,
+    roof_points,
+    title,
+)
 from paretune.tracking.charts.points import ACCENT, GREY
-from paretune.tracking.charts.profile_points import COLOURS, PHASE_COLOURS, layer_bars, roof_lines, roof_points, title
 
 
-def profile_picture(found: Profiled, path: Path) -> None:
+def profile_picture(found: OpProfile, path: Path) -> None:
     """SVG or PNG (1400 x 800 pixels), by the suffix of `path`, written atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -31,7 +38,7 @@ def profile_picture(found: Profiled, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _roof(axes: Any, found: Profiled) -> None:
+def _roof(axes: Any, found: OpProfile) -> None:
     for name, (xs, ys) in roof_lines(found).items():
         axes.plot(xs, ys, color=GREY, lw=1.6, ls="-" if name.startswith("fp32") else "--", label=name)
     for phase, colour in PHASE_COLOURS.items():
@@ -53,7 +60,7 @@ def _roof(axes: Any, found: Profiled) -> None:
             handle.set_sizes([60])
 
 
-def _layers(axes: Any, found: Profiled) -> None:
+def _layers(axes: Any, found: OpProfile) -> None:
     names, bars = layer_bars(found)
     left = [0.0] * len(names)
     for group, values in bars.items():
@@ -76,7 +83,7 @@ def _layers(axes: Any, found: Profiled) -> None:
     )
 
 
-def _places(axes: Any, found: Profiled) -> None:
+def _places(axes: Any, found: OpProfile) -> None:
     axes.set_title("where compression would pay (predicted)", loc="left", fontsize=11)
     axes.set_xlabel("ms that a decode step would save")
     best = [(place.text, place.decode_ms) for place in found.best]

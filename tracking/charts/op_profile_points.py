@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paretune.objectives.profiler.profiled import Profiled
-from paretune.objectives.profiler.profiling import PHASES
+from paretune.objectives.profiler.op_costs import PHASES
+from paretune.objectives.profiler.op_profile import OpProfile
 from paretune.spaces.candidate import Format
 
 COLOURS = {
@@ -33,7 +33,7 @@ class RoofPoint:
     share: float
 
 
-def roof_points(found: Profiled) -> list[RoofPoint]:
+def roof_points(found: OpProfile) -> list[RoofPoint]:
     """Ops that calculate and take at least a hundredth of their phase."""
     return [
         RoofPoint(t.label, phase, t.intensity, t.gflop_per_s, t.share)
@@ -43,7 +43,7 @@ def roof_points(found: Profiled) -> list[RoofPoint]:
     ]
 
 
-def roof_lines(found: Profiled) -> dict[str, tuple[list[float], list[float]]]:
+def roof_lines(found: OpProfile) -> dict[str, tuple[list[float], list[float]]]:
     """Intensities and the most that can be reached there, with fp32 and with int8 arithmetic; both axes are logarithmic."""
     seen = [p.intensity for p in roof_points(found)]
     ridge = found.roof.int8_gop_per_s / found.roof.bandwidth_gb_per_s
@@ -53,7 +53,7 @@ def roof_lines(found: Profiled) -> dict[str, tuple[list[float], list[float]]]:
     return {name: (xs, [min(peak, x * found.roof.bandwidth_gb_per_s) for x in xs]) for name, peak in peaks.items()}
 
 
-def layer_bars(found: Profiled) -> tuple[list[str], dict[str, list[float]]]:
+def layer_bars(found: OpProfile) -> tuple[list[str], dict[str, list[float]]]:
     """Names of the bars in the order of execution, and the milliseconds of a decode step that each group takes in each."""
     costs = [c for c in found.costs if c.phase == "decode"]
     names = ["embedding", *(f"layer {i}" for i in sorted({c.layer for c in costs if c.layer is not None}))]
@@ -67,7 +67,7 @@ def layer_bars(found: Profiled) -> tuple[list[str], dict[str, list[float]]]:
     return names, bars
 
 
-def title(found: Profiled) -> str:
+def title(found: OpProfile) -> str:
     """Return the title of a profile's pictures: what was profiled where, decode and TTFT, engine and threads."""
     m, s = found.measurements, found.settings
     doubt = " (disturbed)" if m["decode_ms_per_token"].provenance == "disturbed" else ""
