@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def _run_ray(
             )
         except (OSError, RuntimeError, ValueError) as error:  # ConnectionError and TimeoutError are OSErrors
             raise not_started(error, temp) from error
+        require_cpus(layout, [float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]])
         director.state.store.set_meta(
             ray={
                 "temp": str(temp),
@@ -118,6 +119,17 @@ def _run_ray(
         shutil.rmtree(folder / "ray", ignore_errors=True)
         if director.state.store.is_there:
             director.state.store.set_meta(ray=None)
+
+
+def require_cpus(layout: Layout, cpus: Sequence[float]) -> None:
+    """Raises EnvironmentProblem if nodes with so many CPUs cannot hold all workers at once: Ray would wait for them for ever."""
+    room = sum(int(found // layout.threads) for found in cpus)
+    if room < layout.workers:
+        told = ", ".join(f"{found:g}" for found in cpus) or "none"
+        raise EnvironmentProblem(
+            f"the search needs room for {layout.describe()}, but the cluster's nodes have so many CPUs: {told}",
+            "lower --workers or --threads-per-trial, or add nodes",
+        )
 
 
 def placement(cores: int, folder: Path, cluster: Mapping[str, float]) -> Any:

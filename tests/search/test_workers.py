@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from paretune.common.errors import UsageError
+from paretune.common.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.profile import Profile, detected_profile
 from paretune.search.budget import Budget
 from paretune.search.evaluators.simulated import SECONDS, SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.inline import run_workers
+from paretune.search.execution.ray_executor import require_cpus
 from paretune.search.execution.run import run_study
 from paretune.search.execution.tune_search import OUTCOME, TASK, JointSearch
 from paretune.search.layout import Layout, layout_of
@@ -264,6 +265,16 @@ def test_a_cluster_may_have_more_cores_than_this_machine() -> None:
     spec = Spec.model_validate({"workers": 3, "threads_per_trial": 16})
     assert layout_of(spec, profile_with(1), "10.0.0.1:6379") == Layout(3, 16)
     assert layout_of(Spec(), profile_with(8), "10.0.0.1:6379") == Layout(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cpus"),
+    [(Layout(2, 2), [2.0, 1.0]), (Layout(1, 4), [2.0, 2.0]), (Layout(3, 1), [2.0]), (Layout(1, 1), [])],
+)
+def test_a_cluster_without_room_for_all_workers_is_refused(layout: Layout, cpus: list[float]) -> None:
+    with pytest.raises(EnvironmentProblem, match="needs room for .* workers? of .* threads?, but"):
+        require_cpus(layout, cpus)
+    require_cpus(layout, [*cpus, float(layout.cores)])
 
 
 @pytest.mark.parametrize(
