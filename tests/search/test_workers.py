@@ -255,9 +255,21 @@ def profile_with(cores: int) -> Profile:
 
 @pytest.mark.parametrize(
     ("options", "cores", "layout"),
-    [({}, 1, Layout(1, 1)), ({"workers": 1}, 1, Layout(1, 1)), ({"threads_per_trial": 1}, 1, Layout(1, 1))],
+    [
+        ({}, 1, Layout(1, 1)),
+        ({}, 8, Layout(1, 8)),
+        ({"workers": 2}, 8, Layout(2, 4)),
+        ({"workers": 3}, 8, Layout(3, 2)),
+        ({"workers": 8}, 8, Layout(8, 1)),
+        ({"threads_per_trial": 2}, 8, Layout(4, 2)),
+        ({"threads_per_trial": 3}, 8, Layout(2, 3)),
+        ({"workers": 2, "threads_per_trial": 3}, 8, Layout(2, 3)),
+    ],
 )
-def test_the_layout_fits_the_machine(options: dict[str, int], cores: int, layout: Layout) -> None:
+def test_the_layout_fits_the_machine(
+    options: dict[str, int], cores: int, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(16)))
     assert layout_of(Spec.model_validate(options), profile_with(cores)) == layout
 
 
@@ -272,7 +284,7 @@ def test_a_cluster_may_have_more_cores_than_this_machine() -> None:
     [(Layout(2, 2), [2.0, 1.0]), (Layout(1, 4), [2.0, 2.0]), (Layout(3, 1), [2.0]), (Layout(1, 1), [])],
 )
 def test_a_cluster_without_room_for_all_workers_is_refused(layout: Layout, cpus: list[float]) -> None:
-    with pytest.raises(EnvironmentProblem, match="needs room for .* workers? of .* threads?, but"):
+    with pytest.raises(EnvironmentProblem, match=r"needs room for .* workers? of .* threads?, but"):
         require_cpus(layout, cpus)
     require_cpus(layout, [*cpus, float(layout.cores)])
 
