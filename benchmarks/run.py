@@ -13,6 +13,7 @@ import json
 import os
 
 from benchmarks import (
+    cores,
     faults,
     joint,
     lane,
@@ -56,6 +57,7 @@ LONG: tuple[Benchmark, ...] = (
     service.first_result_seconds,
     faults.service_under_faults,
     scaling.scaling_simulated,
+    cores.cores,
     lane.remeasure_error,
     table.method_table,
     joint.joint_vs_sequential,
