@@ -98,6 +98,7 @@ class ElasticTrainer:
         self.networks: dict[int, Network] = {}
         self.batches = Batches(train, recipe.context, recipe.batch, recipe.seed)
         self.step_count, self.elapsed, self.loss = 0, 0.0, float("nan")
+        self.threads = torch.get_num_threads()
         self.saved, self.saving_s = time.monotonic(), 0.0
         if not self._resume():
             statistics = layer_statistics(self.network(self.shape.layers), self.teacher_weights, calibration)
@@ -125,12 +126,13 @@ class ElasticTrainer:
         """Train for about `seconds` (or until done), checkpointing on the way; returns progress."""
         if self.done:  # kept from an earlier search: the file stays as it is
             return self._progress()
-        start = mark = time.monotonic()
-        while not self.done and mark - start < seconds:
+        start = now = time.monotonic()
+        while not self.done and now - start < seconds:
             with self.machine():
+                mark = time.monotonic()  # waiting for a measurement to end is no training
                 self.step()
-            now = time.monotonic()
-            self.elapsed, mark = self.elapsed + now - mark, now
+                now = time.monotonic()
+            self.elapsed += now - mark
             if now - self.saved > CHECKPOINT_EVERY_S:
                 self._save_seldom()
         self._save_seldom()
@@ -176,6 +178,7 @@ class ElasticTrainer:
             "order": asdict(self.order),
             "done": self.done,
             "tokens": self.tokens,
+            "threads": self.threads,
         }
         save_tensors(
             self.file, {**self.parameters, **({} if self.done else optimizer_tensors(self.optimizers.pair))}, meta
@@ -204,6 +207,7 @@ class ElasticTrainer:
             self.optimizers.pair, {name: value for name, value in tensors.items() if name.startswith("optimizer")}
         )
         self.step_count, self.elapsed = meta["step"], meta["elapsed"]
+        self.threads = meta.get("threads", self.threads)
 
     def _students(self, generator: torch.Generator) -> list[Candidate]:
         def draw(low: int, high: int) -> int:

@@ -60,7 +60,7 @@ def recover_module(
     """
     parameters = {name: torch.nn.Parameter(value.detach().clone()) for name, value in weights.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, weight_decay=0.0)
-    size, start, seen, loss_value = len(batches[0].inputs[0]), time.monotonic(), 0, float("nan")
+    size, seconds, seen, loss_value = len(batches[0].inputs[0]), 0.0, 0, float("nan")
     steps = max(1, math.ceil(recipe.examples / size))
     kind = student.plugin.distillation
     for step in range(steps):
@@ -68,6 +68,7 @@ def recover_module(
             break
         batch = batches[_order(step, len(batches), recipe.seed)]
         with machine():
+            begun = time.monotonic()  # waiting for a measurement to end is no training
             with torch.no_grad():
                 target = teacher(*batch.inputs)
             outputs = student.with_weights(effective_weights(_masked(parameters, masks), matrices, forms), batch.inputs)
@@ -78,9 +79,10 @@ def recover_module(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * decay(step, step / steps, max(1, min(10, steps // 6)))
             optimizer.step()
+            seconds += time.monotonic() - begun
         seen, loss_value = seen + size, loss.item()
     found = _masked({name: value.detach() for name, value in parameters.items()}, masks)
-    facts = {"tokens": float(seen), "seconds": time.monotonic() - start, "loss": loss_value, "qat": float(bool(forms))}
+    facts = {"tokens": float(seen), "seconds": seconds, "loss": loss_value, "qat": float(bool(forms))}
     return found, facts
 
 

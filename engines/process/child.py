@@ -49,6 +49,8 @@ class EngineChild:
             "OMP_WAIT_POLICY": "PASSIVE",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        if engine == "openvino":  # it believes in the CPU's own instructions, and rounds wrongly with others
+            environment.pop("ONEDNN_MAX_CPU_ISA", None)
         if pinned:
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from paretune.search.budget import TAIL_S, Budget
 from paretune.search.estimation.ledger import Ledger
@@ -20,9 +22,17 @@ class Costs:
     """Costs of one study, each in seconds of one of its `workers`."""
 
     def __init__(
-        self, store: Store, spec: Spec, shape: AnyShape, budget: Budget, ledger: Ledger, workers: int = 1
+        self,
+        store: Store,
+        spec: Spec,
+        shape: AnyShape,
+        budget: Budget,
+        ledger: Ledger,
+        workers: int = 1,
+        threads: int | None = None,
     ) -> None:
         self.store, self.spec, self.budget, self.ledger, self.workers = store, spec, budget, ledger, workers
+        self.threads = threads
         self.scale = max(1.0, shape.parameters / REFERENCE_PARAMETERS)
 
     def fit_seconds(self) -> float:
@@ -38,7 +48,7 @@ class Costs:
         tokens = self.store.meta("recovery_tokens")
         if tokens is None:
             elastic = self.store.meta("elastic", {})
-            rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
+            rate = self._rate(elastic)
             shares = self.spec.shares
             time = self.budget.left_s + self.budget.used("explore") / self.workers
             share = time * shares.confirm / (shares.confirm + shares.explore)
@@ -52,9 +62,15 @@ class Costs:
     def confirm_cost_s(self) -> float:
         """Seconds to recover and confirm one finalist, with a reserve."""
         elastic = self.store.meta("elastic", {})
-        rate = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
+        rate = self._rate(elastic)
         guess = self.recovery_tokens() / rate + 2 * self.rung0_s()  # it is scored before and after
         return 1.15 * (self.typical_seconds("recovered", guess) + self.confirmation_s())
+
+    def _rate(self, elastic: Mapping[str, Any]) -> float:
+        """Tokens of a recovery per second of one worker, by the speed of the elastic training and the threads then and now."""
+        found = 1.3 * elastic.get("tokens", 0) / max(1.0, elastic.get("elapsed_s", 1.0)) or 2000.0
+        then = elastic.get("threads")
+        return float(found * self.threads / then) if self.threads and then else float(found)
 
     def typical_seconds(self, fidelity: Fidelity, guess: float) -> float:
         """Return the median seconds of the last five evaluations at this fidelity; `guess` before there are any.

@@ -26,16 +26,24 @@ def silent(_kind: str, _data: dict[str, Any]) -> None:
 class SearchState:
     """The study's store with what is derived from it, and whether the search has to end.
 
-    `workers` tasks can be done at once. The search space belongs to `estimates`; it grows once the sensitivity table is known.
+    `workers` tasks can be done at once, each on `threads` threads (None: unknown). The search space belongs to `estimates`; it
+    grows once the sensitivity table is known.
     """
 
     def __init__(
-        self, store: Store, spec: Spec, space: AnySpace, budget: Budget, notify: Notify = silent, workers: int = 1
+        self,
+        store: Store,
+        spec: Spec,
+        space: AnySpace,
+        budget: Budget,
+        notify: Notify = silent,
+        workers: int = 1,
+        threads: int | None = None,
     ) -> None:
         self.store, self.spec, self.budget, self.notify, self.workers = store, spec, budget, notify, workers
         self.ledger = Ledger(store)
         self.estimates = Estimates(store, spec, space, self.ledger)
-        self.costs = Costs(store, spec, space.shape, budget, self.ledger, workers)
+        self.costs = Costs(store, spec, space.shape, budget, self.ledger, workers, threads)
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.remedy = ""

@@ -62,7 +62,8 @@ class DecoderEvaluator(Evaluator):
     def elastic(self, task: Elastic) -> Outcome[ElasticResult]:
         """Train the elastic student, or go on where an earlier slice or search has stopped."""
         if self._trainer is None:
-            self._trainer = self.space.elastic_trainer()
+            with self.space.lock.shared():
+                self._trainer = self.space.elastic_trainer()
         trainer = self._trainer
         before = trainer.elapsed
         if self._deadline is None or self._deadline[0] is not task:
@@ -83,6 +84,7 @@ class DecoderEvaluator(Evaluator):
             seconds=trainer.recipe.seconds,
             loss=None if np.isnan(progress["loss"]) else float(progress["loss"]),
             file=str(self.space.elastic_file),
+            threads=trainer.threads,
         )
         if trainer.done:
             self._trainer = None
@@ -100,8 +102,8 @@ class DecoderEvaluator(Evaluator):
     def explore(self, task: Explore) -> Outcome[EvaluationResult]:
         """Score a candidate in torch, with fake-quant on the engine's grid."""
         candidate = _decoder(task)
-        weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
         with self.space.lock.shared():
+            weights, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
             codes = self.space.codes(candidate, weights)
             scores = self.score_in_torch(candidate, weights, codes)
             sizes = compressed_bytes(weights, candidate, self.space.teacher.config, self.space.teacher.shape, codes)

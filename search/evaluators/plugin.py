@@ -54,13 +54,13 @@ class PluginEvaluator(Evaluator):
 
     def elastic(self, task: Elastic) -> Outcome[ElasticResult]:
         """How many examples a second can be distilled at full size: there is no elastic student to train."""
-        teacher, examples, start = self.space.space.baselines()[0], 0.0, time.monotonic()
+        teacher, examples, elapsed = self.space.space.baselines()[0], 0.0, 0.0
         weights, _ = self.space.sparsify(teacher)
         size = len(self.space.batch.inputs[0])
-        while examples == 0.0 or time.monotonic() - start < SPEED_S:
-            examples += self._distil(teacher, weights, {}, ModuleRecipe(4 * size), lambda: False)[1]["tokens"]
-        elapsed = time.monotonic() - start
-        return Outcome(result=ElasticResult(elapsed, examples, size))
+        while examples == 0.0 or elapsed < SPEED_S:
+            facts = self._distil(teacher, weights, {}, ModuleRecipe(4 * size), lambda: False)[1]
+            examples, elapsed = examples + facts["tokens"], elapsed + facts["seconds"]
+        return Outcome(result=ElasticResult(elapsed, examples, size, threads=self.space.threads))
 
     def explore(self, task: Explore) -> Outcome[EvaluationResult]:
         """Score a candidate in torch."""
@@ -78,7 +78,8 @@ class PluginEvaluator(Evaluator):
     def recover(self, task: Recover) -> Outcome[RecoverResult]:
         """Distil a candidate; the better of the weights before and after are kept."""
         candidate, space, deadline = _module(task), self.space, time.monotonic() + task.seconds_left
-        before, masks = space.sparsify(candidate)
+        with space.lock.shared():
+            before, masks = space.sparsify(candidate)
         recipe = ModuleRecipe(task.tokens, seed=space.spec.seed + 1)
         after, facts = self._distil(candidate, before, masks, recipe, lambda: time.monotonic() > deadline)
         if facts["tokens"] < task.tokens:

@@ -31,7 +31,8 @@ class Recovering:
 
     def run(self, candidate: Candidate, task: Recover) -> Outcome[RecoverResult]:
         """Distil, compare with before, keep the better weights on disk."""
-        before, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
+        with self.space.lock.shared():
+            before, masks = self.space.sparsify(candidate, self.space.dense_weights(candidate))
         recipe, choice = self._recipe(task.tokens), _Choice(self, candidate, task.context)
         deadline = time.monotonic() + task.seconds_left
         try:

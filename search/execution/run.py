@@ -13,6 +13,7 @@ from typing import Any
 from paretune.search.budget import Budget
 from paretune.search.estimation.ledger import MAX_ATTEMPTS
 from paretune.search.execution.ray_executor import run_ray
+from paretune.search.layout import Layout
 from paretune.search.policy.director import Director
 from paretune.search.prepare.ready import Ready
 from paretune.search.study.control import STATE_AFTER, withdraw
@@ -45,20 +46,23 @@ def run_study(
         pid=os.getpid(),
         spent_s=budget.spent_s,
         spent_at=[budget.spent_s, now()],
+        doing=[],
     )
     store.event(
         "launch", f"launch {launches}" + (f", {lost} evaluations of a dead process are due again" if lost else "")
     )
-    layout = ready.layout(address)
-    director = Director(store, ready.spec, ready.space, budget, notify, layout.workers)
+    layout, execute = ready.layout(address), execute or _executor()
+    if execute is not run_ray:  # one task after the other
+        layout = Layout(1, layout.cores)
+    director = Director(store, ready.spec, ready.space, budget, notify, layout.workers, layout.threads)
     try:
         with time_kept(store, budget):
-            (execute or _executor())(director, store.folder, home, layout, launches, address)
+            execute(director, store.folder, home, layout, launches, address)
     except BaseException as error:
         if not store.is_there:
             raise folder_gone(store.folder) from error
         with contextlib.suppress(Exception):  # a full disk must not hide what happened
-            store.set_meta(state="interrupted", spent_s=budget.elapsed_s)
+            store.set_meta(state="interrupted", spent_s=budget.elapsed_s, seconds_by_stage=budget.stages, doing=[])
         raise
     if not store.is_there:
         raise folder_gone(store.folder)
@@ -70,6 +74,8 @@ def run_study(
     store.set_meta(
         state=obeyed or ("complete" if finished else "interrupted"),
         spent_s=budget.elapsed_s,
+        seconds_by_stage=budget.stages,
+        doing=[],
         exit_code=code,
         ended=director.state.stop_reason,
         remedy=director.state.remedy,

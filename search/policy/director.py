@@ -12,7 +12,7 @@ from paretune.objectives.profiler.places import Findings
 from paretune.search.budget import Budget
 from paretune.search.estimation.state import Notify, SearchState, silent
 from paretune.search.policy.initial_candidates import textbook_candidates
-from paretune.search.policy.planning import Decision, Planning
+from paretune.search.policy.planning import Decision, Planning, timing_is_free
 from paretune.search.spec import Spec
 from paretune.search.students import student_seeds
 from paretune.search.study.control import REASON, Verb, ordered
@@ -25,6 +25,7 @@ from paretune.spaces.kinds import AnyCandidate, AnySpace
 from paretune.spaces.space import Space
 
 MOST_FAILURES_IN_A_ROW = 8
+INTERRUPTED = 130
 ENDING = "ending"  # nothing is handed out any more
 
 
@@ -32,9 +33,16 @@ class Director:
     """The search's policy over one study. At most `workers` tasks are in flight, which `out` holds by their names."""
 
     def __init__(
-        self, store: Store, spec: Spec, space: AnySpace, budget: Budget, notify: Notify = silent, workers: int = 1
+        self,
+        store: Store,
+        spec: Spec,
+        space: AnySpace,
+        budget: Budget,
+        notify: Notify = silent,
+        workers: int = 1,
+        threads: int | None = None,
     ) -> None:
-        self.state = SearchState(store, spec, space, budget, notify, workers)
+        self.state = SearchState(store, spec, space, budget, notify, workers, threads)
         self.planning = Planning(self.state)
         self.out: dict[str, Task] = {}
         self.is_interrupted = False
@@ -67,7 +75,7 @@ class Director:
         if self.obeyed == "stop" and not self.is_interrupted:
             last = self.planning.unconfirmed(self.out)
             if last is not None:
-                return last
+                return last if last.kind == "done" or timing_is_free(self.out) else Decision("wait")
             if self.out and state.budget.left_s > 0:
                 return Decision("wait")
         return Decision("done", reason=state.stop_reason or "")
@@ -143,15 +151,18 @@ class Director:
     def interrupt(self) -> None:
         """End in good order: nothing new is handed out."""
         self.is_interrupted = True
-        self.state.stop_reason, self.state.exit_code = "interrupted", 130
+        self.state.stop_reason, self.state.exit_code = "interrupted", INTERRUPTED
 
     def apply_command(self) -> None:
         """Follow what was ordered through the study's folder. Work in slices is left where it is: it goes on from there."""
         verb = ordered(self.state.store.folder)
         if verb is None or verb == self.obeyed or self.obeyed == "cancel" or self.is_interrupted:
             return
+        if self.state.exit_code not in (0, INTERRUPTED):  # it has failed, and ends for that reason
+            self.is_interrupted = verb == "cancel"
+            return
         self.obeyed, self.state.stop_reason = verb, REASON[verb]
-        self.state.exit_code = 0 if verb == "stop" else 130
+        self.state.exit_code = 0 if verb == "stop" else INTERRUPTED
         self.state.store.event("order", REASON[verb])
         self.is_interrupted = verb == "cancel" or any(task.is_sliced for task in self.out.values())
 

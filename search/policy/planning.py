@@ -94,14 +94,14 @@ class Planning:
         state, costs, ledger = self.state, self.state.costs, self.state.ledger
         left, cost = state.budget.left_s, costs.confirm_cost_s() + self._backlog_s(out)
         waiting = self.unconfirmed(out)
-        if waiting is not None and (waiting.kind == "done" or _timing_is_free(out)):
+        if waiting is not None and (waiting.kind == "done" or timing_is_free(out)):
             return waiting if waiting.kind == "work" else _end_or_wait(waiting.reason, out)
         pending = self._unexplored(out)
         if pending is not None:
             return Decision("work", Explore.of(state, pending))
         number, finalist = len(ledger.explored_keys()) + _count(out, Explore), None
         most = state.spec.max_candidates
-        if left >= cost and self._first_wave_is_over(number) and (number >= most or self._confirm_is_behind()):
+        if left >= cost and self._first_wave_is_over(number) and (number >= most or self._confirm_is_behind(out)):
             finalist = self._next_finalist(out)
         can_explore = number < most and not state.store.meta("exhausted", False)
         if finalist is None and can_explore and left >= cost + costs.rung0_s():
@@ -167,10 +167,10 @@ class Planning:
         half = state.spec.shares.explore * state.budget.total_s * state.workers / 2
         return number >= min(FIRST_WAVE, state.spec.max_candidates) or state.budget.used(Explore.stage) >= half
 
-    def _confirm_is_behind(self) -> bool:
-        """Whether the next confirmation is due by the two stages' shares of the time."""
-        shares, budget = self.state.spec.shares, self.state.budget
-        later = budget.used(Confirm.stage) + self.state.costs.confirm_cost_s() / 2
+    def _confirm_is_behind(self, out: Out) -> bool:
+        """Whether the next confirmation is due by the two stages' shares of the time; those in flight count as done."""
+        shares, budget, costs = self.state.spec.shares, self.state.budget, self.state.costs
+        later = budget.used(Confirm.stage) + (_count(out, Recover) + 0.5) * costs.confirm_cost_s()
         return later / shares.confirm <= budget.used(Explore.stage) / shares.explore
 
     def _next_finalist(self, out: Out) -> str | None:
@@ -185,7 +185,8 @@ class Planning:
         return again or next_finalist(state.estimates.explored(), chosen, confirmed, state.estimates.perceived)
 
 
-def _timing_is_free(out: Out) -> bool:
+def timing_is_free(out: Out) -> bool:
+    """Whether no task in flight uses the target for timing."""
     return not any(task.is_timed for task in out.values())
 
 

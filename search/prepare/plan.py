@@ -92,8 +92,12 @@ def make_plan(
     home: Path,
     notes: list[str],
     layout: Layout,
+    local: bool = True,
 ) -> Plan:
-    """Rough costs, scaled from the embedded teacher on two cores. A stage's seconds are those of the wall clock."""
+    """Rough costs, scaled from the embedded teacher on two cores. A stage's seconds are those of the wall clock.
+
+    `local`: whether the workers run on this machine, whose memory they then need.
+    """
     scale = max(0.1, teacher.parameters / 5.77e6) * 2 / layout.threads
     seconds = {
         "baselines": 3 * (4 + 4 * scale * spec.report_tokens / 40_000),
@@ -125,7 +129,7 @@ def make_plan(
         min(spec.finalists, finalists),
         int(size * copies + 300e6),
         shutil.disk_usage(_existing(home)).free,
-        memory + (layout.workers - 1) * (memory - EMPTY_SEARCH_BYTES + WORKER_BYTES),
+        memory + (layout.workers - 1 if local else 0) * (memory - EMPTY_SEARCH_BYTES + WORKER_BYTES),
         available_memory(),
         tuple(notes),
         spec.most_finalists,

@@ -44,7 +44,9 @@ def prepare_plugin(spec: Spec, home: Path, address: str | None = None) -> Ready:
     spec = settle(spec, figures)
     space = ModuleSpace.of(shape_of_module(teacher.plugin, teacher.module), profile.weight_formats)
     counted: dict[str, int] = {name: sum(len(b.inputs[0]) for b in teacher.plugin.batches(name)) for name in SPLITS}
-    plan = make_plan(spec, teacher, profile, space, counted, home, notes, layout_of(spec, profile, address))
+    plan = make_plan(
+        spec, teacher, profile, space, counted, home, notes, layout_of(spec, profile, address), address is None
+    )
     plan = replace(plan, text_what="batches of the plug-in", text_unit="examples")
     check_affordable(plan, spec, home)
     _check_export(teacher)

@@ -105,6 +105,7 @@ def prepare(spec: Spec, home: Path, address: str | None = None) -> Ready:
         home,
         notes,
         layout_of(spec, profile, address),
+        local=address is None,
     )
     plan = replace(plan, read=corpus.read)
     check_affordable(plan, spec, home)

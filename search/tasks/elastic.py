@@ -14,7 +14,7 @@ class ElasticResult:
     """Training so far: seconds and tokens (a plug-in's examples), the last loss in nats per token, the tokens of a batch.
 
     `seconds` is how long it shall last in all; `is_kept` says that an earlier search had trained it to the end. `file` is where
-    the weights are.
+    the weights are; `threads` is how many trained them.
     """
 
     elapsed_s: float
@@ -24,6 +24,7 @@ class ElasticResult:
     seconds: float | None = None
     loss: float | None = None
     file: str | None = None
+    threads: int | None = None
 
     def facts(self) -> dict[str, Any]:
         """What the study keeps, as JSON."""

@@ -229,8 +229,9 @@ class TestEngine:
         peak = int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
         assert 20_000_000 < said <= peak <= said + 4_000_000
 
-    def test_the_child_imports_its_own_engine_only(self, engine: Running) -> None:
+    def test_the_child_imports_its_own_engine_only(self, engine: Running, built: Callable[..., Path]) -> None:
         """By the shared objects that it has mapped."""
+        engine.load(built(FLOAT["fp32"]))
         mapped = Path(f"/proc/{engine.child.pid}/maps").read_text()
         for name, other in ENGINES.items():
             assert (f"/{other.library}/" in mapped) == (name == engine.name), name

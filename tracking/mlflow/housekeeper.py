@@ -24,7 +24,7 @@ class Housekeeper:
     def __init__(self, store: Store, home: Path) -> None:
         self.store, self.home = store, home
         self.problem: str | None = None
-        self._due, self._lock = False, threading.Lock()
+        self._due, self._lock, self._writing = False, threading.Lock(), threading.Lock()
         self._thread: threading.Thread | None = None
 
     def tidy(self) -> None:
@@ -56,9 +56,12 @@ class Housekeeper:
                     self._thread = None
                     return
                 self._due = False
-            with MachineLock().shared():
-                self._write_report()
-            self._drain()
+            try:
+                with MachineLock().shared():
+                    self._write_report()
+                self._drain()
+            except Exception as error:  # of a report or of MLflow: told at the end, never fatal
+                self.problem = f"{type(error).__name__}: {error}"
 
     def _wait(self, deadline: float) -> None:
         thread = self._thread
@@ -69,7 +72,8 @@ class Housekeeper:
         if not self.store.is_there:
             return
         try:
-            write_report(load_view(self.store))
+            with self._writing:
+                write_report(load_view(self.store))
         except OSError as error:  # a full disk must not end the search from here; the store will say so itself
             self.problem = f"the report could not be written: {error.strerror}"
         except ParetuneError as error:
