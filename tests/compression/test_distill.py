@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,28 @@ def kl_of(bench: Bench, trainer: ElasticTrainer, candidate: Candidate) -> float:
         weights = slice_weights(trainer.parameters, candidate, trainer.order, bench.teacher.shape)
         logits = trainer.network(len(candidate.layers))(weights, ids)
         return float(distillation_loss(logits, SoftLabels(trainer.network(3)(trainer.teacher_weights, ids)), ids, 0.0))
+
+
+def test_waiting_for_the_machine_is_no_training(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement holds the machine for a minute: the clock of the training stands still."""
+    trainer = bench.trainer(tmp_path / "elastic.safetensors", seconds=3.0)
+    now = [100.0]
+    monkeypatch.setattr("paretune.compression.distill.elastic.time.monotonic", lambda: now[0])
+
+    @contextlib.contextmanager
+    def machine() -> Iterator[None]:
+        now[0] += 60.0
+        yield
+
+    def step() -> None:
+        now[0] += 1.0
+        trainer.step_count += 1
+
+    monkeypatch.setattr(trainer, "machine", machine)
+    monkeypatch.setattr(trainer, "step", step)
+    while not trainer.done:
+        trainer.run(10.0)
+    assert trainer.step_count == 3 and trainer.elapsed == 3.0
 
 
 def test_a_few_steps_bring_every_size_nearer_to_the_teacher(bench: Bench, tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from paretune.search.policy.director import Director
 from paretune.search.prepare.ready import Ready
 from paretune.search.prepare.studies import create_study
 from paretune.search.spec import Spec
+from paretune.search.study.control import order
 from paretune.search.study.store import Store
 from paretune.search.study.summary import load_standing
 from paretune.search.study.view import load_view, standing
 from paretune.search.tasks.base import Outcome, Task
+from paretune.search.tasks.confirm import Confirm
 from paretune.search.tasks.elastic import Elastic
 from paretune.search.tasks.explore import Explore
 from paretune.spaces.candidate import Candidate
@@ -247,6 +249,49 @@ def test_readers_see_what_each_worker_does(tmp_path: Path) -> None:
     assert [task["stage"] for task in standing(load_view(store))["doing"]] == ["elastic student", "baselines"]
     store.set_meta(state="interrupted")
     assert standing(load_view(store))["doing"] == []
+
+
+def test_after_an_order_to_stop_what_is_recovered_is_confirmed_one_by_one(tmp_path: Path) -> None:
+    ready, clock = make_ready(), VirtualClock()
+    store = create_study(ready, tmp_path, "s", "x")
+    director = director_of(ready, store, clock)
+    searcher, evaluator = JointSearch(director), SimulatedEvaluator(store.folder, tmp_path)
+    held: list[str] = []  # the first confirmation of a finalist takes long
+    running: dict[str, Task] = {}
+    for number in range(1000):
+        config = searcher.suggest(str(number))
+        if isinstance(config, dict):
+            running[str(number)] = config[TASK]
+            if isinstance(config[TASK], Confirm) and config[TASK].recovered is not None:
+                held.append(str(number))
+        if len(store.evaluations("recovered", "complete")) > 2 and held:
+            break
+        clock.now += 0.25
+        for trial_id in [t for t in running if t not in held][:1]:
+            searcher.on_trial_complete(trial_id, {OUTCOME: evaluator.run(running.pop(trial_id))})
+    assert len(held) == 1 and len(store.evaluations("recovered", "complete")) > 2
+    order(store.folder, "stop")
+    for trial_id in [t for t in running if t not in held]:
+        searcher.on_trial_complete(trial_id, {OUTCOME: evaluator.run(running.pop(trial_id))})
+    assert [searcher.suggest(f"more{i}") for i in range(3)] == [None] * 3, "the target is in use"
+    searcher.on_trial_complete(held[0], {OUTCOME: evaluator.run(running.pop(held[0]))})
+    config = searcher.suggest("next")
+    assert isinstance(config, dict) and isinstance(config[TASK], Confirm)
+    assert searcher.suggest("beside it") is None
+
+
+def test_an_order_does_not_hide_why_a_search_has_failed(tmp_path: Path) -> None:
+    ready = make_ready()
+    store = create_study(ready, tmp_path, "s", "x")
+    director = director_of(ready, store, VirtualClock())
+    director.state.give_up("the disk is full", 5, "free some")
+    order(store.folder, "stop")
+    director.apply_command()
+    assert (director.state.stop_reason, director.state.exit_code) == ("the disk is full", 5)
+    assert not director.is_interrupted and director.next().kind == "done"
+    order(store.folder, "cancel")
+    director.apply_command()
+    assert director.is_interrupted and director.state.exit_code == 5
 
 
 def profile_with(cores: int) -> Profile:
