@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -34,6 +35,9 @@ def user_without_entry(world: World) -> Seen:
     """A user id that /etc/passwd does not name, with HOME=/, as a container gives."""
     if not have("setpriv"):
         return Seen("runs", "needs root and setpriv", None)
+    private = next((p for p in Path(sys.executable).resolve().parents if not p.stat().st_mode & 0o001), None)
+    if private is not None:
+        return Seen("runs", f"Python lies in {private}, which other users may not enter: chmod o+x, then again", None)
     teacher, data = inputs(world)
     for path in (world.folder, *world.folder.rglob("*")):
         os.chown(path, 12345, 12345)
