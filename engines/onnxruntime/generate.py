@@ -65,16 +65,20 @@ def stream(
     generator, decoder = og.Generator(model, parameters), DecodeStream(ids, skip_special_tokens=True)
     start = time.perf_counter()
     generator.append_tokens(ids)
-    count, first = 0, 0.0
+    count, first, held = 0, 0.0, list[int]()
     while not generator.is_done():
         generator.generate_next_token()
         count += 1
         if count == 1:
             first = time.perf_counter() - start
-        piece = decoder.step(tokenizer, int(generator.get_next_tokens()[0]))
+        held.append(int(generator.get_next_tokens()[0]))
+        piece = decoder.step(tokenizer, held[-1])
         if piece:
+            held.clear()
             yield piece
     rest = time.perf_counter() - start - first
+    if piece := tokenizer.decode(held, skip_special_tokens=True):
+        yield piece  # a character whose last bytes were not made, as every other runtime shows it
     yield Pace(count, (count - 1) / rest if count > 1 and rest > 0 else 0.0, first * 1e3)
 
 

@@ -118,7 +118,7 @@ def test_a_prompt_has_the_ids_that_transformers_gives_it(name: str, tmp_path: Pa
     with torch.no_grad():
         made = model.generate(torch.tensor([expected]), max_new_tokens=12, do_sample=False)[0, len(expected) :].tolist()
     text = AutoTokenizer.from_pretrained(artifact / "hf").decode(made, skip_special_tokens=True)
-    assert generated(artifact)[0].rstrip("\ufffd") == text.rstrip("\ufffd")
+    assert generated(artifact)[0] == text, "to the last byte, also of a character that is not whole"
 
 
 def test_the_key_of_a_llamas_own_class_becomes_the_template(tmp_path: Path) -> None:
