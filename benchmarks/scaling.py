@@ -64,6 +64,7 @@ def simulated_run(workers: int, seed: int, decisions: int) -> Run:
     """Explore `decisions` candidates, with one finalist and all else as in a search."""
     from paretune.hardware_profiles.profile import detected_profile
     from paretune.search.budget import Budget
+    from paretune.search.estimation.state import SearchState
     from paretune.search.evaluators.simulated import SECONDS, SHAPE, SimulatedEvaluator, VirtualClock
     from paretune.search.execution.inline import run_workers
     from paretune.search.hypervolume import in_teacher_units, volume
@@ -86,7 +87,7 @@ def simulated_run(workers: int, seed: int, decisions: int) -> Run:
         setup = {"spec": spec.model_dump(mode="json"), "profile": profile.model_dump(mode="json")}
         (store.folder / "setup.json").write_text(json.dumps(setup), encoding="utf-8")
         evaluator = SimulatedEvaluator(store.folder, Path(folder))
-        director = Director(store, spec, space, Budget(spec.budget_s, clock=clock), workers=workers)
+        director = Director(SearchState(store, spec, space, Budget(spec.budget_s, clock=clock), workers=workers))
         moments: list[float] = []
         evaluating = 0.0
 

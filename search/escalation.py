@@ -8,8 +8,7 @@ more than that. Values in, decision out; every decision has its reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paretune.objectives.directions import minimized
@@ -59,16 +58,6 @@ class QatContext:
         """With the non-dominated ones of all `confirmed` vectors as the front."""
         return cls(objectives, estimate, tuple(confirmed[i] for i in non_dominated(confirmed)), **rest)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the context as a dictionary; `from_dict` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QatContext:
-        """Return the context of a parsed JSON object, whose lists become tuples."""
-        vectors = {"estimate": tuple(data["estimate"]), "front": tuple(tuple(v) for v in data["front"])}
-        return cls(**{**data, **vectors, "objectives": tuple(data["objectives"])})
-
 
 @dataclass(frozen=True)
 class QatDecision:
@@ -78,26 +67,26 @@ class QatDecision:
     reason: str
 
 
-def escalate(tried: PtqResult, stakes: QatContext) -> QatDecision:
+def escalate(tried: PtqResult, context: QatContext) -> QatDecision:
     """The decision for one candidate."""
-    if stakes.qat_threshold is not None:
-        return _classical(tried, stakes.teacher_search, stakes.qat_threshold)
+    if context.qat_threshold is not None:
+        return _classical(tried, context.teacher_search, context.qat_threshold)
     cost = tried.ptq_nll - tried.unquantized_nll
     if tried.cost_low <= 0:
         return QatDecision(
             False, f"rounding costs {cost:+.4f} nats/token, which may be chance: there is nothing to win back"
         )
-    best = _optimistic(tried, stakes)
-    better = next((v for v in stakes.front if dominates(v, best)), None)
+    best = _optimistic(tried, context)
+    better = next((v for v in context.front if dominates(v, best)), None)
     if better is not None:
         return QatDecision(
             False,
-            f"even with its unquantized quality ({_told(stakes.objectives, best)}) it would be dominated by a confirmed "
-            f"candidate ({_told(stakes.objectives, better)})",
+            f"even with its unquantized quality ({_told(context.objectives, best)}) it would be dominated by a confirmed "
+            f"candidate ({_told(context.objectives, better)})",
         )
     return QatDecision(
         True,
-        f"with its unquantized quality at its quantized cost ({_told(stakes.objectives, best)}) it would be non-dominated, "
+        f"with its unquantized quality at its quantized cost ({_told(context.objectives, best)}) it would be non-dominated, "
         f"and rounding costs {cost:+.4f} nats/token",
     )
 
@@ -134,12 +123,12 @@ def _classical(tried: PtqResult, teacher: float, qat_threshold: float) -> QatDec
     return QatDecision(False, f"{told}, within the {qat_threshold:.2%} that --qat-threshold allows")
 
 
-def _optimistic(tried: PtqResult, stakes: QatContext) -> Vector:
+def _optimistic(tried: PtqResult, context: QatContext) -> Vector:
     """The estimated vector with the best NLL that training under the rounding can hope for, on the report split."""
-    measured = stakes.teacher_report + tried.unquantized_nll - stakes.teacher_search
+    measured = context.teacher_report + tried.unquantized_nll - context.teacher_search
     return tuple(
         min(value, measured) if name == "nll" else value
-        for name, value in zip(stakes.objectives, stakes.estimate, strict=True)
+        for name, value in zip(context.objectives, context.estimate, strict=True)
     )
 
 

@@ -25,8 +25,9 @@ class Layout:
         return self.workers * self.threads
 
     def describe(self) -> str:
-        """In words: "2 workers of 1 thread"."""
-        return f"{_count(self.workers, 'worker')} of {_count(self.threads, 'thread')}"
+        """In words: "2 workers with 1 thread each"."""
+        each = " each" if self.workers > 1 else ""
+        return f"{_count(self.workers, 'worker')} with {_count(self.threads, 'thread')}{each}"
 
 
 def cores_here(profile: Profile) -> int:

@@ -127,27 +127,15 @@ MACHINE = (
 LONG = "test_supervisor test_kill test_search test_pages test_other_readers test_mlflow_ui test_pages_live test_tracking test_notify"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the files of MACHINE: they time things or run searches against the clock, so nothing may run beside them."""
-    machine = set(MACHINE.split())
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Marks the files of MACHINE. After all plug-ins have put the tests into their order, the files of LONG come first."""
+    machine, long = set(MACHINE.split()), LONG.split()
     for item in items:
         if item.path.stem in machine:
             item.add_marker(pytest.mark.machine)
-
-
-class LongFilesFirst:
-    """Sorts after all plug-ins have: the files of LONG come first, everything else keeps its place."""
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        long = LONG.split()
-        items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Add what a conftest of its own cannot: a second hook of the same name."""
-    config.pluginmanager.register(LongFilesFirst())
+    yield
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
 TINY_VOCAB = 288

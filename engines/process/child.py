@@ -49,7 +49,7 @@ class EngineChild:
             "OMP_WAIT_POLICY": "PASSIVE",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        if engine == "openvino":  # it believes in the CPU's own instructions, and rounds wrongly with others
+        if engine == "openvino":  # its kernels are chosen by the CPU: under this limit its int8 products are wrong
             environment.pop("ONEDNN_MAX_CPU_ISA", None)
         if pinned:
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

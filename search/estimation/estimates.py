@@ -125,7 +125,7 @@ class Estimates:
         """Objectives on the scales that finalists are spread over."""
         return perceived(vector, self.spec.objectives.index(self.figures.quality), self._teacher_nll()[1])
 
-    def stakes(self, key: str) -> QatContext | None:
+    def qat_context(self, key: str) -> QatContext | None:
         """What decides whether training under the rounding is worth it for an explored candidate."""
         estimate = self.vector(key)
         if estimate is None or not self.figures.is_decoder:

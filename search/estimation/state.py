@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ Notify = Callable[[str, dict[str, Any]], None]
 
 
 def silent(_kind: str, _data: dict[str, Any]) -> None:
-    """Nobody follows the search."""
+    """Tell nobody."""
 
 
 class SearchState:
@@ -100,8 +100,3 @@ class SearchState:
             table = None if known["table"] is None else Sensitivity.from_dict(known["table"])
             self.estimates.space = replace(space, mixed=table is not None, sensitivity=table)
             self.estimates.version += 1
-
-    def events(self, kind: str, texts: Iterable[str]) -> None:
-        """Append an event per text to the study's log."""
-        for text in texts:
-            self.store.event(kind, text)

@@ -37,7 +37,7 @@ def run_here(
     director: Director, folder: Path, home: Path, layout: Layout, launch: int, address: str | None = None
 ) -> None:
     """Run the study's tasks in this process, where a debugger sees them; SIGINT and SIGTERM end it after the present task."""
-    os.environ[THREADS] = str(layout.cores)
+    os.environ[THREADS] = str(layout.threads)
     evaluator = make_evaluator(folder, home)
     try:
         with obeyed(director):

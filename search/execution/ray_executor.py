@@ -125,9 +125,9 @@ def require_cpus(layout: Layout, cpus: Sequence[float]) -> None:
     """Raises EnvironmentProblem if nodes with so many CPUs cannot hold all workers at once: Ray would wait for them for ever."""
     room = sum(int(found // layout.threads) for found in cpus)
     if room < layout.workers:
-        told = ", ".join(f"{found:g}" for found in cpus) or "none"
+        told = ", ".join(f"{found:g}" for found in cpus) or "no"
         raise EnvironmentProblem(
-            f"the search needs room for {layout.describe()}, but the cluster's nodes have so many CPUs: {told}",
+            f"the search needs {layout.describe()}, but the nodes of the cluster have {told} CPUs",
             "lower --workers or --threads-per-trial, or add nodes",
         )
 

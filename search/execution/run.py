@@ -12,6 +12,7 @@ from typing import Any
 
 from paretune.search.budget import Budget
 from paretune.search.estimation.ledger import MAX_ATTEMPTS
+from paretune.search.estimation.state import SearchState
 from paretune.search.execution.ray_executor import run_ray
 from paretune.search.layout import Layout
 from paretune.search.policy.director import Director
@@ -54,7 +55,8 @@ def run_study(
     layout, execute = ready.layout(address), execute or _executor()
     if execute is not run_ray:  # one task after the other
         layout = Layout(1, layout.cores)
-    director = Director(store, ready.spec, ready.space, budget, notify, layout.workers, layout.threads)
+    state = SearchState(store, ready.spec, ready.space, budget, notify, layout.workers, layout.threads)
+    director = Director(state)
     try:
         with time_kept(store, budget):
             execute(director, store.folder, home, layout, launches, address)

@@ -1,6 +1,6 @@
-"""The worker as a Tune Trainable: one process, one evaluator, reused for every piece of work.
+"""The worker as a Tune Trainable: one process, one evaluator, reused for every task.
 
-A watchdog in C ends the process when a piece of work outlives its time, whatever Python is doing; Tune then reports the
+A watchdog in C ends the process when a task outlives its time, whatever Python is doing; Tune then reports the
 trial as failed and starts a fresh worker.
 """
 

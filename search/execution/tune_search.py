@@ -48,7 +48,7 @@ SIZES = ("depth", "ffn", "kv_groups", "hidden")
 
 @dataclass
 class Flight:
-    """A task that is out: when it was handed out, when it last reported, and its trial in Optuna's study if it was proposed there."""
+    """A task in flight, when it began or last reported, and its trial in Optuna's study if it was proposed there."""
 
     task: Task
     since: float

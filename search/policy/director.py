@@ -9,19 +9,16 @@ from typing import Any
 
 from paretune.objectives.profiler.findings import profiled_candidates
 from paretune.objectives.profiler.places import Findings
-from paretune.search.budget import Budget
-from paretune.search.estimation.state import Notify, SearchState, silent
+from paretune.search.estimation.state import SearchState
 from paretune.search.policy.initial_candidates import textbook_candidates
 from paretune.search.policy.planning import Decision, Planning, timing_is_free
-from paretune.search.spec import Spec
 from paretune.search.students import student_seeds
 from paretune.search.study.control import REASON, Verb, ordered
 from paretune.search.study.database import folder_gone
 from paretune.search.study.records import now
-from paretune.search.study.store import Store
 from paretune.search.tasks.base import Outcome, Task
 from paretune.search.tasks.explore import Explore
-from paretune.spaces.kinds import AnyCandidate, AnySpace
+from paretune.spaces.kinds import AnyCandidate
 from paretune.spaces.space import Space
 
 MOST_FAILURES_IN_A_ROW = 8
@@ -32,17 +29,8 @@ ENDING = "ending"  # nothing is handed out any more
 class Director:
     """The search's policy over one study. At most `workers` tasks are in flight, which `out` holds by their names."""
 
-    def __init__(
-        self,
-        store: Store,
-        spec: Spec,
-        space: AnySpace,
-        budget: Budget,
-        notify: Notify = silent,
-        workers: int = 1,
-        threads: int | None = None,
-    ) -> None:
-        self.state = SearchState(store, spec, space, budget, notify, workers, threads)
+    def __init__(self, state: SearchState) -> None:
+        self.state = state
         self.planning = Planning(self.state)
         self.out: dict[str, Task] = {}
         self.is_interrupted = False

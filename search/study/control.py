@@ -6,7 +6,7 @@
     stop     as pause, but for good: report, further targets and notification are made, the study is complete
     cancel   what runs is ended now and forgotten; what was confirmed stays usable; the study is never resumed
 
-The search reads the file between two pieces of work and while one runs, so no process needs to be found or signalled.
+The search reads the file between two tasks and while they run, so no process needs to be found or signalled.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from paretune.common.errors import ParetuneError
-from paretune.search.estimation.ledger import MAX_ATTEMPTS
 from paretune.search.estimation.state import SearchState
 from paretune.spaces.kinds import AnyCandidate
 
@@ -45,7 +44,7 @@ def fatal(error: ParetuneError) -> Outcome[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """One piece of work and one Ray Tune trial.
+    """What one Ray Tune trial does.
 
     A kind of task is a subclass in a module of its own. `seconds_left` is how much of the budget remains, `timeout_s` after how
     long the worker ends itself; both in seconds.
@@ -98,8 +97,3 @@ class Task(ABC):
 def limits(state: SearchState, task: type[Task]) -> dict[str, float]:
     """The budget that is left and the timeout of a task of this kind, as its keyword arguments."""
     return {"seconds_left": state.budget.left_s, "timeout_s": state.costs.timeout_s(task.most_s)}
-
-
-def was_last_attempt(attempts: int) -> bool:
-    """Whether a task that was lost so often is given up."""
-    return attempts >= MAX_ATTEMPTS

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.quality.quality import Scores
+from paretune.search.estimation.ledger import MAX_ATTEMPTS
 from paretune.search.estimation.state import SearchState
 from paretune.search.study.records import Fidelity
-from paretune.search.tasks.base import Outcome, Task, was_last_attempt
+from paretune.search.tasks.base import Outcome, Task
 from paretune.spaces.kinds import AnyCandidate
 
 Details = Mapping[str, Any]
@@ -82,7 +83,7 @@ class EvaluationTask(Task, Generic[E]):
         """Count the attempt; after MAX_ATTEMPTS the evaluation has failed."""
         key = self.candidate.key
         before = state.ledger.latest.get((key, self.fidelity))
-        is_last = before is not None and was_last_attempt(before.attempt + 1)
+        is_last = before is not None and before.attempt + 1 >= MAX_ATTEMPTS
         state.store.finish(key, self.fidelity, "failed" if is_last else "lost", reason=reason, seconds=seconds)
         state.ledger.refresh(key, self.fidelity)
         state.require_teacher(key, reason)

@@ -59,7 +59,7 @@ class Recover(EvaluationTask[RecoverResult]):
     @classmethod
     def of(cls, state: SearchState, key: str) -> Recover:
         """The task for an explored candidate, with the study's number of tokens."""
-        candidate, context = state.ledger.rows[key].candidate, state.estimates.stakes(key)
+        candidate, context = state.ledger.rows[key].candidate, state.estimates.qat_context(key)
         return cls(candidate, state.costs.recovery_tokens(), context, **limits(state, cls))
 
     def run(self, evaluator: RecoverEvaluator) -> Outcome[RecoverResult]:

@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.commands import paretune
-
-# Short recoveries are enough.
-SHARES = {"elastic": 0.03, "explore": 0.6, "confirm": 0.02}
+from support.commands import SHARES, paretune
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from paretune.search.study.store import Store
 from paretune.search.study.view import StudyView, load_view
 from paretune.tracking.mlflow.sink import try_drain
 from paretune.tracking.report.report import report_html, write_report
+from support.commands import SHARES
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits"
 SPEC: dict[str, Any] = {
@@ -38,7 +39,7 @@ SPEC: dict[str, Any] = {
     "fit_points": 8,
     "finalists": 1,
     "max_candidates": 8,
-    "shares": {"explore": 0.6, "confirm": 0.02, "elastic": 0.05},  # short recoveries
+    "shares": SHARES,
     "seed": 3,
 }
 

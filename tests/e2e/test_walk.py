@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from paretune.search.study.store import Store
+from support.commands import SHARES
 
 pytestmark = pytest.mark.timeout(280)
 SPEC = {
@@ -27,7 +28,7 @@ SPEC = {
     "fit_points": 8,
     "finalists": 1,
     "max_candidates": 4,
-    "shares": {"elastic": 0.03, "explore": 0.6, "confirm": 0.02},  # as those of the fixture `night`
+    "shares": SHARES,  # all but max_candidates as in the fixture `night`, whose elastic student serves here too
 }
 
 

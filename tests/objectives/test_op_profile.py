@@ -30,6 +30,7 @@ from paretune.objectives.profiler.op_profile import OpProfile
 from paretune.objectives.profiler.places import Findings
 from paretune.objectives.profiler.run import ProfileRequest, profile_ops
 from paretune.search.budget import Budget
+from paretune.search.estimation.state import SearchState
 from paretune.search.policy.director import Director
 from paretune.search.prepare.prepare import prepare
 from paretune.search.prepare.studies import create_study
@@ -315,7 +316,7 @@ def test_a_search_starts_from_the_findings_of_when_it_was_made(
         if name == "after":
             keep_findings(tmp_path / "cache", tiny_teacher.digest, profile, FOUND)
         store = create_study(what, tmp_path, name, "paretune search")
-        first[name] = Director(store, spec, ready.space, Budget(300.0, 0.0, {})).seeds()
+        first[name] = Director(SearchState(store, spec, ready.space, Budget(300.0, 0.0, {}))).seeds()
         notes[name] = store.meta("notes")
         store.close()
     assert notes["after"] == [*notes["before"], f"seeded from the profile: {FOUND.text}"]

@@ -48,8 +48,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_
     return Made(tmp_path_factory.mktemp("home"), tiny_teacher_dir, tiny_text)
 
 
-def recovered(evaluator: DecoderEvaluator, candidate: Candidate, **stakes: Any) -> RecoverResult:
-    known = {"teacher_search": 10.0, "teacher_report": 10.0, **stakes}
+def recovered(evaluator: DecoderEvaluator, candidate: Candidate, **context: Any) -> RecoverResult:
+    known = {"teacher_search": 10.0, "teacher_report": 10.0, **context}
     given = QatContext.of(OBJECTIVES, (10.0, 1.0, 1e6), known.pop("confirmed", []), **known)
     outcome = evaluator.run(Recover(candidate, 8 * 1024, given, seconds_left=60.0))
     assert outcome.status == "complete" and isinstance(outcome.result, RecoverResult), outcome.reason

@@ -16,6 +16,7 @@ from paretune.objectives.measurement import LEFT_PREDICTED
 from paretune.search.budget import GRACE_S, Budget
 from paretune.search.estimation.calibration import Calibration, Pair
 from paretune.search.estimation.finalists import Explored, gaps, next_finalist, perceived
+from paretune.search.estimation.state import SearchState
 from paretune.search.evaluators import simulated
 from paretune.search.evaluators.simulated import SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.inline import run_inline
@@ -181,7 +182,7 @@ def test_infeasible_candidates_are_told_as_failed_and_the_search_goes_on(tmp_pat
     assert code == 0
     reasons = {e.reason for e in store.evaluations(status="infeasible")}
     assert reasons == {"op X in layer 2 is not supported"}
-    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    director = Director(SearchState(store, ready.spec, ready.space, Budget(1000.0)))
     searcher = JointSearch(director)
     searcher.suggest("t")
     states = Counter(t.state.name for t in searcher._ot_study.trials)
@@ -483,7 +484,7 @@ def test_odd_characters_in_the_home_stay_in_the_home(tmp_path):
 def test_the_driver_ends_what_a_stuck_worker_would_keep_alive(tmp_path):
     ready, clock = make_ready(), VirtualClock()
     store = create_study(ready, tmp_path, "s", "x")
-    director = Director(store, ready.spec, ready.space, Budget(100.0, clock=clock))
+    director = Director(SearchState(store, ready.spec, ready.space, Budget(100.0, clock=clock)))
     stopper = Interrupt(director)
     assert not stopper.stop_all()
     clock.now = 100.0 + GRACE_S - 1.0
@@ -600,14 +601,14 @@ def test_ctrl_c_is_no_attempt(tmp_path):
     ready = make_ready()
     store = create_study(ready, tmp_path, "s", "x")
     for _ in range(5):
-        director = Director(store, ready.spec, ready.space, Budget(1000.0))
+        director = Director(SearchState(store, ready.spec, ready.space, Budget(1000.0)))
         task = director.next().task
         assert task is not None and task.kind == "confirm", "the first baseline is due however often it was stopped"
         director.interrupt()
         director.lost(task, "the worker was stopped", 1.0)
         assert director.next().kind == "done" and director.state.exit_code == 130
     assert store.evaluations() == []
-    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    director = Director(SearchState(store, ready.spec, ready.space, Budget(1000.0)))
     for _ in range(3):
         task = director.next().task
         assert task is not None
@@ -642,7 +643,7 @@ def test_limits_must_be_positive_and_finite(finished, limit):
 def test_optuna_never_hears_of_a_baseline_as_a_failure(finished):
     """Rebuilt from the store, the study has the explored candidates and nothing else."""
     _, ready, store, *_ = finished
-    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    director = Director(SearchState(store, ready.spec, ready.space, Budget(1000.0)))
     study = rebuild(
         director.state.estimates, make_sampler("tpe", 0, distributions(ready.space)), distributions(ready.space)
     )

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from paretune.common.errors import EnvironmentProblem, UsageError
 from paretune.hardware_profiles.profile import Profile, detected_profile
 from paretune.search.budget import Budget
+from paretune.search.estimation.state import SearchState
 from paretune.search.evaluators.simulated import SECONDS, SHAPE, SimulatedEvaluator, VirtualClock
 from paretune.search.execution.inline import run_workers
 from paretune.search.execution.ray_executor import require_cpus
@@ -47,7 +48,9 @@ def make_ready(**options: Any) -> Ready:
 
 
 def director_of(ready: Ready, store: Store, clock: Callable[[], float], workers: int = WORKERS) -> Director:
-    return Director(store, ready.spec, ready.space, Budget(ready.spec.budget_s, clock=clock), workers=workers)
+    return Director(
+        SearchState(store, ready.spec, ready.space, Budget(ready.spec.budget_s, clock=clock), workers=workers)
+    )
 
 
 class Watch:
@@ -294,6 +297,19 @@ def test_an_order_does_not_hide_why_a_search_has_failed(tmp_path: Path) -> None:
     assert vars(director)["is_interrupted"] and director.state.exit_code == 5
 
 
+def test_recoveries_are_planned_for_the_threads_of_a_worker(tmp_path: Path) -> None:
+    """The elastic student was trained on four threads, perhaps by an earlier search; a worker has one."""
+    store = create_study(make_ready(), tmp_path, "s", "x")
+    store.set_meta(elastic={"tokens": 1_000_000, "elapsed_s": 100.0, "batch_tokens": 4096, "threads": 4, "done": True})
+    spec, budget = Spec.model_validate({"budget": "1h"}), Budget(3600.0, clock=lambda: 0.0)
+    tokens = []
+    for threads in (4, 1):
+        store.set_meta(recovery_tokens=None)
+        state = SearchState(store, spec, make_ready().space, budget, threads=threads)
+        tokens.append(state.costs.recovery_tokens())
+    assert tokens[0] == pytest.approx(4 * tokens[1], rel=0.02)
+
+
 def profile_with(cores: int) -> Profile:
     return detected_profile().model_copy(update={"cores": cores})
 
@@ -329,7 +345,9 @@ def test_a_cluster_may_have_more_cores_than_this_machine() -> None:
     [(Layout(2, 2), [2.0, 1.0]), (Layout(1, 4), [2.0, 2.0]), (Layout(3, 1), [2.0]), (Layout(1, 1), [])],
 )
 def test_a_cluster_without_room_for_all_workers_is_refused(layout: Layout, cpus: list[float]) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"needs room for .* workers? of .* threads?, but"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"needs \d workers? with \d threads?( each)?, but the nodes of the cluster have"
+    ):
         require_cpus(layout, cpus)
     require_cpus(layout, [*cpus, float(layout.cores)])
 

@@ -25,6 +25,7 @@ from paretune.hardware_profiles.profile import detected_profile
 from paretune.objectives.prediction.latency_fit import features
 from paretune.search.budget import Budget
 from paretune.search.estimation.calibration import Calibration, Pair
+from paretune.search.estimation.state import SearchState
 from paretune.search.evaluators.decoder import DecoderEvaluator
 from paretune.search.evaluators.simulated import SHAPE as SIMULATED
 from paretune.search.evaluators.simulated import SimulatedEvaluator, VirtualClock
@@ -598,7 +599,7 @@ def test_a_table_that_cannot_be_had_costs_only_mixed_precision(tmp_path: Path) -
     assert simulate(ready, store, tmp_path, evaluator=TooLarge)["sensitivity"] == 1
     assert not any(is_mixed(decoder(r.candidate)) for r in store.candidates())
     assert any("no mixed precision is searched: takes too long" in e.text for e in store.events())
-    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    director = Director(SearchState(store, ready.spec, ready.space, Budget(1000.0)))
     assert isinstance(director.state.space, Space) and not director.state.space.has_mixed, "nor is it asked for again"
 
 
@@ -612,7 +613,7 @@ def test_the_spec_switches_it_off(tmp_path: Path) -> None:
 def test_a_lost_worker_is_asked_again_but_not_for_ever(tmp_path: Path) -> None:
     ready = make_ready()
     store = create_study(ready, tmp_path, "s", "x")
-    director = Director(store, ready.spec, ready.space, Budget(1000.0))
+    director = Director(SearchState(store, ready.spec, ready.space, Budget(1000.0)))
     for searched in (True, True, False):
         director.lost(MeasureSensitivity(), "killed", 1.0)
         assert isinstance(director.state.space, Space) and director.state.space.has_mixed is searched

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Of a real search in a test: recoveries are short.
+SHARES = {"elastic": 0.03, "explore": 0.6, "confirm": 0.02}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

@@ -89,7 +89,7 @@ def search(
         str | None, typer.Option(help="Name of the study; the same settings continue an unfinished one.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Tasks at once; a study can be continued with another number.")
+        int | None, typer.Option(min=1, help="How many tasks run at once; it may change when a study is continued.")
     ] = None,
     threads_per_trial: Annotated[
         int | None,
